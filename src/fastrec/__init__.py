@@ -1,0 +1,79 @@
+"""fastrec: custom-kernel acceleration for real-time sequential recommenders.
+
+``import fastrec`` is light: it loads neither torch nor the compiled kernels, and has no side effect.
+The names below are resolved on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_EXPORTS = {
+    "BlockPruning": "fastrec.compress",
+    "Int8": "fastrec.compress",
+    "QAT": "fastrec.compress",
+    "Recipe": "fastrec.compress",
+    "compile": "fastrec.runtime",
+    "distill": "fastrec.compress",
+    "export": "fastrec.runtime",
+    "load": "fastrec.compress",
+    "prune_": "fastrec.compress",
+    "quantize_": "fastrec.compress",
+    "save": "fastrec.compress",
+}
+_ROOMS = ("compress", "data", "errors", "kernels", "models", "nn", "report", "runtime", "train")
+
+if TYPE_CHECKING:
+    from fastrec import compress, data, errors, kernels, models, nn, report, runtime, train
+    from fastrec.compress import (
+        QAT,
+        BlockPruning,
+        Int8,
+        Recipe,
+        distill,
+        load,
+        prune_,
+        quantize_,
+        save,
+    )
+    from fastrec.runtime import compile, export
+
+__all__ = [
+    "QAT",
+    "BlockPruning",
+    "Int8",
+    "Recipe",
+    "__version__",
+    "compile",
+    "compress",
+    "data",
+    "distill",
+    "errors",
+    "export",
+    "kernels",
+    "load",
+    "models",
+    "nn",
+    "prune_",
+    "quantize_",
+    "report",
+    "runtime",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"fastrec.{name}")
+    raise AttributeError(f"module 'fastrec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,71 @@
+"""Typed errors: each names the argument, what was expected and what came.
+
+Every error fastrec raises on purpose derives from :class:`FastrecError`, so a service can catch one
+class; each also derives from the built-in a Python user would expect (ValueError, TypeError, ...).
+"""
+
+from __future__ import annotations
+
+
+class FastrecError(Exception):
+    """Base of every error that fastrec raises on purpose."""
+
+
+class ArgumentError(FastrecError, ValueError):
+    """An argument has a wrong value, shape or size.
+
+    Args:
+        argument: name of the argument as the caller wrote it, e.g. ``"x_u8"``.
+        expected: what would have been accepted, e.g. ``"shape [M, 1024]"``.
+        got: what came, e.g. ``"shape [50, 512]"``.
+    """
+
+    def __init__(self, argument: str, expected: str, got: object) -> None:
+        self.argument, self.expected, self.got = argument, expected, got
+        super().__init__(f"{argument}: expected {expected}, got {got}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, object]]:
+        return type(self), (self.argument, self.expected, self.got)
+
+
+class ShapeError(ArgumentError):
+    """A tensor has the wrong rank or size."""
+
+
+class DtypeError(ArgumentError, TypeError):
+    """A tensor or argument has the wrong dtype or type."""
+
+
+class DeviceError(ArgumentError):
+    """A tensor lives on a device that the operation cannot use."""
+
+
+class IdRangeError(ArgumentError, IndexError):
+    """An id lies outside its table."""
+
+
+class BackendError(FastrecError, RuntimeError):
+    """A backend that was asked for by name cannot run; the message says why."""
+
+
+class IsaError(BackendError):
+    """A forced instruction set is unknown or this CPU (or its OS) lacks it."""
+
+
+class MissingDependencyError(BackendError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package, self.extra, self.purpose = package, extra, purpose
+        super().__init__(f"{purpose} needs {package}: pip install 'fastrec[{extra}]'")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.package, self.extra, self.purpose)
+
+
+class ArtifactError(FastrecError, ValueError):
+    """A saved file is truncated, altered, too new, or not a fastrec artifact."""
+
+
+class DataError(FastrecError, ValueError):
+    """A log holds something that cannot be used; names file and line where there is one."""
