@@ -1,0 +1,121 @@
+"""SASRec: self-attentive sequential recommendation (Kang and McAuley, 2018, section 3).
+
+Pre-norm blocks and full softmax training differ from the paper: both are known to be better on
+the same data, and the tied item table is the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrec.errors import ArgumentError
+from fastrec.models.attention import EncoderBlock
+
+
+@dataclass(frozen=True)
+class SASRecConfig:
+    """Sizes of a :class:`SASRec`.
+
+    Args:
+        n_items: rows of the item table, row 0 (padding) included.
+        max_length: longest history.
+        d: model width; a multiple of ``n_heads``.
+        n_blocks: transformer blocks.
+        n_heads: heads of each block.
+        ffn: hidden width of the feed-forward part.
+        dropout: rate on the input and inside the blocks while training.
+
+    Raises:
+        ArgumentError: a size is not positive, or ``d`` is not a multiple of ``n_heads``.
+    """
+
+    n_items: int
+    max_length: int = 200
+    d: int = 64
+    n_blocks: int = 2
+    n_heads: int = 2
+    ffn: int = 256
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("n_items", "max_length", "d", "n_blocks", "n_heads", "ffn"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(name, "a positive integer", getattr(self, name))
+        if self.d % self.n_heads:
+            raise ArgumentError("d", f"a multiple of n_heads = {self.n_heads}", self.d)
+        if not 0 <= self.dropout < 1:
+            raise ArgumentError("dropout", "a rate in [0, 1)", self.dropout)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain JSON types; :meth:`from_dict` reverses it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SASRecConfig:
+        """Reverse of :meth:`to_dict`.
+
+        Raises:
+            ArgumentError: a key is unknown or missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ArgumentError("values", f"keys among {sorted(known)}", unknown)
+        if "n_items" not in values:
+            raise ArgumentError("values", "n_items", "no n_items")
+        return cls(**values)
+
+
+class SASRec(nn.Module):
+    """Next-item model: causal encoder over item ids, scores by the tied item table."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.item_embedding = nn.Embedding(config.n_items, config.d, padding_idx=0)
+        self.position_embedding = nn.Embedding(config.max_length, config.d)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config.d, config.n_heads, config.ffn, config.dropout)
+            for _ in range(config.n_blocks)
+        )
+        self.final_norm = nn.LayerNorm(config.d)
+        for table in (self.item_embedding, self.position_embedding):
+            nn.init.normal_(table.weight, std=0.02)
+        with torch.no_grad():
+            self.item_embedding.weight[0].zero_()
+
+    def forward(self, item: Tensor, length: Tensor) -> Tensor:
+        """Hidden states [B, L, d] of histories int64 [B, L]; state i sees positions 0..i.
+
+        Left-aligned rows need no mask beyond the causal one, so ``length`` (int64 [B]) only says
+        which states mean anything: those before it.
+        """
+        x = self.item_embedding(item)
+        x = x + self.position_embedding(torch.arange(item.shape[1], device=item.device))
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        for block in self.blocks:
+            x = block(x, None, True)
+        return self.final_norm(x)
+
+    def last_state(self, item: Tensor, length: Tensor) -> Tensor:
+        """State after the newest event [B, d]; 0 for an empty history."""
+        hidden = self(item, length)
+        index = (length - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return hidden.gather(1, index).squeeze(1) * (length > 0).to(hidden.dtype)[:, None]
+
+    def item_table(self) -> Tensor:
+        """The item vectors [n_items, d], whatever module holds them (a quantised table too)."""
+        if isinstance(self.item_embedding, nn.Embedding):
+            return self.item_embedding.weight
+        ids = torch.arange(self.config.n_items, device=self.position_embedding.weight.device)
+        return self.item_embedding(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the catalogue [..., n_items] of states [..., d]; column 0 is padding."""
+        return F.linear(hidden, self.item_table())
