@@ -42,7 +42,9 @@ def cpu_extension(*, required: bool) -> Pybind11Extension:
 
 
 if tri_state("FASTREC_BUILD_CUDA") == "1":
-    sys.exit("FASTREC_BUILD_CUDA=1: this version has no CUDA kernels to build (see csrc/cuda/README.md)")
+    sys.exit(
+        "FASTREC_BUILD_CUDA=1: this version has no CUDA kernels to build (see csrc/cuda/README.md)"
+    )
 
 build_cpu = tri_state("FASTREC_BUILD_CPU")
 ext_modules = [] if build_cpu == "0" else [cpu_extension(required=build_cpu == "1")]

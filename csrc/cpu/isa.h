@@ -1,0 +1,36 @@
+// The one table of instruction sets: name and compiler target.
+//
+// The target string is the single source of truth: kernels are compiled with it
+// (`__attribute__((target(FASTREC_TARGET_avx512vnni)))`) and cpu_features.cpp requires the CPUID and
+// XCR0 bits of every word in it, so that the two can never drift apart.
+#pragma once
+
+#define FASTREC_TARGET_scalar ""
+#define FASTREC_TARGET_avx512vnni "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"
+
+// Ordered from the oldest to the newest; a forced name is a ceiling (see cpu_features.h).
+#define FASTREC_ISA_TABLE(X) \
+  X(scalar)                  \
+  X(avx512vnni)
+
+namespace fastrec {
+
+enum class Isa : int {
+#define FASTREC_ISA_ENUM(name) name,
+  FASTREC_ISA_TABLE(FASTREC_ISA_ENUM)
+#undef FASTREC_ISA_ENUM
+};
+
+struct IsaInfo {
+  Isa isa;
+  const char* name;
+  const char* target;  // comma-separated features, as gcc spells them
+};
+
+inline constexpr IsaInfo kIsaTable[] = {
+#define FASTREC_ISA_INFO(name) {Isa::name, #name, FASTREC_TARGET_##name},
+    FASTREC_ISA_TABLE(FASTREC_ISA_INFO)
+#undef FASTREC_ISA_INFO
+};
+
+}  // namespace fastrec

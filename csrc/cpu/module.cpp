@@ -1,0 +1,81 @@
+// The Python module fastrec._native: one line per op, plus the machine's features and limits.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "ceilings.h"
+#include "cpu_features.h"
+#include "parallel.h"
+#include "sparse_int8_linear/bind.h"
+
+namespace py = pybind11;
+using namespace fastrec;
+
+namespace {
+
+const IsaInfo* find_isa(const std::string& name) {
+  for (const IsaInfo& info : kIsaTable)
+    if (name == info.name) return &info;
+  return nullptr;
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const IsaInfo& info : kIsaTable) names.emplace_back(info.name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled CPU kernels of fastrec.";
+
+  m.def("isa_names", isa_names, "Every instruction set fastrec knows, oldest first.");
+  m.def("isa_target", [](const std::string& name) { return std::string(find_isa(name)->target); });
+  m.def("active_isa", [] { return kIsaTable[static_cast<int>(active_isa())].name; });
+  m.def(
+      "machine_has",
+      [](const std::string& name) {
+        const IsaInfo* info = find_isa(name);
+        return info && machine_has(info->isa);
+      },
+      "Whether this CPU and its operating system can run that instruction set.");
+  m.def(
+      "force_isa",
+      [](const std::string& name) {
+        const IsaInfo* info = find_isa(name);
+        if (!info || !machine_has(info->isa)) return false;
+        force_isa(info->isa);
+        return true;
+      },
+      "False (and nothing changes) if the name is unknown or the machine lacks it.");
+  m.def("unforce_isa", unforce_isa);
+  m.def(
+      "supports",
+      [](const std::string& target, uint32_t max_leaf, uint32_t leaf1_ecx, uint32_t leaf7_ebx,
+         uint32_t leaf7_ecx, uint64_t xcr0) {
+        return supports({max_leaf, leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0}, target);
+      },
+      py::kw_only(), py::arg("target"), py::arg("max_leaf"), py::arg("leaf1_ecx"),
+      py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("xcr0"),
+      "Detection as a pure function of the CPUID and XCR0 words.");
+  m.def("cpu_words", [] {
+    const CpuWords w = read_cpu_words();
+    py::dict words;
+    words["max_leaf"] = w.max_leaf;
+    words["leaf1_ecx"] = w.leaf1_ecx;
+    words["leaf7_ebx"] = w.leaf7_ebx;
+    words["leaf7_ecx"] = w.leaf7_ecx;
+    words["xcr0"] = w.xcr0;
+    return words;
+  });
+
+  m.def("num_threads", num_threads);
+  m.def("set_num_threads", set_num_threads);
+  m.def("max_threads", max_threads);
+  m.def("vpdpbusd_peak_gops", vpdpbusd_peak_gops, py::call_guard<py::gil_scoped_release>());
+
+  sparse_int8_linear::bind(m);
+}

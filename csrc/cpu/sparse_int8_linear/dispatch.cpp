@@ -1,0 +1,100 @@
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "cpu_features.h"
+#include "parallel.h"
+#include "sparse_int8_linear/sparse_int8_linear.h"
+
+namespace fastrec::sparse_int8_linear {
+namespace {
+
+// Newest first: the first one at or below the active ISA runs.
+constexpr const Kernel* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512vnni,
+#endif
+    &kScalar,
+};
+
+// Below this many multiply-adds a second thread costs more than it brings (about 2 us of work).
+constexpr int64_t kParallelMultiplyAdds = 400'000;
+constexpr int64_t kParallelPackBytes = 32 * 1024;
+
+// Rows are cut into the fewest tiles, all of nearly the same height.
+struct Tiling {
+  int64_t rows, count;
+  int64_t row0(int64_t tile) const { return tile * rows / count; }
+  int height(int64_t tile) const { return static_cast<int>(row0(tile + 1) - row0(tile)); }
+};
+
+// Grown when needed and kept for the next call of this thread.
+uint8_t* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<uint8_t[]> buffer;
+  thread_local int64_t capacity = 0;
+  constexpr int64_t kLine = 64;
+  if (bytes + kLine > capacity) {
+    buffer = std::make_unique_for_overwrite<uint8_t[]>(bytes + kLine);
+    capacity = bytes + kLine;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(buffer.get());
+  return buffer.get() + (kLine - address % kLine) % kLine;
+}
+
+}  // namespace
+
+const Kernel& select() {
+  const Isa active = active_isa();
+  for (const Kernel* kernel : kKernels)
+    if (kernel->isa <= active) return *kernel;
+  return kScalar;
+}
+
+bool run(const Call& call) {
+  if (call.rows == 0 || call.weight.outputs == 0) return true;
+  const Kernel& kernel = select();
+  const Tiling tiling{call.rows, (call.rows + kMaxTileRows - 1) / kMaxTileRows};
+  const int64_t chunks = (call.weight.inputs + kTileChunk - 1) / kTileChunk;
+  const int64_t row_bytes = chunks * kTileChunk;
+  uint8_t* tiles = scratch(call.rows * row_bytes);
+
+  std::atomic<bool> numbers{true};
+  const bool pack_alone = call.rows * row_bytes < kParallelPackBytes;
+  parallel_for(pack_alone ? 1 : num_threads(), [&](int part, int parts) {
+    for (int64_t t = tiling.count * part / parts; t < tiling.count * (part + 1) / parts; ++t)
+      if (!kernel.pack_tile(call, tiling.row0(t), tiling.height(t),
+                            tiles + tiling.row0(t) * row_bytes))
+        numbers.store(false, std::memory_order_relaxed);
+  });
+  if (!numbers.load(std::memory_order_relaxed)) return false;
+
+  const int64_t panels = (call.weight.outputs + kPanelOutputs - 1) / kPanelOutputs;
+  const int64_t groups = call.weight.panel_start[panels];
+  const bool alone = call.rows * groups * kGroupBytes < kParallelMultiplyAdds;
+  // Panel-major: a thread owns a contiguous run of panels, reads their weights once from memory and
+  // then from its caches, and shares no output cache line with its neighbour but at the border.
+  const int64_t blocks = panels * tiling.count;
+  parallel_for(alone ? 1 : num_threads(), [&](int part, int parts) {
+    for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
+      const int64_t t = b % tiling.count;
+      kernel.block(call, {tiles + tiling.row0(t) * row_bytes, tiling.row0(t), tiling.height(t),
+                          b / tiling.count});
+    }
+  });
+  return true;
+}
+
+const char* check_packed(const int32_t* group_index, int64_t groups, const int32_t* panel_start,
+                         int64_t panels, int64_t inputs) {
+  if (panel_start[0] != 0) return "panel_start must begin with 0";
+  for (int64_t p = 0; p < panels; ++p)
+    if (panel_start[p + 1] < panel_start[p]) return "panel_start must never fall";
+  if (panel_start[panels] != groups) return "panel_start must end with the number of groups";
+  const int32_t limit = static_cast<int32_t>((inputs + kGroupInputs - 1) / kGroupInputs);
+  for (int64_t g = 0; g < groups; ++g)
+    if (group_index[g] < 0 || group_index[g] >= limit)
+      return "group_index must lie in [0, ceil(K / 4))";
+  return nullptr;
+}
+
+}  // namespace fastrec::sparse_int8_linear

@@ -1,0 +1,99 @@
+// The exact twin of every vector kernel: plain loops, any machine.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "sparse_int8_linear/epilogue.h"
+#include "sparse_int8_linear/sparse_int8_linear.h"
+
+namespace fastrec::sparse_int8_linear {
+namespace {
+
+uint8_t quantise(float value, float inverse_scale, int32_t zero_point) {
+  const float low = static_cast<float>(-zero_point);
+  const float high = static_cast<float>(255 - zero_point);
+  const float clamped = std::min(std::max(value * inverse_scale, low), high);
+  // nearbyint: round half to even in the default rounding mode, like cvtps2dq and torch.round.
+  return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(clamped)) + zero_point);
+}
+
+float erf_approximation(float y) {
+  y = std::min(std::max(y, -kErfLimit), kErfLimit);
+  const float u = y * y;
+  float p = kErfP[5], q = kErfQ[5];
+  for (int i = 4; i >= 0; --i) {
+    p = std::fmaf(p, u, kErfP[i]);
+    q = std::fmaf(q, u, kErfQ[i]);
+  }
+  return std::min(std::max(y * p / q, -1.0f), 1.0f);
+}
+
+float activate(float value, Activation activation) {
+  if (activation == Activation::relu) return std::max(value, 0.0f);
+  if (activation == Activation::gelu) {
+    const float half = 0.5f * value;
+    return std::fmaf(half, erf_approximation(value * kSqrtHalf), half);
+  }
+  return value;
+}
+
+bool pack_tile(const Call& call, int64_t row0, int rows, uint8_t* tile) {
+  const int64_t inputs = call.weight.inputs;
+  const float inverse_scale = 1.0f / call.x_quantisation.scale;
+  bool numbers = true;
+  for (int64_t k0 = 0; k0 < inputs; k0 += kTileChunk) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileChunk, inputs - k0));
+    for (int r = 0; r < rows; ++r, tile += kTileChunk) {
+      const int64_t at = (row0 + r) * inputs + k0;
+      if (call.x_dtype == Dtype::u8) {
+        std::memcpy(tile, static_cast<const uint8_t*>(call.x) + at, count);
+      } else {
+        const float* x = static_cast<const float*>(call.x) + at;
+        for (int k = 0; k < count; ++k) {
+          numbers &= !std::isnan(x[k]);
+          tile[k] = quantise(x[k], inverse_scale, call.x_quantisation.zero_point);
+        }
+      }
+      std::memset(tile + count, 0, kTileChunk - count);
+    }
+  }
+  return numbers;
+}
+
+void block(const Call& call, const Block& block) {
+  const Weight& weight = call.weight;
+  int32_t acc[kMaxTileRows][kPanelOutputs] = {};
+  for (int32_t g = weight.panel_start[block.panel]; g < weight.panel_start[block.panel + 1]; ++g) {
+    const int8_t* w = weight.values + static_cast<int64_t>(g) * kGroupBytes;
+    const int64_t k = static_cast<int64_t>(weight.group_index[g]) * kGroupInputs;
+    const uint8_t* x = block.tile + k / kTileChunk * kTileChunk * block.rows + k % kTileChunk;
+    for (int r = 0; r < block.rows; ++r, x += kTileChunk)
+      for (int n = 0; n < kPanelOutputs; ++n)
+        for (int i = 0; i < kGroupInputs; ++i)
+          acc[r][n] += static_cast<int32_t>(x[i]) * w[n * kGroupInputs + i];
+  }
+  const int64_t n0 = block.panel * kPanelOutputs;
+  const int count = static_cast<int>(std::min<int64_t>(kPanelOutputs, weight.outputs - n0));
+  const float inverse_scale = 1.0f / call.y_quantisation.scale;
+  for (int r = 0; r < block.rows; ++r) {
+    const int64_t at = (block.row0 + r) * weight.outputs + n0;
+    for (int n = 0; n < count; ++n) {
+      const int32_t exact = acc[r][n] - call.x_quantisation.zero_point * weight.sum[n0 + n];
+      const float scale = call.x_quantisation.scale * weight.scale[n0 + n];
+      float value = static_cast<float>(exact) * scale;
+      if (weight.bias) value = value + weight.bias[n0 + n];
+      value = activate(value, call.activation);
+      if (call.y_dtype == Dtype::f32)
+        static_cast<float*>(call.y)[at + n] = value;
+      else
+        static_cast<uint8_t*>(call.y)[at + n] =
+            quantise(value, inverse_scale, call.y_quantisation.zero_point);
+    }
+  }
+}
+
+}  // namespace
+
+const Kernel kScalar = {Isa::scalar, pack_tile, block};
+
+}  // namespace fastrec::sparse_int8_linear

@@ -1,0 +1,96 @@
+// sparse_int8_linear: y[m, n] = act(x_scale * w_scale[n] * (sum_k (x[m, k] - z) * w[n, k]) + bias[n])
+//
+// x  u8 [M, K] with zero point z, or f32 [M, K] quantised on the way in:
+//    u8 = clip(round_half_even(x * (1 / x_scale)) + z, 0, 255)
+// w  s8 [N, K], one scale per output, packed (below); y f32, or u8 = clip(round(y / scale) + zero, 0, 255)
+// Accumulator: i32, exact while K * 255 * 128 < 2^31, that is K <= kMaxInputs; callers enforce it.
+// Every step outside the accumulator is one IEEE fp32 operation in the order written here, the same
+// in every ISA file and in reference.py, so that all of them agree to the last bit (GELU aside: its
+// erf is approximated to 4.3e-7 here, the same in all ISA files).
+//
+// Packed weight: panels of 32 outputs; of each panel only the kept groups of 4 inputs are stored.
+//
+//   values[group] = 128 bytes = two registers          group_index[group] = k / 4
+//     byte  0.. 63: outputs  0-15 of the panel, 4 inputs each      panel p owns the groups
+//     byte 64..127: outputs 16-31                                  panel_start[p] .. panel_start[p + 1]
+//
+// A dense weight is the same format with every group kept. Outputs beyond N and inputs beyond K are 0.
+//
+// Tiled activations: rows are cut into tiles of at most kMaxTileRows; a tile of R rows is stored as
+// [ceil(K / 32)][R][32] bytes, so that a group of 4 inputs of all rows lies within R * 32 bytes at
+// constant displacements. Inputs beyond K are 0. Kernels read nothing outside the tiles, the
+// values of their panel, and the first N entries of the per-output arrays.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace fastrec::sparse_int8_linear {
+
+inline constexpr int kPanelOutputs = 32;
+inline constexpr int kGroupInputs = 4;
+inline constexpr int kGroupBytes = kPanelOutputs * kGroupInputs;
+inline constexpr int kTileChunk = 32;     // inputs of one row that lie side by side in a tile
+inline constexpr int kMaxTileRows = 12;   // 24 accumulators + 2 weights + broadcasts <= 32 registers
+inline constexpr int64_t kMaxInputs = 65793;  // floor((2^31 - 1) / (255 * 128))
+
+enum class Activation : int { none, relu, gelu };
+enum class Dtype : int { u8, f32 };
+
+struct Weight {
+  const int8_t* values;        // [groups][128]
+  const int32_t* group_index;  // [groups], each in [0, ceil(K / 4))
+  const int32_t* panel_start;  // [ceil(N / 32) + 1], from 0, never falling
+  const float* scale;          // [N]
+  const int32_t* sum;          // [N], sum of the kept weights of each output
+  const float* bias;           // [N] or null
+  int64_t outputs, inputs;     // N, K
+};
+
+struct Quantisation {
+  float scale;
+  int32_t zero_point;  // 0..255
+};
+
+struct Call {
+  Weight weight;
+  const void* x;  // [M, K], rows contiguous
+  Dtype x_dtype;
+  Quantisation x_quantisation;
+  int64_t rows;  // M
+  Activation activation;
+  void* y;  // [M, N], rows contiguous
+  Dtype y_dtype;
+  Quantisation y_quantisation;  // used where y is u8
+};
+
+// One block of work: the rows of one tile times the outputs of one panel.
+struct Block {
+  const uint8_t* tile;  // [ceil(K / 32)][rows][32]
+  int64_t row0;
+  int rows;  // 1..kMaxTileRows
+  int64_t panel;
+};
+
+struct Kernel {
+  Isa isa;
+  // Quantises (if f32) and lays out one tile; false if an f32 input is not a number.
+  bool (*pack_tile)(const Call& call, int64_t row0, int rows, uint8_t* tile);
+  void (*block)(const Call& call, const Block& block);
+};
+
+extern const Kernel kScalar;
+extern const Kernel kAvx512vnni;
+
+// The kernel that runs under the active ISA.
+const Kernel& select();
+
+// False if an f32 input held a NaN; y is then unspecified.
+bool run(const Call& call);
+
+// Points at the first broken rule of the packed format, or null.
+const char* check_packed(const int32_t* group_index, int64_t groups, const int32_t* panel_start,
+                         int64_t panels, int64_t inputs);
+
+}  // namespace fastrec::sparse_int8_linear
