@@ -52,16 +52,14 @@ def named_layers(
             yield name, module
 
 
-def get_parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds ``name`` and the attribute under which it does."""
-    parent, _, attribute = name.rpartition(".")
-    return model.get_submodule(parent), attribute
-
-
 def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the submodule ``name``; the order of the children stays as it was."""
-    parent, attribute = get_parent(model, name)
-    parent._modules[attribute] = new
+    """Put ``new`` wherever the submodule ``name`` is found in the tree; children keep their
+    order."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
 
 
 def all_names(model: nn.Module) -> dict[int, list[str]]:

@@ -1,0 +1,165 @@
+"""QAT twins of nn.Linear and nn.Embedding: quantised in the forward pass, trained in full
+precision.
+
+The forward pass rounds as the INT8 modules do (paper, III-B: s = (max - min) / (2^b - 1),
+w_q = clip(round(w / s) s, min, max)); the backward pass lets gradients through unchanged inside the
+range and stops them outside (straight-through estimator). State-dict keys are those of the float
+modules plus ``x_min`` and ``x_max``. Weights that are zero when a twin is made stay zero: pruning
+survives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrec.compress.observers import LEVELS, affine_u8
+from fastrec.errors import ArgumentError
+
+WEIGHT_LEVELS = 127  # symmetric s8: -127 .. 127, so that -w is representable whenever w is
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """Symmetric s8 scale of each row, f32 [N]: absmax / 127, which is (max - min) / (2^8 - 2) of
+    the symmetric range [-absmax, absmax]; 1 for a row of zeros."""
+    peak = weight.detach().float().abs().amax(1)
+    return torch.where(peak > 0, peak / WEIGHT_LEVELS, torch.ones_like(peak))
+
+
+def zero_mask(weight: Tensor) -> Tensor | None:
+    """bool mask of the non-zero weights where some are exactly zero (pruned), else None.
+
+    A weight that is zero throughout was never trained rather than pruned: it gets no mask.
+    """
+    kept = weight.detach() != 0
+    return None if bool(kept.all()) or not bool(kept.any()) else kept
+
+
+class FakeQuantLinear(nn.Linear):
+    """nn.Linear with fake-quantised input (u8, learned range) and weight (s8 per output).
+
+    In training mode the range follows the batches' minimum and maximum by a moving average; in
+    eval mode it is frozen. The first batch sets it, unless calibration did.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, averaging: float) -> None:
+        # On "meta": from_float puts the float layer's own parameters in.
+        super().__init__(in_features, out_features, bias=bias, device="meta")
+        self.averaging = averaging
+        self.register_buffer("x_min", torch.tensor(float("inf")))
+        self.register_buffer("x_max", torch.tensor(float("-inf")))
+        self.register_buffer("kept", None, persistent=False)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, averaging: float) -> FakeQuantLinear:
+        """The twin of ``linear``; it shares the parameters, so optimisers made before stay
+        valid."""
+        twin = cls(linear.in_features, linear.out_features, linear.bias is not None, averaging)
+        twin.weight, twin.bias = linear.weight, linear.bias
+        twin.kept = zero_mask(linear.weight)
+        twin.to(linear.weight.device).train(linear.training)
+        return twin
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set the input range; scalars."""
+        self.x_min.copy_(low)
+        self.x_max.copy_(high)
+
+    def input_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale f32 [] and zero point i32 [] of the input."""
+        return affine_u8(self.x_min, self.x_max)
+
+    def checked_qparams(self, name: str) -> tuple[Tensor, Tensor]:
+        """:meth:`input_qparams`, or ArgumentError where no batch was seen or the range has NaN."""
+        if bool(torch.isfinite(self.x_min) & torch.isfinite(self.x_max)):
+            return self.input_qparams()
+        seen = "no batch" if bool(torch.isinf(self.x_min)) else "NaN or infinity"
+        raise ArgumentError(
+            "model",
+            "finite learned ranges: train the prepared model, or pass calibration to 'prepare'",
+            f"{seen} at the input of {name!r}",
+        )
+
+    def kept_weight(self) -> Tensor:
+        """The weight [N, K] with pruned elements zero, whatever the optimiser left there."""
+        return self.weight if self.kept is None else self.weight * self.kept
+
+    def quantized_weight(self) -> tuple[Tensor, Tensor]:
+        """The fake-quantised weight [N, K] and its scales [N]."""
+        weight = self.kept_weight()
+        scale = row_scales(weight)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        rounded = torch.fake_quantize_per_channel_affine(
+            weight, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS
+        )
+        return rounded, scale
+
+    def as_float(self) -> nn.Linear:
+        """A float layer that holds the fake-quantised weight: every w / s is an integer already, so
+        that whatever packs it cannot round another way."""
+        layer = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        layer.weight = nn.Parameter(self.quantized_weight()[0].detach(), requires_grad=False)
+        layer.bias = self.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if self.training:
+            self._follow(x.detach())
+        scale, zero_point = self.input_qparams()
+        x = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, LEVELS)
+        return F.linear(x, self.quantized_weight()[0], self.bias)
+
+    def _follow(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        low, high = torch.aminmax(x.float())
+        for bound, seen in ((self.x_min, low), (self.x_max, high)):
+            moved = bound + self.averaging * (seen - bound)
+            bound.copy_(torch.where(torch.isinf(bound), seen, moved))
+
+
+class FakeQuantEmbedding(nn.Embedding):
+    """nn.Embedding whose looked-up rows are fake-quantised (s8, one scale a row).
+
+    Only the rows of the batch are rounded, so the cost does not grow with the table.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta")
+        self.register_buffer("kept", None, persistent=False)
+
+    @classmethod
+    def from_float(cls, table: nn.Embedding) -> FakeQuantEmbedding:
+        """The twin of ``table``; it shares the parameter."""
+        twin = cls(table.num_embeddings, table.embedding_dim, table.padding_idx)
+        twin.weight, twin.sparse = table.weight, table.sparse
+        twin.scale_grad_by_freq = table.scale_grad_by_freq
+        twin.kept = zero_mask(table.weight)
+        return twin.train(table.training)
+
+    def kept_weight(self) -> Tensor:
+        """The table [num, dim] with pruned elements zero."""
+        return self.weight if self.kept is None else self.weight * self.kept
+
+    def as_float(self) -> nn.Embedding:
+        """A float table with pruned elements zero."""
+        table = nn.Embedding(
+            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
+        )
+        table.weight = nn.Parameter(self.kept_weight().detach(), requires_grad=False)
+        return table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., dim]."""
+        rows = super().forward(ids)
+        if self.kept is not None:
+            rows = rows * self.kept[ids]
+        peak = rows.detach().abs().amax(-1, keepdim=True)
+        scale = torch.where(peak > 0, peak / WEIGHT_LEVELS, torch.ones_like(peak))
+        rounded = (rows.detach() / scale).round() * scale
+        # Straight through: absmax sets the scale, so nothing is ever outside of the range.
+        return rows + (rounded - rows.detach())

@@ -1,0 +1,94 @@
+"""Which activations go into a quantised linear layer, and which layers hand on uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastrec.compress.selection import all_names
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What one linear layer absorbs.
+
+    Args:
+        activation: "relu", "gelu" or None.
+        absorbed: names of the modules that become nn.Identity (the activation, and dropouts on the
+            way to ``consumer``, which do nothing at inference).
+        consumer: name of the quantised layer that alone reads the result, or None.
+    """
+
+    activation: str | None = None
+    absorbed: tuple[str, ...] = ()
+    consumer: str | None = None
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """ "relu" or "gelu" where the kernel computes exactly this module, else None."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.GELU and module.approximate == "none":
+        return "gelu"
+    return None
+
+
+def plan_fusions(
+    model: nn.Module,
+    linears: Collection[str],
+    runs_whole: Callable[[str, list[str]], bool],
+) -> Mapping[str, Fusion]:
+    """The fusions inside every ``nn.Sequential`` of ``model``.
+
+    Only there is it certain that an output has a single reader; a module that appears twice in the
+    tree or a Sequential whose layers are also called one by one is left alone.
+
+    Args:
+        model: the model, still with its float layers.
+        linears: names of the layers to be quantised.
+        runs_whole: (name of the Sequential, names of its layers) -> whether it is only ever called
+            as a whole.
+    """
+    names = all_names(model)
+    single = {name for found in names.values() if len(found) == 1 for name in found}
+    fusions: dict[str, Fusion] = {}
+    for prefix, sequential in model.named_modules():
+        if not isinstance(sequential, nn.Sequential):
+            continue
+        if type(sequential).forward is not nn.Sequential.forward:
+            continue
+        # _modules, because named_children() skips a module that comes a second time
+        children = {f"{prefix}.{key}".lstrip("."): m for key, m in sequential._modules.items()}
+        if not runs_whole(prefix, [name for name in children if name in linears]):
+            continue
+        order = list(children)
+        for position, name in enumerate(order):
+            if name in linears and name in single:
+                fusions[name] = _fuse(order[position + 1 :], children, linears, single)
+    return fusions
+
+
+def _fuse(
+    following: list[str],
+    children: Mapping[str, nn.Module],
+    linears: Collection[str],
+    single: Collection[str],
+) -> Fusion:
+    activation, absorbed = None, []
+    for name in following:
+        module = children[name]
+        if name in linears:
+            consumer = name if name in single else None
+            return Fusion(activation, tuple(absorbed), consumer)
+        if name not in single:
+            break
+        if isinstance(module, nn.Identity | nn.Dropout):
+            absorbed.append(name)
+        elif activation is None and activation_name(module):
+            activation = activation_name(module)
+            absorbed.append(name)
+        else:
+            break
+    return Fusion(activation, tuple(absorbed))

@@ -1,0 +1,404 @@
+"""``quantize_``: static INT8 with calibration, and quantisation-aware training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastrec.compress.fake_quant import FakeQuantEmbedding, FakeQuantLinear
+from fastrec.compress.fusion import Fusion, plan_fusions
+from fastrec.compress.observers import METHODS, RangeObserver, affine_u8
+from fastrec.compress.selection import (
+    FilterFn,
+    bypassed_children,
+    call_model,
+    check_filter,
+    check_fraction,
+    check_model,
+    named_layers,
+    set_module,
+)
+from fastrec.errors import ArgumentError, DtypeError
+from fastrec.nn import Int8Embedding, SparseInt8Linear
+
+MIN_OUTPUTS = 16  # narrower layers (a final score) cost nothing in float and would lose accuracy
+MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) are no bytes and one more step
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Static INT8: u8 activations with calibrated ranges, s8 weights with one scale an output.
+
+    Args:
+        calibration_method: how the range of an activation is chosen from the calibration batches.
+            "minmax" keeps every value; "percentile" lets what lies beyond ``percentile`` saturate;
+            "mse" shrinks the range to the least squared error. The last two resist outliers.
+        percentile: in (50, 100], of each side.
+        embeddings: whether tables become INT8 too (one scale a row).
+        fuse: whether a ReLU or GELU behind a layer goes into its kernel, and layers that feed each
+            other hand on uint8.
+    """
+
+    calibration_method: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: float = 99.99
+    embeddings: bool = True
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.calibration_method not in METHODS:
+            raise ArgumentError(
+                "calibration_method", f"one of {METHODS}", repr(self.calibration_method)
+            )
+        check_fraction("percentile", self.percentile, low=50.0, high=100.000001)
+
+
+@dataclass(frozen=True)
+class QAT:
+    """Quantisation-aware training in two calls.
+
+    ``quantize_(model, QAT("prepare"))`` swaps in layers that round as INT8 does in the forward
+    pass and train in full precision; train as usual; ``quantize_(model, QAT("convert"))`` swaps in
+    the INT8 modules with the learned ranges.
+
+    Args:
+        step: "prepare" or "convert".
+        averaging: weight of the newest batch in the moving average of an activation's range.
+        calibration_method: for the initial ranges where ``calibration`` is passed with "prepare".
+        percentile: see :class:`Int8`.
+        embeddings: see :class:`Int8`.
+        fuse: see :class:`Int8`.
+    """
+
+    step: Literal["prepare", "convert"] = "prepare"
+    averaging: float = 0.01
+    calibration_method: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: float = 99.99
+    embeddings: bool = True
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.step not in ("prepare", "convert"):
+            raise ArgumentError("step", "'prepare' or 'convert'", repr(self.step))
+        check_fraction("averaging", self.averaging, high=1.000001)
+        self.ranges()
+
+    def ranges(self) -> Int8:
+        """The static configuration with the same choices."""
+        return Int8(self.calibration_method, self.percentile, self.embeddings, self.fuse)
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One quantised layer: its input's scale and zero point, the activation in its kernel, the
+    dtype it hands on and the share of 4-input groups that its kernel computes."""
+
+    x_scale: float
+    x_zero_point: int
+    activation: str | None
+    output: str
+    density: float
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What :func:`quantize_` did: quantised layers and tables, and the selected ones that were left
+    in float with the reason. After QAT's "prepare", ``prepared`` names the fake-quantised
+    modules."""
+
+    layers: dict[str, LinearReport] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
+    prepared: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts and numbers, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class _Seen:
+    """What the calibration batches showed."""
+
+    observers: dict[str, RangeObserver]
+    calls: dict[str, int]
+    n_batches: int = 0
+
+    def runs_whole(self, sequential: str, layers: list[str]) -> bool:
+        return all(self.calls[layer] == self.calls[sequential] > 0 for layer in layers)
+
+
+def quantize_(
+    model: nn.Module,
+    config: Int8 | QAT | None = None,
+    calibration: Iterable[Any] | None = None,
+    filter_fn: FilterFn | None = None,
+) -> QuantizeReport:
+    """Quantise ``model`` in place: ``nn.Linear`` -> ``SparseInt8Linear``, ``nn.Embedding`` ->
+    ``Int8Embedding``.
+
+    Weights pruned to zero in whole groups of 4 inputs x 32 outputs are dropped from the kernel's
+    work. In an ``nn.Sequential``, a ReLU or GELU behind a layer moves into its kernel (an
+    ``nn.Identity`` stays in its place, so indices hold), and a layer that feeds the next quantised
+    one hands on uint8 with that one's scale, so the chain is integer from end to end.
+
+    Args:
+        model: any torch model; its layers must be called as modules.
+        config: :class:`Int8` (default) or :class:`QAT`.
+        calibration: iterable of batches: tuples of the model's inputs, single tensors, mappings, or
+            objects with ``.inputs()`` such as ``SequenceBatch``. A few hundred typical examples are
+            enough. Needed by Int8; optional for QAT's prepare; unused by its convert.
+        filter_fn: (module, name) -> bool decides over ``nn.Linear`` and ``nn.Embedding`` modules.
+            Default: layers of at least 16 outputs and tables of at least 1000 rows.
+
+    Raises:
+        ArgumentError: nothing selected, no calibration, NaN or infinity in weights or activations.
+            The model is untouched then.
+    """
+    check_model(model)
+    check_filter(filter_fn)
+    config = Int8() if config is None else config
+    if isinstance(config, QAT):
+        if config.step == "convert":
+            return _convert(model, config)
+        return _prepare(model, config, calibration, filter_fn or _default_filter)
+    if not isinstance(config, Int8):
+        raise DtypeError("config", "an Int8 or a QAT", type(config).__name__)
+    return _static(model, config, calibration, filter_fn or _default_filter)
+
+
+def _default_filter(module: nn.Module, name: str) -> bool:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings >= MIN_TABLE_ROWS
+    return module.out_features >= MIN_OUTPUTS
+
+
+def _static(
+    model: nn.Module, config: Int8, calibration: Iterable[Any] | None, filter_fn: FilterFn
+) -> QuantizeReport:
+    linears, tables = _selected(model, config.embeddings, filter_fn)
+    if calibration is None:
+        raise ArgumentError(
+            "calibration",
+            "an iterable of input batches, e.g. dataset.batches('train', batch_size=32, limit=256)",
+            None,
+        )
+    seen = _calibrate(model, linears, tables, calibration)
+    left = _leave_uncalled(model, linears, tables, seen)
+    fusions = plan_fusions(model, linears, seen.runs_whole) if config.fuse else {}
+    swaps: dict[str, nn.Module] = {}
+    for name, linear in linears.items():
+        low, high = seen.observers[name].range(config.calibration_method, config.percentile)
+        scale, zero_point = _qparams(low, high)
+        swaps[name] = SparseInt8Linear.from_float(
+            linear,
+            x_scale=scale,
+            x_zero_point=zero_point,
+            activation=fusions.get(name, Fusion()).activation,
+        )
+    swaps |= {name: Int8Embedding.from_float(table) for name, table in tables.items()}
+    return _swap(model, swaps, fusions, left)
+
+
+def _prepare(
+    model: nn.Module, config: QAT, calibration: Iterable[Any] | None, filter_fn: FilterFn
+) -> QuantizeReport:
+    linears, tables = _selected(model, config.embeddings, filter_fn)
+    left: dict[str, str] = {}
+    seen = None
+    if calibration is not None:
+        seen = _calibrate(model, linears, tables, calibration)
+        left = _leave_uncalled(model, linears, tables, seen)
+    for name, linear in linears.items():
+        twin = FakeQuantLinear.from_float(linear, config.averaging)
+        if seen is not None:
+            twin.set_range(
+                *seen.observers[name].range(config.calibration_method, config.percentile)
+            )
+        set_module(model, name, twin)
+    for name, table in tables.items():
+        set_module(model, name, FakeQuantEmbedding.from_float(table))
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            module.register_forward_pre_hook(_note_call)
+    return QuantizeReport(prepared=[*linears, *tables], left=left)
+
+
+def _note_call(module: nn.Module, args: Any) -> None:
+    """On every Sequential during QAT: convert fuses only those that were called as a whole."""
+    module.__dict__["_fastrec_called"] = True
+
+
+def _convert(model: nn.Module, config: QAT) -> QuantizeReport:
+    twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantEmbedding)}
+    if not twins and not tables:
+        raise ArgumentError(
+            "model", "a model that quantize_(model, QAT('prepare')) has prepared", "one without"
+        )
+    for name, layer in {**twins, **tables}.items():
+        _check_finite(name, layer)
+
+    def called_whole(sequential: str, layers: list[str]) -> bool:
+        return "_fastrec_called" in model.get_submodule(sequential).__dict__
+
+    fusions = plan_fusions(model, twins, called_whole) if config.fuse else {}
+    swaps: dict[str, nn.Module] = {}
+    for name, twin in twins.items():
+        scale, zero_point = twin.checked_qparams(name)
+        swaps[name] = SparseInt8Linear.from_float(
+            twin.as_float(),
+            x_scale=float(scale),
+            x_zero_point=int(zero_point),
+            activation=fusions.get(name, Fusion()).activation,
+            w_scale=twin.quantized_weight()[1],
+        )
+    for name, table in tables.items():
+        swaps[name] = Int8Embedding.from_float(table.as_float())
+    for module in model.modules():
+        module.__dict__.pop("_fastrec_called", None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _note_call:
+                del module._forward_pre_hooks[key]
+    return _swap(model, swaps, fusions, {})
+
+
+def _selected(
+    model: nn.Module, embeddings: bool, filter_fn: FilterFn
+) -> tuple[dict[str, nn.Linear], dict[str, nn.Embedding]]:
+    bypassed = bypassed_children(model)
+    linears = {
+        name: m for name, m in named_layers(model, nn.Linear, filter_fn) if id(m) not in bypassed
+    }
+    tables = {
+        name: m
+        for name, m in (named_layers(model, nn.Embedding, filter_fn) if embeddings else ())
+        if m.max_norm is None
+    }
+    if not linears and not tables:
+        raise ArgumentError(
+            "model",
+            f"a module holding nn.Linear layers (by default of at least {MIN_OUTPUTS} outputs) or "
+            "tables that filter_fn selects",
+            "none",
+        )
+    if "" in linears or "" in tables:
+        raise ArgumentError(
+            "model", "a module that holds the layers: wrap it in nn.Sequential", "a single layer"
+        )
+    for name, layer in {**linears, **tables}.items():
+        _check_finite(name, layer)
+    return linears, tables
+
+
+def _check_finite(name: str, layer: nn.Module) -> None:
+    for key, parameter in layer.named_parameters(recurse=False):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ArgumentError(f"{name}.{key}", "finite weights", "NaN or infinity")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module's own training flag comes back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _calibrate(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    tables: Mapping[str, nn.Embedding],
+    calibration: Iterable[Any],
+) -> _Seen:
+    seen = _Seen({name: RangeObserver(name) for name in linears}, {})
+    with ExitStack() as stack, _evaluating(model):
+        for name, module in model.named_modules():
+            if name in linears or name in tables or isinstance(module, nn.Sequential):
+                seen.calls[name] = 0
+                hook = _observe(seen, name)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        for batch in calibration:
+            call_model(model, batch)
+            seen.n_batches += 1
+    if seen.n_batches == 0:
+        raise ArgumentError("calibration", "at least one batch", "an empty iterable")
+    return seen
+
+
+def _observe(seen: _Seen, name: str) -> Any:
+    observer = seen.observers.get(name)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls[name] += 1
+        if observer is not None:
+            observer.observe(args[0] if args else kwargs["input"])
+
+    return hook
+
+
+def _leave_uncalled(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    tables: dict[str, nn.Embedding],
+    seen: _Seen,
+) -> dict[str, str]:
+    """Drop what calibration never called: its weight is read some other way, or not at all."""
+    left = {}
+    for layers in (linears, tables):
+        for name in [n for n in layers if seen.calls[n] == 0]:
+            del layers[name]
+            left[name] = "never called as a module during calibration"
+    if not linears and not tables:
+        raise ArgumentError(
+            "calibration", "batches that reach the selected layers", "none of them was called"
+        )
+    return left
+
+
+def _qparams(low: Tensor, high: Tensor) -> tuple[float, int]:
+    scale, zero_point = affine_u8(low, high)
+    return float(scale), int(zero_point)
+
+
+def _swap(
+    model: nn.Module,
+    swaps: Mapping[str, nn.Module],
+    fusions: Mapping[str, Fusion],
+    left: dict[str, str],
+) -> QuantizeReport:
+    """Everything is built before this: from here on nothing can fail half-way."""
+    outputs = {}
+    for name, fusion in fusions.items():
+        if fusion.consumer is not None:
+            consumer = swaps[fusion.consumer]
+            swaps[name].set_output_quantization(float(consumer.x_scale), int(consumer.x_zero_point))
+            outputs[name] = "uint8"
+        if fusion.activation is not None or fusion.consumer is not None:
+            for absorbed in fusion.absorbed:
+                set_module(model, absorbed, nn.Identity())
+    for name, module in swaps.items():
+        set_module(model, name, module.train(model.get_submodule(name).training))
+    layers = {
+        name: LinearReport(
+            float(m.x_scale),
+            int(m.x_zero_point),
+            m.activation,
+            outputs.get(name, "float32"),
+            float(m.density),
+        )
+        for name, m in swaps.items()
+        if isinstance(m, SparseInt8Linear)
+    }
+    tables = [name for name, m in swaps.items() if isinstance(m, Int8Embedding)]
+    return QuantizeReport(layers=layers, tables=tables, left=left)
