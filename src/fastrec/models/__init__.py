@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastrec.models.sasrec import SASRec, SASRecConfig
     from fastrec.models.validate import validate_inputs
 
-    MODELS: dict[str, tuple[type, type]]
+    MODELS: dict[str, tuple[Any, Any]]
 
 __all__ = [
     "MODELS",

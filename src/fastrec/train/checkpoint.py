@@ -1,0 +1,156 @@
+"""Training checkpoints and trained models as safetensors files: no pickle, checksummed, atomic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastrec.errors import ArgumentError, ArtifactError
+from fastrec.models import MODELS
+
+FORMAT = 1
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata to ``path`` in one step: a reader sees old or new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {
+        "fastrec": json.dumps({"kind": kind, "format": FORMAT, "sha256": _checksum(host), **meta})
+    }
+    # The process id keeps two writers apart; the rename is what makes the write atomic.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(host, partial, metadata=header)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote: (tensors on the CPU, metadata).
+
+    Raises:
+        ArtifactError: no such file, truncated, altered, another kind of file, or too new a format.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("fastrec", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: truncated, altered or not safetensors ({error})") from error
+    if not isinstance(meta, dict) or meta.get("kind") != kind:
+        raise ArtifactError(f"{path}: not a fastrec {kind} file")
+    if meta.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path}: format {meta.get('format')}, this version reads format {FORMAT}"
+        )
+    if meta.get("sha256") != _checksum(tensors):
+        raise ArtifactError(f"{path}: the checksum does not match, the file was altered")
+    return tensors, meta
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Everything that a bit-exact continuation needs.
+
+    Weights, optimiser state, torch's random state, and ``state``.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in slots.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    write_tensors(path, "checkpoint", tensors, {"state": state})
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore what :func:`save_checkpoint` wrote in place; returns its ``state``.
+
+    Raises:
+        ArtifactError: the file is damaged, or belongs to another model.
+    """
+    tensors, meta = read_tensors(path, "checkpoint")
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    _fill(model, parts["model"], path)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        index, _, slot = name.partition(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    current = optimizer.state_dict()
+    optimizer.load_state_dict({"state": slots, "param_groups": current["param_groups"]})
+    torch.set_rng_state(parts["rng"]["cpu"])
+    if "cuda" in parts["rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(parts["rng"]["cuda"])
+    return dict(meta["state"])
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: does not fit this model ({error})") from error
+
+
+def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
+    """Write a trained model's weights, with its name and config where it is one of ours."""
+    meta: dict[str, Any] = {"model": None, "config": None}
+    for name, (cls, _) in MODELS.items():
+        if type(model) is cls:
+            config: Any = model.config
+            meta = {"model": name, "config": config.to_dict()}
+    write_tensors(Path(path), "model", model.state_dict(), meta)
+
+
+def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Read what :func:`save_model` wrote, into ``model`` or a new one built from the saved config.
+
+    Args:
+        path: the file, or the output folder of a training run.
+
+    Raises:
+        ArtifactError: the file is damaged, or does not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    tensors, meta = read_tensors(path, "model")
+    if model is None:
+        if meta.get("model") not in MODELS:
+            raise ArtifactError(f"{path}: names no model of fastrec, pass one to load into")
+        cls, config_cls = MODELS[meta["model"]]
+        try:
+            model = cls(config_cls.from_dict(meta["config"]))
+        except (ArgumentError, TypeError) as error:
+            raise ArtifactError(f"{path}: bad config ({error})") from error
+        model.eval()
+    _fill(model, tensors, path)
+    return model
