@@ -13,7 +13,8 @@ namespace fastrec {
 namespace {
 
 #if defined(__x86_64__)
-constexpr int kChains = 16;  // independent accumulators: 2 an instruction-cycle x latency 4, doubled
+constexpr int kChains =
+    16;  // independent accumulators: 2 an instruction-cycle x latency 4, doubled
 constexpr int64_t kOpsPerInstruction = 64 * 2;
 
 // In assembly, because gcc 12 moves and spills the accumulators of the same loop in intrinsics.

@@ -11,11 +11,11 @@
 namespace fastrec {
 
 struct CpuWords {
-  uint32_t max_leaf = 0;     // CPUID(0).eax
-  uint32_t leaf1_ecx = 0;    // CPUID(1).ecx
-  uint32_t leaf7_ebx = 0;    // CPUID(7,0).ebx
-  uint32_t leaf7_ecx = 0;    // CPUID(7,0).ecx
-  uint64_t xcr0 = 0;         // XGETBV(0); 0 where OSXSAVE is off
+  uint32_t max_leaf = 0;   // CPUID(0).eax
+  uint32_t leaf1_ecx = 0;  // CPUID(1).ecx
+  uint32_t leaf7_ebx = 0;  // CPUID(7,0).ebx
+  uint32_t leaf7_ecx = 0;  // CPUID(7,0).ecx
+  uint64_t xcr0 = 0;       // XGETBV(0); 0 where OSXSAVE is off
 };
 
 CpuWords read_cpu_words();

@@ -1,8 +1,8 @@
 // The one table of instruction sets: name and compiler target.
 //
 // The target string is the single source of truth: kernels are compiled with it
-// (`__attribute__((target(FASTREC_TARGET_avx512vnni)))`) and cpu_features.cpp requires the CPUID and
-// XCR0 bits of every word in it, so that the two can never drift apart.
+// (`__attribute__((target(FASTREC_TARGET_avx512vnni)))`) and cpu_features.cpp requires the CPUID
+// and XCR0 bits of every word in it, so that the two can never drift apart.
 #pragma once
 
 #define FASTREC_TARGET_scalar ""

@@ -43,58 +43,86 @@ void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
   word.wait(old, std::memory_order_acquire);
 }
 
+struct Job {
+  ParallelBody body;
+  void* context;
+  int64_t count, grain;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < count;)
+      body(context, begin, std::min(begin + grain, count));
+  }
+};
+
+// Hands one job at a time to one thread. The word counts transitions, so that a waiter sees every
+// change: idle -> posted -> running -> idle, or posted -> idle where the caller takes the job back.
+class alignas(64) Worker {
+ public:
+  void start() {
+    std::thread([this] { loop(); }).detach();
+  }
+
+  void post(Job* job) {
+    job_ = job;
+    ticket_.store(ticket_.load(std::memory_order_relaxed) - kIdle + kPosted + kStep,
+                  std::memory_order_release);
+    ticket_.notify_one();
+  }
+
+  // Takes the job back if it was not begun, else waits for its end.
+  void finish() {
+    uint32_t seen = ticket_.load(std::memory_order_acquire);
+    if ((seen & kState) == kPosted &&
+        ticket_.compare_exchange_strong(seen, seen - kPosted + kIdle, std::memory_order_acquire))
+      return;
+    while ((seen & kState) != kIdle) {
+      wait_for_change(ticket_, seen);
+      seen = ticket_.load(std::memory_order_acquire);
+    }
+  }
+
+ private:
+  static constexpr uint32_t kIdle = 0, kPosted = 1, kRunning = 2, kState = 3, kStep = 4;
+
+  void loop() {
+    for (;;) {
+      uint32_t seen = ticket_.load(std::memory_order_acquire);
+      if ((seen & kState) != kPosted) {
+        wait_for_change(ticket_, seen);
+        continue;
+      }
+      if (!ticket_.compare_exchange_strong(seen, seen - kPosted + kRunning,
+                                           std::memory_order_acquire))
+        continue;
+      job_->work();
+      ticket_.fetch_sub(kRunning - kIdle, std::memory_order_release);
+      ticket_.notify_one();
+    }
+  }
+
+  std::atomic<uint32_t> ticket_{kIdle};
+  Job* job_ = nullptr;
+};
+
 class Pool {
  public:
   explicit Pool(int workers) {
     for (int i = 0; i < workers; ++i) {
-      workers_.emplace_back(std::make_unique<Worker>());
-      std::thread([worker = workers_.back().get()] { worker->loop(); }).detach();
+      workers_.push_back(std::make_unique<Worker>());
+      workers_.back()->start();
     }
   }
 
   int size() const { return static_cast<int>(workers_.size()); }
 
-  // Runs parts 1..parts-1 on the workers and part 0 here.
-  void run(int parts, ParallelBody body, void* context) {
-    for (int part = 1; part < parts; ++part)
-      workers_[part - 1]->start({body, context, part, parts});
-    body(context, 0, parts);
-    for (int part = 1; part < parts; ++part) workers_[part - 1]->join();
+  void run(Job& job, int helpers) {
+    for (int i = 0; i < helpers; ++i) workers_[i]->post(&job);
+    job.work();
+    for (int i = 0; i < helpers; ++i) workers_[i]->finish();
   }
 
  private:
-  struct Job {
-    ParallelBody body;
-    void* context;
-    int part, parts;
-  };
-
-  struct alignas(64) Worker {
-    std::atomic<uint32_t> started{0};
-    alignas(64) std::atomic<uint32_t> finished{0};
-    Job job{};
-
-    void start(const Job& next) {
-      job = next;
-      started.fetch_add(1, std::memory_order_release);
-      started.notify_one();
-    }
-    void join() {
-      const uint32_t goal = started.load(std::memory_order_relaxed);
-      for (uint32_t seen; (seen = finished.load(std::memory_order_acquire)) != goal;)
-        wait_for_change(finished, seen);
-    }
-    void loop() {
-      for (uint32_t seen = 0;;) {
-        wait_for_change(started, seen);
-        ++seen;
-        job.body(job.context, job.part, job.parts);
-        finished.fetch_add(1, std::memory_order_release);
-        finished.notify_one();
-      }
-    }
-  };
-
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
@@ -137,13 +165,19 @@ int num_threads() {
 
 void set_num_threads(int threads) { thread_limit.store(std::clamp(threads, 1, max_threads())); }
 
-void parallel_for(int parts, ParallelBody body, void* context) {
-  parts = std::min(parts, num_threads());
-  if (parts > 1) {
+void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context) {
+  if (count <= 0) return;
+  const int64_t chunks = (count + grain - 1) / grain;
+  const int helpers =
+      static_cast<int>(std::min<int64_t>(std::min(threads, num_threads()), chunks)) - 1;
+  if (helpers > 0) {
     std::unique_lock lock(pool_mutex, std::try_to_lock);
-    if (lock.owns_lock()) return get_pool(parts - 1)->run(parts, body, context);
+    if (lock.owns_lock()) {
+      Job job{body, context, count, grain};
+      return get_pool(helpers)->run(job, helpers);
+    }
   }
-  body(context, 0, 1);
+  body(context, 0, count);
 }
 
 }  // namespace fastrec

@@ -1,9 +1,11 @@
 // The one thread pool.
 //
-// Workers spin for a short while after a job, so that the next layer of the same request starts at
-// once, then park, so that an idle process costs nothing and other thread pools in the process
-// (OpenMP, TBB) are not starved. A caller that finds the pool busy runs its job alone: concurrent
-// callers never oversubscribe the machine.
+// Work is claimed in chunks from a shared counter by the caller and by parked or spinning workers.
+// A worker that has not started when the work is done is not waited for, so a busy machine costs
+// speed, never a stall on a thread that the scheduler has put aside. Workers spin for a short while
+// after a job, so that the next layer of the same request starts at once, then park, so that an
+// idle process costs nothing and other pools in the process (OpenMP, TBB) are not starved. A caller
+// that finds the pool busy works alone: concurrent callers never oversubscribe the machine.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +18,17 @@ int num_threads();
 void set_num_threads(int threads);
 int max_threads();
 
-// body(context, part, parts) for part = 0 .. parts-1, parts <= num_threads(); returns when all are done.
-using ParallelBody = void (*)(void* context, int part, int parts);
-void parallel_for(int parts, ParallelBody body, void* context);
+// Calls body(context, begin, end) for chunks of at most `grain` that cover [0, count), on at most
+// `threads` threads; returns when all is done.
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context);
 
 template <class F>
-void parallel_for(int parts, F&& body) {
+void parallel_for(int64_t count, int64_t grain, int threads, F&& body) {
   parallel_for(
-      parts, [](void* context, int part, int of) { (*static_cast<F*>(context))(part, of); }, &body);
+      count, grain, threads,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      &body);
 }
 
 }  // namespace fastrec

@@ -1,7 +1,7 @@
 """fastrec: custom-kernel acceleration for real-time sequential recommenders.
 
-``import fastrec`` is light: it loads neither torch nor the compiled kernels, and has no side effect.
-The names below are resolved on first use (PEP 562).
+``import fastrec`` is light: it loads neither torch nor the compiled kernels, and has no side
+effect. The names below are resolved on first use (PEP 562).
 """
 
 from __future__ import annotations

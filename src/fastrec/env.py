@@ -2,9 +2,9 @@
 
 | variable | meaning |
 |---|---|
-| ``FASTREC_FORCE_ISA`` | instruction set that every CPU kernel must use; unknown or missing ones raise |
-| ``FASTREC_FORCE_BACKEND`` | kernel backend to use where the caller names none; raises if it cannot run |
-| ``FASTREC_BUILD_CPU`` / ``FASTREC_BUILD_CUDA`` | build time only (setup.py): unset = best effort, 1 = fail if it can't, 0 = skip |
+| ``FASTREC_FORCE_ISA`` | newest instruction set CPU kernels may use; unknown ones raise |
+| ``FASTREC_FORCE_BACKEND`` | kernel backend where the caller names none; raises if it can't run |
+| ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA`` | build time only, see setup.py |
 """
 
 from __future__ import annotations

@@ -133,9 +133,12 @@ FASTREC_AVX512VNNI void block(const Call& call, const Block& block) {
   kAccumulate[block.rows - 1](weight.values + first * kGroupBytes, weight.group_index + first,
                               groups, block.tile, acc);
   switch (call.activation) {
-    case Activation::none: return epilogue<Activation::none>(call, block, acc);
-    case Activation::relu: return epilogue<Activation::relu>(call, block, acc);
-    case Activation::gelu: return epilogue<Activation::gelu>(call, block, acc);
+    case Activation::none:
+      return epilogue<Activation::none>(call, block, acc);
+    case Activation::relu:
+      return epilogue<Activation::relu>(call, block, acc);
+    case Activation::gelu:
+      return epilogue<Activation::gelu>(call, block, acc);
   }
 }
 
@@ -160,9 +163,8 @@ FASTREC_AVX512VNNI bool pack_tile(const Call& call, int64_t row0, int rows, uint
     const int64_t left = inputs - k0;
     const __mmask32 lanes = left >= kTileChunk ? ~0u : (1u << left) - 1;
     for (int r = 0; r < rows; ++r, tile += kTileChunk)
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(tile),
-          load_chunk(call, (row0 + r) * inputs + k0, lanes, to, not_numbers));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile),
+                          load_chunk(call, (row0 + r) * inputs + k0, lanes, to, not_numbers));
   }
   return not_numbers == 0;
 }

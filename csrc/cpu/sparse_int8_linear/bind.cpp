@@ -55,8 +55,9 @@ void bind(py::module_& parent) {
   py::module_ m = parent.def_submodule("sparse_int8_linear");
   m.attr("MAX_INPUTS") = kMaxInputs;
   m.attr("MAX_TILE_ROWS") = kMaxTileRows;
-  m.def("kernel_isa", [] { return kIsaTable[static_cast<int>(select().isa)].name; },
-        "Name of the ISA whose kernel runs now.");
+  m.def(
+      "kernel_isa", [] { return kIsaTable[static_cast<int>(select().isa)].name; },
+      "Name of the ISA whose kernel runs now.");
   m.def(
       "check_packed",
       [](uintptr_t group_index, int64_t groups, uintptr_t panel_start, int64_t panels,

@@ -20,6 +20,8 @@ constexpr const Kernel* kKernels[] = {
 // Below this many multiply-adds a second thread costs more than it brings (about 2 us of work).
 constexpr int64_t kParallelMultiplyAdds = 400'000;
 constexpr int64_t kParallelPackBytes = 32 * 1024;
+// Chunks small enough that the last one hardly matters, large enough to amortise claiming one.
+constexpr int64_t kChunksPerThread = 16;
 
 // Rows are cut into the fewest tiles, all of nearly the same height.
 struct Tiling {
@@ -60,8 +62,8 @@ bool run(const Call& call) {
 
   std::atomic<bool> numbers{true};
   const bool pack_alone = call.rows * row_bytes < kParallelPackBytes;
-  parallel_for(pack_alone ? 1 : num_threads(), [&](int part, int parts) {
-    for (int64_t t = tiling.count * part / parts; t < tiling.count * (part + 1) / parts; ++t)
+  parallel_for(tiling.count, 1, pack_alone ? 1 : num_threads(), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
       if (!kernel.pack_tile(call, tiling.row0(t), tiling.height(t),
                             tiles + tiling.row0(t) * row_bytes))
         numbers.store(false, std::memory_order_relaxed);
@@ -71,11 +73,13 @@ bool run(const Call& call) {
   const int64_t panels = (call.weight.outputs + kPanelOutputs - 1) / kPanelOutputs;
   const int64_t groups = call.weight.panel_start[panels];
   const bool alone = call.rows * groups * kGroupBytes < kParallelMultiplyAdds;
-  // Panel-major: a thread owns a contiguous run of panels, reads their weights once from memory and
-  // then from its caches, and shares no output cache line with its neighbour but at the border.
+  const int threads = alone ? 1 : num_threads();
+  // Panel-major: a chunk is a contiguous run of blocks, whose weights are read once from memory and
+  // then from the core's caches, and which shares no output cache line but at its border.
   const int64_t blocks = panels * tiling.count;
-  parallel_for(alone ? 1 : num_threads(), [&](int part, int parts) {
-    for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
+  const int64_t grain = std::max<int64_t>(1, blocks / (threads * kChunksPerThread));
+  parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
       const int64_t t = b % tiling.count;
       kernel.block(call, {tiles + tiling.row0(t) * row_bytes, tiling.row0(t), tiling.height(t),
                           b / tiling.count});

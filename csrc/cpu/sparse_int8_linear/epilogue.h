@@ -7,8 +7,8 @@ namespace fastrec::sparse_int8_linear {
 // degree 5/5 with iterative reweighting towards the minimax (relative error 2.5e-8 in exact
 // arithmetic, absolute error 4.3e-7 in fp32).
 inline constexpr float kErfLimit = 4.0f;
-inline constexpr float kErfP[] = {1.1283791065216064f,  0.19352270662784576f,
-                                  0.05309876427054405f, 0.0038823934737592936f,
+inline constexpr float kErfP[] = {1.1283791065216064f,    0.19352270662784576f,
+                                  0.05309876427054405f,   0.0038823934737592936f,
                                   0.0002845456183422357f, 1.986956021937658e-06f};
 inline constexpr float kErfQ[] = {1.0f,
                                   0.5048375725746155f,

@@ -1,20 +1,23 @@
-// sparse_int8_linear: y[m, n] = act(x_scale * w_scale[n] * (sum_k (x[m, k] - z) * w[n, k]) + bias[n])
+// sparse_int8_linear: y[m, n] = act(x_scale * w_scale[n] * (sum_k (x[m, k] - z) * w[n, k]) +
+// bias[n])
 //
 // x  u8 [M, K] with zero point z, or f32 [M, K] quantised on the way in:
 //    u8 = clip(round_half_even(x * (1 / x_scale)) + z, 0, 255)
-// w  s8 [N, K], one scale per output, packed (below); y f32, or u8 = clip(round(y / scale) + zero, 0, 255)
-// Accumulator: i32, exact while K * 255 * 128 < 2^31, that is K <= kMaxInputs; callers enforce it.
-// Every step outside the accumulator is one IEEE fp32 operation in the order written here, the same
-// in every ISA file and in reference.py, so that all of them agree to the last bit (GELU aside: its
-// erf is approximated to 4.3e-7 here, the same in all ISA files).
+// w  s8 [N, K], one scale per output, packed (below); y f32, or u8 = clip(round(y / scale) + zero,
+// 0, 255) Accumulator: i32, exact while K * 255 * 128 < 2^31, that is K <= kMaxInputs; callers
+// enforce it. Every step outside the accumulator is one IEEE fp32 operation in the order written
+// here, the same in every ISA file and in reference.py, so that all of them agree to the last bit
+// (GELU aside: its erf is approximated to 4.3e-7 here, the same in all ISA files).
 //
 // Packed weight: panels of 32 outputs; of each panel only the kept groups of 4 inputs are stored.
 //
 //   values[group] = 128 bytes = two registers          group_index[group] = k / 4
 //     byte  0.. 63: outputs  0-15 of the panel, 4 inputs each      panel p owns the groups
-//     byte 64..127: outputs 16-31                                  panel_start[p] .. panel_start[p + 1]
+//     byte 64..127: outputs 16-31                                  panel_start[p] .. panel_start[p
+//     + 1]
 //
-// A dense weight is the same format with every group kept. Outputs beyond N and inputs beyond K are 0.
+// A dense weight is the same format with every group kept. Outputs beyond N and inputs beyond K are
+// 0.
 //
 // Tiled activations: rows are cut into tiles of at most kMaxTileRows; a tile of R rows is stored as
 // [ceil(K / 32)][R][32] bytes, so that a group of 4 inputs of all rows lies within R * 32 bytes at
@@ -31,8 +34,8 @@ namespace fastrec::sparse_int8_linear {
 inline constexpr int kPanelOutputs = 32;
 inline constexpr int kGroupInputs = 4;
 inline constexpr int kGroupBytes = kPanelOutputs * kGroupInputs;
-inline constexpr int kTileChunk = 32;     // inputs of one row that lie side by side in a tile
-inline constexpr int kMaxTileRows = 12;   // 24 accumulators + 2 weights + broadcasts <= 32 registers
+inline constexpr int kTileChunk = 32;    // inputs of one row that lie side by side in a tile
+inline constexpr int kMaxTileRows = 12;  // 24 accumulators + 2 weights + broadcasts <= 32 registers
 inline constexpr int64_t kMaxInputs = 65793;  // floor((2^31 - 1) / (255 * 128))
 
 enum class Activation : int { none, relu, gelu };

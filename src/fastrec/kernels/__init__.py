@@ -1,7 +1,7 @@
 """The hand-written kernels, one folder per op id.
 
-``fastrec.kernels.<op_id>(...)`` is the public function, ``fastrec.kernels.registry()`` lists the ops.
-Importing this package loads neither torch nor the compiled kernels.
+``fastrec.kernels.<op_id>(...)`` is the public function, ``fastrec.kernels.registry()`` lists the
+ops. Importing this package loads neither torch nor the compiled kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Access to the compiled CPU kernels (``fastrec._native``) and their instruction sets and threads."""
+"""Access to the compiled CPU kernels (``fastrec._native``): instruction sets and threads."""
 
 from __future__ import annotations
 

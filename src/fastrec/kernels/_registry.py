@@ -1,4 +1,4 @@
-"""What every op declares about itself: the contract tests, the bench and ``fastrec info`` walk it."""
+"""What every op declares about itself; contract tests, bench and ``fastrec info`` walk it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Sample:
     """One named case, shared by tests and bench.
 
     ``make()`` returns ``(args, kwargs)`` for the op's public function, deterministic by name.
-    ``macs`` counts the multiply-adds that the op asks for and ``bytes_moved`` the bytes that it must
-    read and write once.
+    ``macs`` counts the multiply-adds that the op asks for and ``bytes_moved`` the bytes that it
+    must read and write once.
     """
 
     name: str

@@ -117,7 +117,7 @@ class SparseInt8Linear(nn.Module):
         return module
 
     def set_input_quantization(self, scale: float, zero_point: int) -> None:
-        """Real input = (u8 - zero_point) * scale. Raises ArgumentError on a bad scale or zero point."""
+        """Real input = (u8 - zero_point) * scale; ArgumentError on a bad scale or zero point."""
         check_quantisation("x", scale, zero_point)
         self.x_scale = torch.tensor(scale, dtype=torch.float32)
         self.x_zero_point = torch.tensor(zero_point, dtype=torch.int32)

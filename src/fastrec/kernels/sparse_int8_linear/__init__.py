@@ -1,4 +1,4 @@
-"""``sparse_int8_linear``: u8 activations x block-sparse s8 weights, fused bias, activation, requantise.
+"""``sparse_int8_linear``: u8 activations x block-sparse s8 weights with a fused epilogue.
 
     y[m, n] = act(x_scale * w_scale[n] * sum_k (x[m, k] - z) * w[n, k] + bias[n])
 
@@ -169,7 +169,7 @@ def sparse_int8_linear(
     return result
 
 
-# The torch op: what torch.compile and torch.export see. Eager callers bypass it (nn.SparseInt8Linear
+# The torch op, which torch.compile and torch.export see. Eager callers bypass it (SparseInt8Linear
 # calls a prepared handle), because the dispatcher costs more than a small layer. The scales are 0-d
 # tensors, because a traced module holds buffers, not numbers.
 _LIBRARY = torch.library.Library("fastrec", "FRAGMENT")

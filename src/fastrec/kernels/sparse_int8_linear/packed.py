@@ -1,4 +1,4 @@
-"""The packed INT8 weight: panels of 32 outputs, of which only the kept groups of 4 inputs are stored."""
+"""The packed INT8 weight: panels of 32 outputs that store only their kept groups of 4 inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class PackedWeight:
     Attributes:
         values: int8 [T, 128]; of each kept group, 32 outputs x 4 inputs.
         group_index: int32 [T]; first input of the group / 4.
-        panel_start: int32 [ceil(N / 32) + 1]; panel p owns groups panel_start[p]:panel_start[p + 1].
+        panel_start: int32 [ceil(N / 32) + 1]; panel p owns groups
+            panel_start[p]:panel_start[p + 1].
         scale: float32 [N]; real weight = s8 weight * scale.
         sum: int32 [N]; sum of the s8 weights of each output (corrects for the input's zero point).
         outputs, inputs: N, K.

@@ -86,8 +86,8 @@ def sample(
 
 
 def samples() -> Sequence[Sample]:
-    """Lane edges of rows (tiles of 12), outputs (panels of 32, lanes of 16) and inputs (groups of 4,
-    chunks of 32), every epilogue, empty and all-dropped weights, and the bench shapes."""
+    """Lane edges of rows (tiles of 12), outputs (panels of 32, lanes of 16) and inputs (groups of
+    4, chunks of 32), every epilogue, empty and all-dropped weights, and the bench shapes."""
     cases = [sample(rows, 33, 36) for rows in (0, 1, 2, 11, 12, 13, 23, 24, 25, 50)]
     cases += [
         sample(5, outputs, 40, density=0.5) for outputs in (1, 15, 16, 17, 31, 32, 63, 64, 65)
@@ -112,9 +112,10 @@ def samples() -> Sequence[Sample]:
 def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Bit-exact against the reference; with GELU within the bound derived here.
 
-    The kernel's erf is off by at most 4.3e-7 and its argument by one rounding (relative 2^-24, times
-    |y| * erf'(y) <= 0.49); with the two roundings of v/2 * (1 + erf): |error| <= |v| * (2.15e-7 +
-    3 * 2^-24) < |v| * 4e-7. A uint8 output may differ by one where that error crosses a tie.
+    The kernel's erf is off by at most 4.3e-7 and its argument by one rounding (relative 2^-24,
+    times |y| * erf'(y) <= 0.49); with the two roundings of v/2 * (1 + erf): |error| <= |v| *
+    (2.15e-7 + 3 * 2^-24) < |v| * 4e-7. A uint8 output may differ by one where that error crosses
+    a tie.
     """
     expected = sparse_int8_linear_reference(*args, **kwargs)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
