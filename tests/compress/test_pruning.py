@@ -38,6 +38,8 @@ def test_share_is_exact_and_blocks_are_whole() -> None:
     for weight in weights:
         blocks = (weight != 0).view(weight.shape[0] // 32, 32, -1, 4).sum((1, 3))
         assert set(blocks.unique().tolist()) <= {0, 128}
+    pruned = weights[0][weights[0] == 0]
+    assert not bool(torch.signbit(pruned).any())  # no -0.0: pruned means all bits zero
     assert bool((model[4].weight != 0).all())  # the final 128 -> 1 layer stays dense
     assert set(report.layers) == {"0.weight", "2.weight"}
 

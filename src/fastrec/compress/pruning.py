@@ -147,7 +147,8 @@ class _Matrix:
     def apply(self) -> None:
         if self.mask is not None:
             with torch.no_grad():
-                self.weight.mul_(self.mask)
+                # not a product: a negative weight would become -0.0, which is not all zero bits
+                self.weight.masked_fill_(~self.mask, 0.0)
 
 
 FineTuneFn = Callable[[nn.Module, int], Any]

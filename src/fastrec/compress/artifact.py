@@ -1,0 +1,320 @@
+"""``save`` and ``load``: a model as a folder of two files, safetensors and JSON. Never pickle.
+
+    PATH/model.safetensors   the tensors, through the codecs of ``codec.py``
+    PATH/model.json          format, version, model class and config, which modules are quantised,
+                             codec of each tensor, recipe, SHA-256 of the tensor file and of itself
+
+Loading looks names up in tables and fills buffers; nothing in the files is executed. A change of
+either file, by accident, is found by its checksum before anything is built. Sizes, shapes and
+scales are checked apart from that, so a forged file gives an error and no wild memory access.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastrec import __version__
+from fastrec.compress.codec import decode, encode
+from fastrec.compress.fake_quant import FakeQuantEmbedding, FakeQuantLinear
+from fastrec.compress.selection import check_model, set_module
+from fastrec.errors import ArgumentError, ArtifactError
+from fastrec.models import MODELS
+from fastrec.nn import Int8Embedding, SparseInt8Linear
+
+FORMAT = "fastrec-model"
+VERSION = 1
+MANIFEST, TENSORS = "model.json", "model.safetensors"
+
+PathLike = str | os.PathLike[str]
+
+
+def save(
+    model: nn.Module,
+    path: PathLike,
+    *,
+    recipe: Any = None,
+    info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``model`` to the folder ``path``, whole or not at all; an artifact already there is
+    replaced.
+
+    Args:
+        model: any torch model; pruned, quantised or plain. The classes of ``fastrec.models`` are
+            rebuilt by :func:`load`; of another class only the state and the quantised structure are
+            kept, and ``load(path, model=...)`` fills an instance.
+        path: the folder to make. Its name is the name a server gives the model.
+        recipe: the :class:`Recipe` that made the model, kept beside the weights.
+        info: anything JSON can hold (variant, metrics, ...); see :func:`read_manifest`.
+
+    Raises:
+        ArgumentError: ``path`` is a file or a folder that holds something else; the model is
+            prepared for QAT but not converted, or holds state other than tensors.
+    """
+    check_model(model)
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and _is_replaceable(path)):
+        raise ArgumentError("path", "a new folder, or an artifact to replace", str(path))
+    stored, entries = encode(_state(model))
+    data = safetensors.torch.save(stored)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fastrec": __version__,
+        **_identity(model),
+        "modules": _structure(model),
+        "tensors": entries,
+        "recipe": recipe.to_dict() if hasattr(recipe, "to_dict") else recipe,
+        "info": dict(info or {}),
+        "file": {"name": TENSORS, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+    }
+    try:
+        text = json.dumps(manifest | {"sha256": _own_hash(manifest)}, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("info", "values that JSON can hold", str(error)) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write(staging / TENSORS, data)
+        _write(staging / MANIFEST, text.encode())
+        staging.chmod(0o755)
+        _replace(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def load(path: PathLike, model: nn.Module | None = None) -> nn.Module:
+    """The model that :func:`save` wrote, in eval mode.
+
+    Args:
+        path: the folder.
+        model: for a class that ``fastrec.models`` does not know: an instance with the same float
+            structure, which is rewritten (quantised modules swapped in) and filled in place.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, altered or extra, from a newer version, of an
+            unknown class, or does not fit ``model``.
+        ArgumentError: ``model`` is needed and not given.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    tensors = decode(_read_tensors(path, manifest), manifest["tensors"])
+    if model is None:
+        model = _build(manifest)
+    check_model(model)
+    _restructure(model, manifest["modules"])
+    _match_dtypes(model, tensors)
+    try:
+        model.load_state_dict(tensors)
+    except (RuntimeError, ArgumentError) as error:
+        raise ArtifactError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    return model.eval()
+
+
+def read_manifest(path: PathLike) -> dict[str, Any]:
+    """The checked contents of ``model.json``: class, config, modules, recipe, info.
+
+    Raises:
+        ArtifactError: missing, altered, not an artifact, or of a newer version.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ArtifactError(f"{file}: truncated or altered ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{file}: not a fastrec model")
+    version = manifest.get("version")
+    if version != VERSION:
+        raise ArtifactError(
+            f"{file}: version {version!r}; this fastrec {__version__} reads version {VERSION}"
+        )
+    expected = manifest.pop("sha256", None)
+    if expected != _own_hash(manifest):
+        raise ArtifactError(f"{file}: altered, its checksum does not match")
+    kinds = {"tensors": dict, "modules": dict, "file": dict, "info": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            raise ArtifactError(f"{file}: {key!r} is missing")
+    return manifest
+
+
+def artifact_bytes(path: PathLike) -> int:
+    """Size on disk of an artifact, both files together.
+
+    Raises:
+        ArtifactError: ``path`` is no artifact.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path}: not a fastrec model folder (no {MANIFEST})")
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_replaceable(path: Path) -> bool:
+    names = {child.name for child in path.iterdir()}
+    return not names or (MANIFEST in names and names <= {MANIFEST, TENSORS})
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _replace(staging: Path, path: Path) -> None:
+    """Rename into place. A folder with files cannot be renamed over, so an old one steps aside
+    first."""
+    if not path.exists():
+        staging.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.rename(aside / "old")
+        staging.rename(path)
+    finally:
+        if not path.exists() and (aside / "old").exists():
+            (aside / "old").rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+            raise ArgumentError(
+                "model", "a converted model: quantize_(model, QAT('convert'))", f"{name!r} prepared"
+            )
+    state: dict[str, Tensor] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ArgumentError("model", "a state of tensors only", f"{name!r}: {type(value)}")
+    return state
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    known = {cls: name for name, (cls, _) in MODELS.items()}
+    qualified = f"{type(model).__module__}.{type(model).__qualname__}"
+    if type(model) not in known:
+        return {"model": None, "class": qualified}
+    config: Any = model.config
+    return {"model": known[type(model)], "config": config.to_dict(), "class": qualified}
+
+
+def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What differs from the float model, by module name."""
+    modules: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseInt8Linear):
+            modules[name] = {
+                "type": "SparseInt8Linear",
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "bias": module.bias is not None,
+                "activation": module.activation,
+            }
+        elif isinstance(module, Int8Embedding):
+            modules[name] = {
+                "type": "Int8Embedding",
+                "num_embeddings": module.num_embeddings,
+                "embedding_dim": module.embedding_dim,
+            }
+        elif type(module) is nn.Identity and name:
+            modules[name] = {"type": "Identity"}
+    return modules
+
+
+def _read_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    entry = manifest["file"]
+    names = sorted(child.name for child in path.iterdir() if child.suffix == ".safetensors")
+    if entry.get("name") != TENSORS or names != [TENSORS]:
+        raise ArtifactError(f"{path}: expected the tensor file {TENSORS} alone, got {names}")
+    file = path / TENSORS
+    data = file.read_bytes()
+    if len(data) != entry.get("bytes"):
+        raise ArtifactError(f"{file}: {len(data)} bytes, expected {entry.get('bytes')}: truncated?")
+    if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+        raise ArtifactError(f"{file}: altered, its checksum does not match")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{file}: not a safetensors file ({error})") from error
+    return tensors
+
+
+def _build(manifest: Mapping[str, Any]) -> nn.Module:
+    name = manifest.get("model")
+    if name is None:
+        raise ArgumentError(
+            "model", f"an instance of {manifest.get('class')} to fill: load(path, model=...)", None
+        )
+    if name not in MODELS:
+        raise ArtifactError(f"unknown model class {name!r}; this version knows {sorted(MODELS)}")
+    cls, config_cls = MODELS[name]
+    try:
+        return cls(config_cls.from_dict(manifest.get("config")))
+    except (ArgumentError, TypeError) as error:
+        raise ArtifactError(f"bad config of {name!r}: {error}") from error
+
+
+def _restructure(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Swap in the quantised modules; every one is checked against the float one before any is
+    swapped."""
+    swaps = {name: _twin(model, name, entry) for name, entry in modules.items()}
+    for name, new in swaps.items():
+        if new is not None and type(model.get_submodule(name)) is not type(new):
+            set_module(model, name, new)
+
+
+def _twin(model: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module | None:
+    kind = entry.get("type")
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise ArtifactError(f"{type(model).__name__} has no module {name!r}") from error
+    if kind == "Identity":
+        return nn.Identity()
+    if kind == "SparseInt8Linear" and isinstance(old, nn.Linear | SparseInt8Linear):
+        sizes = (old.in_features, old.out_features, old.bias is not None)
+        if sizes == (entry.get("in_features"), entry.get("out_features"), entry.get("bias")):
+            return SparseInt8Linear(*sizes, activation=entry.get("activation"))
+    elif kind == "Int8Embedding" and isinstance(old, nn.Embedding | Int8Embedding):
+        sizes = (old.num_embeddings, old.embedding_dim)
+        if sizes == (entry.get("num_embeddings"), entry.get("embedding_dim")):
+            return Int8Embedding(*sizes)
+    raise ArtifactError(f"module {name!r}: {old} cannot become {dict(entry)}")
+
+
+def _match_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers the stored dtypes (a bf16 student stays bf16)."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, SparseInt8Linear | Int8Embedding):
+            continue
+        for key, own in [*module._parameters.items(), *module._buffers.items()]:
+            stored = tensors.get(f"{module_name}.{key}".lstrip("."))
+            if own is not None and stored is not None and own.dtype != stored.dtype:
+                if own.is_floating_point() != stored.is_floating_point():
+                    raise ArtifactError(
+                        f"{module_name}.{key}: expected {own.dtype}, got {stored.dtype}"
+                    )
+                with torch.no_grad():
+                    own.data = own.data.to(stored.dtype)
