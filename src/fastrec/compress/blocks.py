@@ -69,36 +69,58 @@ def select(scores: Sequence[BlockScores], share: float, cap: float) -> Selection
 
     Blocks are pruned in ascending order (ties: order of the matrices, then row-major) while their
     elements fit into ``share`` of all elements, so the share reached is below ``share`` by less
-    than one block. No matrix loses more than ``cap`` of its elements: its strongest blocks are left
-    out of the sort.
+    than one block. No matrix loses more than ``cap`` of its elements: the strongest blocks of one
+    that would are left out of the sort.
 
     Args:
         scores: one entry per matrix.
         share: in [0, 1), of all elements together.
         cap: in (0, 1], of each matrix alone.
     """
-    ranked, counts = [], []
-    for entry in scores:
-        flat, count = entry.score.flatten(), entry.count.flatten()
-        order = torch.argsort(flat, stable=True)
-        within = torch.empty_like(count)
-        within[order] = count[order].cumsum(0)
-        protected = within > cap * entry.elements
-        ranked.append(torch.where(protected, torch.inf, flat))
-        counts.append(count)
-    score, count = torch.cat(ranked), torch.cat(counts)
+    values = [entry.score.flatten() for entry in scores]
+    counts = [entry.count.flatten() for entry in scores]
+    sizes = [len(count) for count in counts]
+    limit = share * sum(entry.elements for entry in scores)
+    limited: set[int] = set()
+    while True:
+        pruned = _weakest(torch.cat(values), torch.cat(counts), limit)
+        parts = pruned.split(sizes)
+        beyond = {
+            i
+            for i, (part, entry) in enumerate(zip(parts, scores, strict=True))
+            if i not in limited and int(counts[i][part].sum()) > cap * entry.elements
+        }
+        if not beyond:
+            break
+        # What they may not lose falls on the others, which may exceed the cap in turn.
+        for i in beyond:
+            allowed = _weakest(values[i], counts[i], cap * scores[i].elements)
+            values[i] = torch.where(allowed, values[i], torch.inf)
+        limited |= beyond
+    kept = torch.cat(values)[~pruned]
+    finite = kept[kept.isfinite()]
+    theta = float(finite.min()) if len(finite) else float("inf")
+    masks = [~part.view(entry.score.shape) for part, entry in zip(parts, scores, strict=True)]
+    return Selection(masks, theta, int(torch.cat(counts)[pruned].sum()))
+
+
+def _weakest(score: Tensor, count: Tensor, limit: float) -> Tensor:
+    """bool mask of the blocks with the lowest finite scores whose elements add up to ``limit`` at
+    most."""
+    limit += 1e-6  # a share such as 0.4 is not exact in binary, and must still reach 40 of 100
+    largest = int(count.max())
+    if bool((count == largest).all()):
+        # Blocks of one size (nearly every table and layer): a selection, ten times quicker than a
+        # sort.
+        n_pruned = min(int(limit / largest), int(score.isfinite().sum()))
+        if n_pruned == 0:
+            return torch.zeros_like(score, dtype=torch.bool)
+        theta = score.kthvalue(n_pruned).values
+        below = score < theta
+        ties = score == theta
+        return below | (ties & (ties.cumsum(0) <= n_pruned - below.sum()))
     order = torch.argsort(score, stable=True)
-    total = int(count.sum())
-    # + 1e-6: a share such as 0.4 is not exact in binary, and must still reach 40 of 100 blocks.
-    fits = (count[order].cumsum(0) <= share * total + 1e-6) & score[order].isfinite()
-    n_pruned = int(fits.sum())  # a prefix: the sums grow, and the protected blocks sort last
-    keep = torch.ones_like(score, dtype=torch.bool)
-    keep[order[:n_pruned]] = False
-    masks = [
-        part.view(entry.score.shape)
-        for part, entry in zip(keep.split([c.numel() for c in counts]), scores, strict=True)
-    ]
-    threshold = float(score[order[n_pruned]]) if n_pruned < len(order) else float("inf")
-    if not threshold < float("inf"):
-        threshold = float(score[order[n_pruned - 1]]) if n_pruned else 0.0
-    return Selection(masks, threshold, int(count[order[:n_pruned]].sum()))
+    fits = (count[order].cumsum(0) <= limit) & score[order].isfinite()
+    pruned = torch.zeros_like(fits)
+    pruned[order[: int(fits.sum())]] = True  # a prefix: the sums grow, infinite scores sort last
+    return pruned

@@ -36,9 +36,9 @@ class BlockPruning:
         rounds: K, prune-and-fine-tune rounds (the paper's 3).
         embedding_block: (rows, columns) of one block of an embedding table, or None to leave the
             tables dense. (1, 4) is what the artifact's masked codec stores compactly.
-        scale: "layer" divides a block's RMS by the RMS of its layer, so that a layer with a large
-            fan-in (small weights throughout) is not emptied first; "none" sorts the raw magnitudes,
-            as the paper writes it.
+        scale: "layer" divides a block's RMS by the RMS that its layer's weights had before the
+            first round, so that a layer with a large fan-in (small weights throughout) is not
+            emptied first; "none" sorts the raw magnitudes, as the paper writes it.
         max_layer_sparsity: no layer loses more than this share; None means (1 + sparsity) / 2,
             which is 0.7 at 40 %. Keeps the global sort from emptying one layer.
         frequency_power: where row counts are given to ``prune_``, a table row's blocks are weighted
@@ -132,17 +132,25 @@ class _Matrix:
     weight: nn.Parameter
     block: tuple[int, int]
     row_weight: Tensor | None = None
+    unit: float = 1.0
     mask: Tensor | None = None  # bool, the weight's shape
 
-    def scores(self, scale: str) -> BlockScores:
+    def scores(self) -> BlockScores:
         weight = self.weight.detach()
         if self.row_weight is not None:
             weight = weight.float() * self.row_weight[:, None]
         scores = block_rms(weight, self.block)
-        if scale == "layer":
-            rms = weight.float().square().mean().sqrt()
-            scores = BlockScores(scores.score / rms if rms > 0 else scores.score, scores.count)
-        return scores
+        return BlockScores(scores.score / self.unit, scores.count)
+
+    def fix_unit(self) -> None:
+        """Measure scores in RMS of the non-zero weights, once: with the RMS of what is left after
+        each round, a layer pruned little would look weak beside one pruned much, and be cut to the
+        cap."""
+        weight = self.weight.detach().float()
+        if self.row_weight is not None:
+            weight = weight * self.row_weight[:, None]
+        n = int((weight != 0).sum())
+        self.unit = float(weight.square().sum().div(n).sqrt()) if n else 1.0
 
     def apply(self) -> None:
         if self.mask is not None:
@@ -195,6 +203,9 @@ def prune_(
         raise DtypeError("config", "a BlockPruning", type(config).__name__)
     matrices = _matrices(model, config, filter_fn or _default_filter(config))
     _attach_counts(matrices, row_counts or {}, config.frequency_power)
+    if config.scale == "layer":
+        for matrix in matrices:
+            matrix.fix_unit()
     groups = {
         kind: [m for m in matrices if m.kind == kind]
         for kind in ("linear", "table")
@@ -284,7 +295,7 @@ def _attach_counts(
 def _check_reachable(kind: str, group: Sequence[_Matrix], config: BlockPruning) -> None:
     """The last round tried without touching a weight, so that a share out of reach changes
     nothing."""
-    scores = [m.scores(config.scale) for m in group]
+    scores = [m.scores() for m in group]
     total = sum(s.elements for s in scores)
     largest = max(int(s.count.max()) for s in scores)
     reached = select(scores, config.sparsity, config.cap).pruned_elements
@@ -298,7 +309,7 @@ def _check_reachable(kind: str, group: Sequence[_Matrix], config: BlockPruning) 
 
 
 def _prune_group(group: Sequence[_Matrix], config: BlockPruning, round_: int) -> Selection:
-    scores = [m.scores(config.scale) for m in group]
+    scores = [m.scores() for m in group]
     total = sum(s.elements for s in scores)
     # Zeros that are there already stay pruned through the early rounds of a repeated call.
     zero = sum(int(s.count[s.score == 0].sum()) for s in scores)
