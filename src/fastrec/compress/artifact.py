@@ -294,13 +294,13 @@ def _twin(model: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module | 
     if kind == "Identity":
         return nn.Identity()
     if kind == "SparseInt8Linear" and isinstance(old, nn.Linear | SparseInt8Linear):
-        sizes = (old.in_features, old.out_features, old.bias is not None)
-        if sizes == (entry.get("in_features"), entry.get("out_features"), entry.get("bias")):
-            return SparseInt8Linear(*sizes, activation=entry.get("activation"))
+        layer = (int(old.in_features), int(old.out_features), old.bias is not None)
+        if layer == (entry.get("in_features"), entry.get("out_features"), entry.get("bias")):
+            return SparseInt8Linear(*layer, activation=entry.get("activation"))
     elif kind == "Int8Embedding" and isinstance(old, nn.Embedding | Int8Embedding):
-        sizes = (old.num_embeddings, old.embedding_dim)
-        if sizes == (entry.get("num_embeddings"), entry.get("embedding_dim")):
-            return Int8Embedding(*sizes)
+        table = (int(old.num_embeddings), int(old.embedding_dim))
+        if table == (entry.get("num_embeddings"), entry.get("embedding_dim")):
+            return Int8Embedding(*table)
     raise ArtifactError(f"module {name!r}: {old} cannot become {dict(entry)}")
 
 

@@ -76,7 +76,8 @@ def _fuse(
     linears: Collection[str],
     single: Collection[str],
 ) -> Fusion:
-    activation, absorbed = None, []
+    activation: str | None = None
+    absorbed: list[str] = []
     for name in following:
         module = children[name]
         if name in linears:

@@ -85,11 +85,18 @@ class QAT:
         if self.step not in ("prepare", "convert"):
             raise ArgumentError("step", "'prepare' or 'convert'", repr(self.step))
         check_fraction("averaging", self.averaging, high=1.000001)
-        self.ranges()
+        Int8(self.calibration_method, self.percentile)  # checks them
 
-    def ranges(self) -> Int8:
-        """The static configuration with the same choices."""
-        return Int8(self.calibration_method, self.percentile, self.embeddings, self.fuse)
+    @classmethod
+    def like(cls, ranges: Int8, step: Literal["prepare", "convert"]) -> QAT:
+        """QAT with the choices of a static configuration."""
+        return cls(
+            step,
+            calibration_method=ranges.calibration_method,
+            percentile=ranges.percentile,
+            embeddings=ranges.embeddings,
+            fuse=ranges.fuse,
+        )
 
 
 @dataclass(frozen=True)
