@@ -7,6 +7,8 @@
 
 #include "ceilings.h"
 #include "cpu_features.h"
+#include "int8_embedding/bind.h"
+#include "padded_attention/bind.h"
 #include "parallel.h"
 #include "sparse_int8_linear/bind.h"
 
@@ -77,5 +79,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("max_threads", max_threads);
   m.def("vpdpbusd_peak_gops", vpdpbusd_peak_gops, py::call_guard<py::gil_scoped_release>());
 
+  int8_embedding::bind(m);
+  padded_attention::bind(m);
   sparse_int8_linear::bind(m);
 }

@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <atomic>
-#include <memory>
 
 #include "cpu_features.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "sparse_int8_linear/sparse_int8_linear.h"
 
 namespace fastrec::sparse_int8_linear {
@@ -30,19 +30,6 @@ struct Tiling {
   int height(int64_t tile) const { return static_cast<int>(row0(tile + 1) - row0(tile)); }
 };
 
-// Grown when needed and kept for the next call of this thread.
-uint8_t* scratch(int64_t bytes) {
-  thread_local std::unique_ptr<uint8_t[]> buffer;
-  thread_local int64_t capacity = 0;
-  constexpr int64_t kLine = 64;
-  if (bytes + kLine > capacity) {
-    buffer = std::make_unique_for_overwrite<uint8_t[]>(bytes + kLine);
-    capacity = bytes + kLine;
-  }
-  const auto address = reinterpret_cast<uintptr_t>(buffer.get());
-  return buffer.get() + (kLine - address % kLine) % kLine;
-}
-
 }  // namespace
 
 const Kernel& select() {
@@ -58,7 +45,7 @@ bool run(const Call& call) {
   const Tiling tiling{call.rows, (call.rows + kMaxTileRows - 1) / kMaxTileRows};
   const int64_t chunks = (call.weight.inputs + kTileChunk - 1) / kTileChunk;
   const int64_t row_bytes = chunks * kTileChunk;
-  uint8_t* tiles = scratch(call.rows * row_bytes);
+  uint8_t* tiles = scratch<uint8_t>(call.rows * row_bytes);
 
   std::atomic<bool> numbers{true};
   const bool pack_alone = call.rows * row_bytes < kParallelPackBytes;

@@ -20,10 +20,16 @@ from fastrec.kernels._compiled import (
 
 if TYPE_CHECKING:
     from fastrec.kernels._registry import OpSpec
+    from fastrec.kernels.int8_embedding import int8_embedding
+    from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
 
 # One line per op.
-OP_IDS = ("sparse_int8_linear",)
+OP_IDS = (
+    "int8_embedding",
+    "padded_attention",
+    "sparse_int8_linear",
+)
 
 __all__ = [
     "OP_IDS",
@@ -31,8 +37,10 @@ __all__ = [
     "active_isa",
     "available_isas",
     "force_isa",
+    "int8_embedding",
     "isa_names",
     "num_threads",
+    "padded_attention",
     "registry",
     "set_num_threads",
     "sparse_int8_linear",

@@ -5,10 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 
 from fastrec import env
 from fastrec.errors import ArgumentError, BackendError, IsaError
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the choice of a backend may depend on."""
+
+    device: str
 
 
 @functools.cache
@@ -26,6 +34,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
 def reason_missing() -> str | None:
     """Why the compiled kernels can't be used, or None if they can."""
     return _load()[1]
+
+
+def cpu_can_run(signature: Signature) -> str | None:
+    """``can_run`` of every op's compiled CPU backend."""
+    if signature.device != "cpu":
+        return f"it runs on the CPU, the input is on {signature.device}"
+    return reason_missing()
 
 
 def native() -> ModuleType:

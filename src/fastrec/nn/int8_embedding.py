@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError
+from fastrec.kernels._compiled import Signature
+from fastrec.kernels.int8_embedding import BACKENDS, check_table, gather, int8_embedding
 
 
 class Int8Embedding(nn.Module):
@@ -29,6 +31,7 @@ class Int8Embedding(nn.Module):
         shape = (num_embeddings, embedding_dim)
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(num_embeddings))
+        self._compiled_on: torch.device | None = None
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding) -> Int8Embedding:
@@ -48,15 +51,32 @@ class Int8Embedding(nn.Module):
         return module
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids int64 [...] -> float32 [..., embedding_dim]. Ids out of range raise IndexError."""
-        rows = nn.functional.embedding(ids, self.weight)
-        return rows * nn.functional.embedding(ids, self.scale[:, None])
+        """ids int64 [...] -> float32 [..., embedding_dim].
+
+        Raises:
+            IdRangeError (an IndexError): an id lies outside the table.
+        """
+        if torch.compiler.is_compiling() or type(ids) is not torch.Tensor:
+            return torch.ops.fastrec.int8_embedding(ids, self.weight, self.scale)
+        if ids.dtype is torch.int64 and ids.is_contiguous() and self._runs_compiled(ids.device):
+            return gather(ids, self.weight, self.scale)
+        return int8_embedding(ids, self.weight, self.scale)
+
+    def _runs_compiled(self, device: torch.device) -> bool:
+        # Shapes and dtypes of the table can't change after loading; its device can.
+        if self._compiled_on != device:
+            check_table(self.weight, self.scale)
+            if self.weight.device != device or BACKENDS.choose(Signature(device.type)) != "cpu":
+                return False
+            self._compiled_on = device
+        return True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Embedding:
         before = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
             self.scale = before.to(self.scale.device)
+        self._compiled_on = None
         return self
 
     def extra_repr(self) -> str:

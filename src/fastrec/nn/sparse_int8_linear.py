@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
+from fastrec.kernels._compiled import Signature
 from fastrec.kernels.sparse_int8_linear import (
-    Signature,
+    BACKENDS,
     _cpu,
     check_epilogue,
     check_input,
     check_quantisation,
-    choose_backend,
 )
 from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight, ceil_div
 from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_reference
@@ -195,7 +196,7 @@ class SparseInt8Linear(nn.Module):
             epilogue["out_scale"],
             epilogue["out_zero_point"],
         )
-        if choose_backend(Signature(device), None) == "reference":
+        if BACKENDS.choose(Signature(device)) == "reference":
             self._prepared = _REFERENCE
         else:
             self._prepared = _cpu.prepare(self.packed, **epilogue)
@@ -270,7 +271,8 @@ class SparseInt8Linear(nn.Module):
             self.in_features, self.out_features, self.bias is not None, self.activation
         )
         for name, buffer in self._buffers.items():
-            setattr(copy, name, None if buffer is None else buffer.clone())
+            # Through the memo, so that a caller may share the tensors between copies.
+            setattr(copy, name, deepcopy(buffer, memo))
         copy.train(self.training)
         memo[id(self)] = copy
         return copy

@@ -9,55 +9,22 @@ weight is the same format with every group kept. Accumulators are exact int32. S
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
 
 import torch
 
-from fastrec import env
-from fastrec.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError
-from fastrec.kernels._registry import OpSpec
+from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from fastrec.kernels._compiled import cpu_can_run
+from fastrec.kernels._registry import Backends, OpSpec, Signature, always
 from fastrec.kernels.sparse_int8_linear import _cpu
 from fastrec.kernels.sparse_int8_linear.packed import PackedWeight, check_vector
 from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_reference
 
-__all__ = ["SPEC", "PackedWeight", "Signature", "sparse_int8_linear"]
+__all__ = ["SPEC", "PackedWeight", "sparse_int8_linear"]
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What the choice of a backend may depend on."""
-
-    device: str
-
-
-def _always(signature: Signature) -> str | None:
-    return None
-
-
-# Best first. `reference` is the definition and the last fallback.
-BACKENDS = {"cpu": _cpu.can_run, "reference": _always}
-
-
-def choose_backend(signature: Signature, backend: str | None) -> str:
-    """The backend that runs this signature: the one named, else the best that can.
-
-    Raises:
-        BackendError: the named one is unknown or can't run; the message says why.
-    """
-    wanted = backend or env.force_backend()
-    if wanted is None:
-        return next(name for name, can_run in BACKENDS.items() if can_run(signature) is None)
-    if wanted not in BACKENDS:
-        raise BackendError(f"backend: expected one of {', '.join(BACKENDS)}, got {wanted!r}")
-    reason = BACKENDS[wanted](signature)
-    if reason is not None:
-        raise BackendError(f"sparse_int8_linear: backend {wanted!r} can't run: {reason}")
-    return wanted
-
-
-_choose_once = functools.lru_cache(maxsize=None)(choose_backend)
+# `reference` is the definition and the last fallback.
+BACKENDS = Backends("sparse_int8_linear", {"cpu": cpu_can_run, "reference": always})
 
 
 def check_quantisation(prefix: str, scale: float, zero_point: int) -> None:
@@ -137,7 +104,7 @@ def sparse_int8_linear(
     check_input(x_u8, packed.inputs)
     if x_u8.device != packed.values.device:
         raise DeviceError("x_u8", f"the weight's device {packed.values.device}", x_u8.device)
-    name = _choose_once(Signature(x_u8.device.type), backend or env.force_backend())
+    name = BACKENDS.choose(Signature(x_u8.device.type), backend)
     if name == "reference":
         if x_u8.dtype is torch.float32 and bool(x_u8.isnan().any()):
             raise ArgumentError("x", "numbers", "a NaN")
@@ -241,7 +208,6 @@ def _spec() -> OpSpec:
         backends=BACKENDS,
         samples=samples.samples,
         compare=samples.compare,
-        kernel_isa=_cpu.kernel_isa,
     )
 
 

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastrec.errors import ArgumentError
 from fastrec.kernels import _compiled
-
-if TYPE_CHECKING:
-    from fastrec.kernels.sparse_int8_linear import Signature
-    from fastrec.kernels.sparse_int8_linear.packed import PackedWeight
+from fastrec.kernels.sparse_int8_linear.packed import PackedWeight
 
 # The order of the enum in sparse_int8_linear.h.
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2}
-
-
-def can_run(signature: Signature) -> str | None:
-    """Why the compiled kernel can't take this call, or None if it can."""
-    if signature.device != "cpu":
-        return f"it runs on the CPU, the input is on {signature.device}"
-    return _compiled.reason_missing()
-
-
-def kernel_isa() -> str:
-    """Name of the ISA whose kernel runs now."""
-    return str(_compiled.native().sparse_int8_linear.kernel_isa())
 
 
 def prepare(

@@ -1,0 +1,45 @@
+// Plain loops, any machine: the readable form of every vector kernel.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "padded_attention/padded_attention.h"
+
+namespace fastrec::padded_attention {
+namespace {
+
+int64_t scratch_floats(int64_t keys, int64_t) { return keys; }
+
+void part(const Call& call, const Part& part, float* weights) {
+  const int64_t dims = call.head_dim;
+  const int64_t keys = call.lengths ? call.lengths[part.batch] : call.key_rows;
+  const int64_t offset = part.head * dims;
+  const float* q = call.q.data + part.batch * call.q.batch_stride + offset;
+  const float* k = call.k.data + part.batch * call.k.batch_stride + offset;
+  const float* v = call.v.data + part.batch * call.v.batch_stride + offset;
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    float* out = call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims;
+    std::fill(out, out + dims, 0.0f);
+    float highest = -std::numeric_limits<float>::infinity();
+    for (int64_t j = 0; j < keys; ++j) {
+      float score = 0.0f;
+      for (int64_t d = 0; d < dims; ++d)
+        score += q[i * call.q.row_stride + d] * k[j * call.k.row_stride + d];
+      weights[j] = score * call.scale;
+      highest = std::max(highest, weights[j]);
+    }
+    float sum = 0.0f;
+    for (int64_t j = 0; j < keys; ++j) {
+      weights[j] = std::exp(weights[j] - highest);
+      sum += weights[j];
+    }
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t d = 0; d < dims; ++d) out[d] += weights[j] / sum * v[j * call.v.row_stride + d];
+  }
+}
+
+}  // namespace
+
+const Kernel kScalar = {Isa::scalar, scratch_floats, part};
+
+}  // namespace fastrec::padded_attention

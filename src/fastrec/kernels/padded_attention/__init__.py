@@ -1,0 +1,229 @@
+"""``padded_attention``: softmax attention over the first ``lengths[b]`` keys of each sequence.
+
+    out[b, h, i] = sum_{j < lengths[b]} softmax_j(scale * q[b, h, i] . k[b, h, j]) v[b, h, j]
+
+Inference only, fp32. At recommender sizes (L = 100) a library call spends its time on masks and
+copies; this kernel reads strided views of a merged projection and skips padding altogether.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from fastrec.kernels import _compiled
+from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._registry import Backends, OpSpec, Sample, always
+from fastrec.kernels.padded_attention.reference import padded_attention_reference
+
+__all__ = ["SPEC", "padded_attention"]
+
+BACKENDS = Backends("padded_attention", {"cpu": cpu_can_run, "reference": always})
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != torch.float32:
+            raise DtypeError(name, "float32", tensor.dtype)
+        if tensor.dim() != 4:
+            raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
+        if tensor.device != q.device:
+            raise DeviceError(name, f"q's device {q.device}", tensor.device)
+    batch, heads, _, dims = q.shape
+    if dims == 0 or heads == 0:
+        raise ShapeError("q", "at least one head and one dimension", list(q.shape))
+    expected = (batch, heads, k.shape[2], dims)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != expected:
+            raise ShapeError(name, f"shape {list(expected)}", list(tensor.shape))
+    if lengths is not None:
+        if lengths.dtype != torch.int64:
+            raise DtypeError("lengths", "int64", lengths.dtype)
+        if lengths.shape != (batch,):
+            raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
+        if lengths.device != q.device:
+            raise DeviceError("lengths", f"q's device {q.device}", lengths.device)
+        if batch:
+            low, high = (int(x) for x in lengths.aminmax())
+            if low < 0 or high > k.shape[2]:
+                raise ArgumentError("lengths", f"values in [0, {k.shape[2]}]", f"{low}..{high}")
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """The tensor, copied if need be, whose heads follow each other in a row; its two strides."""
+    dims = x.shape[3]
+    fits = x.stride(3) == 1 and (x.shape[1] == 1 or x.stride(1) == dims)
+    if not fits and x.numel():
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x, x.stride(0), x.stride(2)
+
+
+def padded_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of Lq queries over the first ``lengths[b]`` of Lk keys.
+
+    Args:
+        q: float32 [B, H, Lq, D]; views of a merged projection [B, L, 3, H, D] are read in place.
+        k, v: float32 [B, H, Lk, D]; what lies beyond the length is never read, NaNs included.
+        lengths: int64 [B], 0 to Lk; None means Lk.
+        scale: factor of the scores; None means D ** -0.5.
+        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+
+    Returns:
+        float32 [B, H, Lq, D], a view of contiguous [B, Lq, H, D]; zeros where the length is 0.
+        Not differentiable.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.
+        BackendError: the backend asked for can't run.
+    """
+    _check(q, k, v, lengths)
+    batch, heads, queries, dims = q.shape
+    scale = dims**-0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ArgumentError("scale", "a finite number", scale)
+    if BACKENDS.choose(Signature(q.device.type), backend) == "reference":
+        return padded_attention_reference(q, k, v, lengths=lengths, scale=scale)
+    q, q_batch, q_row = _rows(q)
+    k, k_batch, k_row = _rows(k)
+    v, v_batch, v_row = _rows(v)
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    out = torch.empty((batch, queries, heads, dims))
+    _compiled.native().padded_attention.run(
+        q.data_ptr(),
+        q_batch,
+        q_row,
+        k.data_ptr(),
+        k_batch,
+        k_row,
+        v.data_ptr(),
+        v_batch,
+        v_row,
+        out.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        batch,
+        queries,
+        k.shape[2],
+        heads,
+        dims,
+        scale,
+    )
+    return out.transpose(1, 2)
+
+
+_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
+_LIBRARY.define(
+    "padded_attention(Tensor q, Tensor k, Tensor v, *, Tensor? lengths=None, float? scale=None) "
+    "-> Tensor"
+)
+_LIBRARY.impl("padded_attention", padded_attention, "CPU")
+
+
+def _fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
+
+
+torch.library.register_fake("fastrec::padded_attention", _fake, lib=_LIBRARY)
+
+
+def sample(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dims: int,
+    *,
+    lengths: tuple[int, ...] | None = None,
+    merged: bool = False,
+    bench: bool = False,
+) -> Sample:
+    """``merged``: q, k and v are views of one projection. NaNs fill what lies beyond the length."""
+
+    def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        generator = torch.Generator().manual_seed(queries * 1009 + keys * 31 + dims)
+        if merged:
+            qkv = torch.randn(batch, keys, 3, heads, dims, generator=generator)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q = torch.randn(batch, heads, queries, dims, generator=generator)
+            k, v = torch.randn(2, batch, heads, keys, dims, generator=generator).unbind(0)
+        if lengths is None:
+            return (q, k, v), {}
+        for b, length in enumerate(lengths):
+            k[b, :, length:] = v[b, :, length:] = torch.nan
+        return (q, k, v), {"lengths": torch.tensor(lengths)}
+
+    shape = f"B{batch}-H{heads}-Lq{queries}-Lk{keys}-D{dims}"
+    used = sum(lengths) if lengths else batch * keys
+    return Sample(
+        name=shape + ("-lengths" if lengths else "") + ("-merged" if merged else ""),
+        make=make,
+        macs=2 * heads * queries * used * dims,
+        bytes_moved=4 * heads * dims * (2 * batch * queries + 2 * used),
+        bench=bench,
+        labels={"batch": batch, "heads": heads, "queries": queries, "keys": keys, "dims": dims},
+    )
+
+
+def samples() -> Sequence[Sample]:
+    """Lane edges of keys and dims (16), blocks of rows (8, 64), empty sequences, strided views."""
+    cases = [sample(2, 2, 3, keys, 8) for keys in (1, 15, 16, 17, 63, 64, 65, 129)]
+    cases += [sample(1, 3, 5, 9, dims) for dims in (1, 15, 16, 17, 31, 32, 33, 65)]
+    cases += [sample(1, 1, queries, 20, 16) for queries in (1, 7, 8, 9, 63, 64, 65, 130)]
+    cases += [sample(0, 2, 3, 4, 8), sample(2, 2, 0, 4, 8), sample(2, 1, 3, 5, 4, lengths=(0, 5))]
+    cases += [sample(3, 4, 40, 40, 32, lengths=(1, 23, 40), merged=m) for m in (False,)]
+    cases += [sample(2, 4, 33, 33, 32, merged=True)]
+    return [
+        *cases,
+        sample(1, 4, 100, 100, 32, merged=True, bench=True),
+        sample(1, 4, 50, 100, 32, bench=True),
+    ]
+
+
+def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Error against fp64 at most twice that of the same formula in fp32 torch, plus a floor.
+
+    The floor covers cases where torch happens to be exact (one key): weights and sum carry one
+    rounding each, the product two more, so 4 * 2^-24 of the largest |v| in use.
+    """
+    exact = padded_attention_reference(*args, **kwargs)
+    torch_fp32 = padded_attention_reference(*args, **kwargs, dtype=torch.float32)
+    assert actual.dtype == torch.float32
+    assert actual.shape == exact.shape, (actual.shape, exact.shape)
+    if not exact.numel():
+        return
+    largest = args[2].nan_to_num().abs().max().item() if args[2].numel() else 0.0
+    allowed = 2 * (torch_fp32 - exact).abs().max().item() + 4 * 2**-24 * largest
+    assert not bool(actual.isnan().any()), "NaN in the output"
+    error = (actual - exact).abs().max().item()
+    assert error <= allowed, f"error {error:.3g} > {allowed:.3g}"
+
+
+SPEC = OpSpec(
+    op_id="padded_attention",
+    summary="softmax attention over the first lengths[b] keys of each sequence",
+    function=padded_attention,
+    reference=padded_attention_reference,
+    backends=BACKENDS,
+    samples=samples,
+    compare=compare,
+)
