@@ -1,0 +1,52 @@
+"""Engines: a model compiled for a backend, timed, saved, exported. Light to import (PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastrec.errors import MissingDependencyError
+
+_EXPORTS = {
+    "BACKENDS": "backends",
+    "Engine": "engine",
+    "available_backends": "compiler",
+    "compile": "compiler",
+    "export": "onnx_export",
+    "load_engine": "artifact",
+    "machine_card": "machine",
+}
+
+if TYPE_CHECKING:
+    from fastrec.runtime.artifact import load_engine
+    from fastrec.runtime.backends import BACKENDS
+    from fastrec.runtime.compiler import available_backends, compile
+    from fastrec.runtime.engine import Engine
+    from fastrec.runtime.machine import machine_card
+    from fastrec.runtime.onnx_export import export
+
+__all__ = [
+    "BACKENDS",
+    "Engine",
+    "available_backends",
+    "compile",
+    "export",
+    "load_engine",
+    "machine_card",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        try:
+            module = importlib.import_module(f"fastrec.runtime.{_EXPORTS[name]}")
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise MissingDependencyError("torch", "torch", f"fastrec.{name}") from error
+        return getattr(module, name)
+    raise AttributeError(f"module 'fastrec.runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,112 @@
+"""An engine on disk: a folder of the backend's own files and ``engine.json``. No torch here.
+
+``engine.json`` names the backend, precision, settings and inputs, and every file's SHA-256. A
+folder appears under its name only once it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastrec.errors import ArtifactError, BackendError
+from fastrec.runtime.engine import Engine
+
+HEADER = "engine.json"
+FORMAT = "fastrec-engine"
+VERSION = 1
+
+
+def write(path: str | Path, header: dict[str, Any], fill: Callable[[Path], None]) -> Path:
+    """Write an artifact: ``fill(folder)`` puts the backend's files, the header is added.
+
+    Raises:
+        ArtifactError: ``path`` exists and is not an engine artifact.
+    """
+    path = Path(path)
+    if path.exists() and not (path / HEADER).is_file():
+        raise ArtifactError(f"{path} exists and is not an engine artifact; it is left as it is")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        fill(draft)
+        files = {
+            f.name: {"sha256": _digest(f), "bytes": f.stat().st_size}
+            for f in sorted(draft.iterdir())
+        }
+        text = json.dumps(
+            {"format": FORMAT, "version": VERSION, **header, "files": files}, indent=1
+        )
+        (draft / HEADER).write_text(text + "\n")
+        draft.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return path
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The header of an artifact whose files are all there and unaltered.
+
+    Raises:
+        ArtifactError: not an engine artifact, a newer version, or a file missing or altered.
+    """
+    path = Path(path)
+    try:
+        header = json.loads((path / HEADER).read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not an engine artifact: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ArtifactError(f"{path / HEADER} is not an engine artifact's header")
+    if header.get("version") != VERSION:
+        raise ArtifactError(f"{path} has version {header.get('version')}, this reads {VERSION}")
+    for name, stored in header["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing")
+        if file.stat().st_size != stored["bytes"] or _digest(file) != stored["sha256"]:
+            raise ArtifactError(f"{file} is truncated or was altered: its checksum differs")
+    return header
+
+
+def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
+    """Open what ``engine.save(path)`` wrote; imports no torch.
+
+    Args:
+        path: the artifact's folder.
+        threads: threads a call may use; None means as when it was saved.
+
+    Raises:
+        ArtifactError: not an engine artifact, truncated or altered.
+        BackendError: its backend cannot run here; native artifacts come with a later version.
+        MissingDependencyError: its backend's package is not installed.
+    """
+    header = read(path)
+    backend = header.get("backend")
+    if backend == "onnxruntime":
+        from fastrec.runtime.backends import onnxruntime as module
+    elif backend == "openvino":
+        from fastrec.runtime.backends import openvino as module  # type: ignore[no-redef]
+    else:
+        raise BackendError(
+            f"load_engine opens onnxruntime and openvino artifacts, not {backend!r}: the native "
+            "executor, which serves without torch, is a later version; until then use "
+            "fastrec.compile(fastrec.load(path), example_inputs, backend='native')"
+        )
+    return module.load(Path(path), header, threads)
+
+
+def _digest(file: Path) -> str:
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()

@@ -1,0 +1,118 @@
+"""``python -m fastrec.runtime.child``: one engine in a process of its own, its memory as JSON.
+
+Loads an engine artifact (no torch), or a ``fastrec.save`` checkpoint compiled for a backend, serves
+N requests and prints one JSON object: the high-water mark of resident memory over the whole life
+(``peak_rss_mb``) and while serving (``serving_rss_mb``), in MB (10^6 bytes), and the median call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastrec.errors import ArgumentError, BackendError, FastrecError
+from fastrec.runtime.engine import Engine
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit status is 1 after a typed error, which is printed as JSON too."""
+    parser = argparse.ArgumentParser(prog="python -m fastrec.runtime.child", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--artifact", type=Path, help="what engine.save() wrote")
+    source.add_argument("--model", type=Path, help="what fastrec.save() wrote")
+    parser.add_argument("--backend", default="native", help="with --model")
+    parser.add_argument("--precision", default=None, help="with --model")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--requests", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--candidates", type=int, default=50)
+    args = parser.parse_args(argv)
+    try:
+        report = serve(args)
+    except FastrecError as error:
+        _out({"error": f"{type(error).__name__}: {error}"})
+        return 1
+    _out(report)
+    return 0
+
+
+def serve(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, serve and measure; see the module's notes."""
+    sizes = {"B": args.batch, "m": args.candidates}
+    engine = _open(args, sizes)
+    requests = [engine.spec.sample(sizes, seed=seed) for seed in range(8)]
+    engine(*requests[0])
+    gc.collect()
+    loaded = memory_mb()["VmRSS"]
+    # Writing 5 sets the high-water mark back to the present size (proc(5)).
+    try:
+        peak_before = memory_mb()["VmHWM"]
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        peak_before = memory_mb()["VmHWM"]
+    times = []
+    for i in range(args.requests):
+        start = time.perf_counter_ns()
+        engine(*requests[i % len(requests)])
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    serving = memory_mb()["VmHWM"]
+    return {
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "threads": engine.threads,
+        "batch": args.batch,
+        "requests": args.requests,
+        "peak_rss_mb": max(peak_before, serving),
+        "serving_rss_mb": serving,
+        "loaded_rss_mb": loaded,
+        "p50_ms": statistics.median(times) if times else None,
+        "torch_imported": "torch" in sys.modules,
+    }
+
+
+def _open(args: argparse.Namespace, sizes: dict[str, int]) -> Engine:
+    if args.artifact is not None:
+        from fastrec.runtime.artifact import load_engine
+
+        return load_engine(args.artifact, threads=args.threads)
+    from fastrec.compress import load
+    from fastrec.runtime.compiler import compile
+    from fastrec.runtime.model_spec import spec_of
+
+    model = load(args.model)
+    if getattr(model, "config", None) is None:
+        raise ArgumentError("--model", "a checkpoint of a fastrec model", type(model).__name__)
+    examples: tuple[np.ndarray, ...] = spec_of(model, ()).sample(sizes)
+    return compile(model, examples, args.backend, args.threads, precision=args.precision)
+
+
+def memory_mb() -> dict[str, float]:
+    """VmRSS (now) and VmHWM (high-water mark) of this process in MB.
+
+    Raises:
+        BackendError: there is no /proc/self/status (not Linux).
+    """
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError as error:
+        raise BackendError("memory can only be read on Linux (/proc/self/status)") from error
+    pairs = (
+        line.split(":", 1) for line in text.splitlines() if line.startswith(("VmRSS", "VmHWM"))
+    )
+    return {key: int(value.split()[0]) * 1024 / 1e6 for key, value in pairs}
+
+
+def _out(report: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

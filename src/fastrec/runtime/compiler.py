@@ -1,0 +1,168 @@
+"""``fastrec.compile``: one model, one batch of examples, an engine of the backend asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastrec.errors import (
+    ArgumentError,
+    BackendError,
+    DtypeError,
+    FastrecError,
+    MissingDependencyError,
+)
+from fastrec.runtime.backends import BACKENDS, backend_module
+from fastrec.runtime.backends._torch import inference
+from fastrec.runtime.choose import choice
+from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine
+from fastrec.runtime.measure import Tolerance, correctness_gate, interleaved
+from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
+from fastrec.runtime.onnx_export import evaluated
+
+_EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    backend: str = "auto",
+    threads: int | None = None,
+    *,
+    precision: str | None = None,
+    calibration: Iterable[Sequence[Any]] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Engine:
+    """Build an engine; all compiling, quantising and choosing of settings happens here.
+
+    Args:
+        model: a torch model with one tensor output; it is not changed.
+        example_inputs: one batch (tensors or arrays) like those to come. Engines of onnxruntime and
+            openvino keep every size but the batch; settings are chosen by measuring on it.
+        backend: ``auto``, ``native``, ``torch``, ``torch_compile``, ``onnxruntime`` or
+            ``openvino``. ``auto`` builds all that can run, discards those whose answers differ from
+            torch's and keeps the fastest on the examples; its ``describe()`` says why.
+        threads: threads a call may use; None means all CPUs of this process.
+        precision: ``fp32``, ``bf16``, ``int8``, or None for the model as it is. int8 here is the
+            backend's own quantiser, for comparison; native runs what ``fastrec.quantize_`` made.
+        calibration: batches for backends that quantise by calibration (openvino); the examples by
+            default.
+        settings: a backend's own settings, forced instead of chosen; see its page in the docs.
+
+    Raises:
+        ArgumentError, DtypeError, ShapeError, IdRangeError: a bad argument or example.
+        BackendError: the backend is unknown, cannot run, lacks the precision, cannot take this
+            model, or its answers differ from torch's; the message names choices and reasons.
+        MissingDependencyError: the backend's package is not installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise DtypeError("model", "a torch.nn.Module", type(model).__name__)
+    if backend != "auto" and backend not in BACKENDS:
+        raise BackendError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if precision is not None and precision not in PRECISIONS:
+        raise ArgumentError("precision", f"one of {PRECISIONS} or None", repr(precision))
+    threads = _cpus() if threads is None else threads
+    if not isinstance(threads, int) or threads < 1:
+        raise ArgumentError("threads", "a positive integer or None", threads)
+    examples = as_tensors("example_inputs", example_inputs)
+    spec = spec_of(model, examples)
+    spec.check(examples)
+    requests: list[tuple[np.ndarray, ...]] = []
+    for request in calibration or ():
+        tensors = as_tensors("calibration", request)
+        requests.append(tuple(spec.check(tensors)[0]))
+    options = BuildOptions(threads, precision, requests, spec, dict(settings or {}))
+    reference = _reference(model, examples)
+    if backend == "auto":
+        return _auto(model, examples, options, reference)
+    return _build(backend, model, examples, options, reference)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backend -> None where it can run here, else the reason why not."""
+    return {name: backend_module(name).can_run() for name in BACKENDS}
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _reference(model: nn.Module, examples: tuple[torch.Tensor, ...]) -> np.ndarray:
+    with torch.inference_mode():
+        output = evaluated(model)(*examples)
+    if not isinstance(output, torch.Tensor):
+        raise DtypeError("model", "a model with one tensor output", type(output).__name__)
+    scores: np.ndarray = inference(lambda: output)().numpy()
+    return scores
+
+
+def _build(
+    name: str,
+    model: nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    options: BuildOptions,
+    reference: np.ndarray,
+) -> Engine:
+    module = backend_module(name)
+    if (reason := module.can_run()) is not None:
+        if name in _EXTRA:
+            raise MissingDependencyError(name, _EXTRA[name], f"backend {name!r}")
+        raise BackendError(f"backend {name!r} cannot run: {reason}")
+    if options.precision is not None and options.precision not in module.PRECISIONS:
+        raise BackendError(
+            f"backend {name!r} has no {options.precision}: it has {', '.join(module.PRECISIONS)}"
+        )
+    engine = module.build(model, examples, options)
+    scores = engine(*examples).numpy()
+    # A model run as it is must give torch's answers; one that is re-quantised, finite ones.
+    same = engine.precision == "fp32" or options.precision is None
+    tolerance = Tolerance.for_precision("fp32") if same else Tolerance()
+    correctness_gate(reference, scores, tolerance).require(f"backend {name!r}")
+    return engine
+
+
+def _auto(
+    model: nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    options: BuildOptions,
+    reference: np.ndarray,
+) -> Engine:
+    engines: dict[str, Engine] = {}
+    rows: list[dict[str, Any]] = []
+    quantised = quantised_module(model)
+    for name in BACKENDS:
+        if quantised is not None and name not in ("native", "torch"):
+            rows.append(choice(name, False, None, f"{quantised} runs on fastrec's kernels only"))
+            continue
+        try:
+            engine = _build(name, model, examples, options, reference)
+        except FastrecError as error:
+            rows.append(choice(name, False, None, str(error)))
+            continue
+        precision = options.precision or "fp32"
+        gate = correctness_gate(
+            reference, engine(*examples).numpy(), Tolerance.for_precision(precision)
+        )
+        if gate.passed:
+            engines[name] = engine
+        else:
+            rows.append(choice(name, False, None, f"disagrees with torch: {gate.reason}"))
+            engine.close()
+    if not engines:
+        reasons = "; ".join(f"{row['setting']}: {row['why']}" for row in rows)
+        raise BackendError(f"no backend can run this model: {reasons}")
+    taken = interleaved(engines, [examples], rounds=8, calls=4, seconds_budget=10)
+    best = min(engines, key=lambda name: taken[name].best_round_ms)
+    why = f"measured on the example inputs, B={len(examples[0])}, checked against torch"
+    rows = [choice(name, name == best, taken[name], why) for name in engines] + rows
+    for name, engine in engines.items():
+        if name != best:
+            engine.close()
+    chosen = engines[best]
+    chosen._rows = [*rows, *chosen._rows]
+    return chosen

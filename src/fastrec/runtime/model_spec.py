@@ -1,0 +1,86 @@
+"""The input spec of a torch model: from its config for fastrec's models, else from examples."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastrec.errors import ArgumentError, DtypeError
+from fastrec.models import RankerConfig, SASRecConfig
+from fastrec.nn import Int8Embedding, SparseInt8Linear
+from fastrec.runtime.spec import InputField, InputSpec
+
+QUANTISED = (SparseInt8Linear, Int8Embedding)
+
+
+def spec_of(model: nn.Module, example_inputs: Sequence[torch.Tensor]) -> InputSpec:
+    """The spec of a model's inputs.
+
+    For a model with a RankerConfig or SASRecConfig: ids within its tables, lengths in 0..L. For any
+    other model: rank, dtype and all sizes but the first (the batch) as in the examples.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(config, RankerConfig):
+        history, candidates = ("B", "L"), ("B", "m")
+        fields: tuple[InputField, ...] = (
+            InputField("item", history, rows=config.n_items),
+            InputField("category", history, rows=config.n_categories),
+            InputField("behaviour", history, rows=config.n_behaviours + 1),
+            InputField("length", ("B",), rows="L"),
+            InputField("cand_item", candidates, rows=config.n_items),
+            InputField("cand_category", candidates, rows=config.n_categories),
+        )
+        return InputSpec(fields, {"B": (1, None), "L": (1, config.history_length), "m": (1, None)})
+    if isinstance(config, SASRecConfig):
+        fields = (
+            InputField("item", ("B", "L"), rows=config.n_items),
+            InputField("length", ("B",), rows="L"),
+        )
+        return InputSpec(fields, {"B": (1, None), "L": (1, config.max_length)})
+    names = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
+    return InputSpec(
+        tuple(
+            InputField(name, ("B", *tensor.shape[1:]), str(tensor.numpy().dtype))
+            for name, tensor in zip(names, example_inputs, strict=False)
+        ),
+        {"B": (1, None)},
+    )
+
+
+def as_tensors(name: str, inputs: Any) -> tuple[torch.Tensor, ...]:
+    """One request as CPU tensors; numpy arrays are copied where they cannot be written to.
+
+    Raises:
+        DtypeError: not a tuple or list of tensors or arrays.
+    """
+    if not isinstance(inputs, tuple | list) or not inputs:
+        raise DtypeError(name, "a tuple of tensors or numpy arrays", type(inputs).__name__)
+    tensors = []
+    for value in inputs:
+        if isinstance(value, np.ndarray):
+            tensors.append(torch.from_numpy(value if value.flags.writeable else value.copy()))
+        elif isinstance(value, torch.Tensor):
+            tensors.append(value.detach())
+        else:
+            raise DtypeError(name, "a tuple of tensors or numpy arrays", type(value).__name__)
+        if tensors[-1].ndim == 0:
+            raise ArgumentError(name, "inputs with a batch dimension", "a scalar")
+    return tuple(tensors)
+
+
+def quantised_module(model: nn.Module) -> str | None:
+    """Name and class of the first module that is quantised already, or None."""
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTISED):
+            return f"{name} ({type(module).__name__})"
+    return None
