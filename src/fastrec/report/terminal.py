@@ -1,0 +1,74 @@
+"""The table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fastrec.report.layout import (
+    METRIC_TITLES,
+    VARIANT_TITLES,
+    batches_of,
+    comparison_with_paper,
+    group_rows,
+    native_rows,
+    number,
+    reasons,
+    share,
+)
+from fastrec.report.markdown import cell_list, protocol_notes, ratio_lines
+from fastrec.report.schema import ACCURACY
+
+
+def render_terminal(report: Mapping[str, Any], console: Console) -> None:
+    """Print speed, quality and the paper's figures; a null is a dash with its reason below."""
+    rows = report["rows"]
+    sizes = batches_of(rows)
+    speed = Table(title="Table I, measured: latency and resources", box=box.SIMPLE_HEAD)
+    speed.add_column("variant")
+    speed.add_column("engine")
+    for size in sizes:
+        speed.add_column(f"B={size}\np50 ms", justify="right")
+        speed.add_column("\np99 ms", justify="right", style="dim")
+    for title in ("req/s", "file MB", "RSS MB"):
+        speed.add_column(title, justify="right")
+    previous = None
+    for group in group_rows(rows):
+        if previous not in (None, group.variant):
+            speed.add_section()
+        row = group.any_row
+        cells = [number(group.p(size, p)) for size in sizes for p in ("p50", "p99")]
+        cells += [number(row[name]) for name in ("throughput_rps", "size_mb", "rss_mb")]
+        name = VARIANT_TITLES[group.variant] if group.variant != previous else ""
+        style = "bold" if group.engine == "native" else None
+        speed.add_row(name, group.title, *cells, style=style)
+        previous = group.variant
+    console.print(speed)
+    for line in ratio_lines(report["ratios"]):
+        console.print(f"  {line}", highlight=False)
+
+    quality = Table(title="Recommendation quality (native engine)", box=box.SIMPLE_HEAD)
+    quality.add_column("variant")
+    for name in ACCURACY:
+        quality.add_column(METRIC_TITLES[name], justify="right")
+    for variant, row in native_rows(rows).items():
+        quality.add_row(VARIANT_TITLES[variant], *(share(row[name]) for name in ACCURACY))
+    console.print(quality)
+    for note in protocol_notes(rows):
+        console.print(f"  {note}", highlight=False, style="dim")
+
+    paper = Table(title="Beside the paper's Table I", box=box.SIMPLE_HEAD)
+    for title in ("variant", "column", "the paper", "this run"):
+        paper.add_column(title)
+    previous = None
+    for variant, column, theirs, ours in comparison_with_paper(rows):
+        name = VARIANT_TITLES[variant] if variant != previous else ""
+        paper.add_row(name, column, theirs, ours, end_section=column == "hit rate")
+        previous = variant
+    console.print(paper)
+    for why, cells in reasons(rows).items():
+        console.print(f"  - {why}: {cell_list(cells, 2)}", highlight=False, style="dim")
