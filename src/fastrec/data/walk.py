@@ -22,14 +22,14 @@ from fastrec.data.world import N_STYLES, N_SUCCESSORS, World
 MAX_LENGTH = 540
 MAX_SLOTS = 128
 
-_STAY_A, _STAY_B = 2.375, 2.625  # Beta of a user's probability to stay in a category, mean 0.475
+_STAY_A, _STAY_B = 2.4, 2.6  # Beta of a user's probability to stay in a category, mean 0.48
 _STAY_AT_START = 0.13
-_NEW_CAP, _NEW_DECAY, _NEW_AT_START, _NEW_INSIDE = 0.72, 0.385, 2.3, 0.86
+_NEW_CAP, _NEW_DECAY, _NEW_AT_START, _NEW_INSIDE = 0.72, 0.30, 1.9, 0.68
 _SUCCESSOR = 0.35
 _RANK_EXPONENT, _VISITS_EXPONENT = 1.15, 0.35
 _REPEAT = (0.32, 0.40, 0.30)  # own item again, by events since the category: 1, 2 to 8, more
 _STYLED = 0.6
-_TRIES = 4
+_ITEM_TRIES = 4
 _RETURN_FROM, _RETURN_TO, _RETURN_ITEMS = 26 * 3600, 22 * 3600, 2
 
 
@@ -154,11 +154,8 @@ class Walk:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(position in ``recent``, whether it is a new category) of each user's next category."""
         u = self.rng.random(a)
-        if t == 0:
-            p_new = np.ones(a)
-        else:
-            level = np.where(opens, _NEW_AT_START, _NEW_INSIDE)
-            p_new = np.minimum(_NEW_CAP, level * t**-_NEW_DECAY)
+        level = np.where(opens, _NEW_AT_START, _NEW_INSIDE)
+        p_new = np.minimum(_NEW_CAP if t else 1.0, level * max(t, 1) ** -_NEW_DECAY)
         p_new = np.where(self.n_slots[:a] < self.max_slots, p_new, 0.0)
         stay = np.where(opens, _STAY_AT_START, self.stay[:a])
         replaying = replay >= 0
@@ -194,26 +191,22 @@ class Walk:
         return np.minimum(position, count - 1)
 
     def _draw_new(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """A category not visited yet, put in the free slot; after some tries an old one will do."""
+        """A category by popularity or succession, put in the free slot unless the user has been
+        there already (then it is a return, which keeps popular categories popular)."""
         n = len(rows)
         count = self.n_slots[rows].astype(np.int64)
         width = int(count.max())
         current = self.slot_category[rows, self.recent[rows, 0]]
         owned = self.slot_category[rows, :width]
-        category = np.zeros(n, np.int32)
-        todo = np.arange(n)
-        for _ in range(_TRIES):
-            drawn = self.world.draw_categories(self.rng.random(len(todo)))
-            follow = (self.rng.random(len(todo)) < _SUCCESSOR) & (count[todo] > 0)
-            pick = self.rng.integers(0, N_SUCCESSORS, len(todo))
-            drawn = np.where(follow, self.world.successors[current[todo], pick], drawn)
-            category[todo] = drawn
-            todo = todo[(owned[todo] == drawn[:, None]).any(axis=1)]
-            if not len(todo):
-                break
+        category = self.world.draw_categories(self.rng.random(n))
+        follow = (self.rng.random(n) < _SUCCESSOR) & (count > 0)
+        pick = self.rng.integers(0, N_SUCCESSORS, n)
+        category = np.where(follow, self.world.successors[current, pick], category)
+        again = owned == category[:, None]
+        todo = np.flatnonzero(again.any(axis=1))
         position = count.copy()
         if len(todo):
-            slot = np.argmax(owned[todo] == category[todo, None], axis=1)
+            slot = np.argmax(again[todo], axis=1)
             match = self.recent[rows[todo], :width] == slot[:, None]
             position[todo] = np.argmax(match, axis=1)
         is_new = np.ones(n, np.bool_)
@@ -278,13 +271,13 @@ class Walk:
         item: NDArray[np.int32],
         source: NDArray[np.int64],
     ) -> None:
-        """Draw items for ``rows`` into ``item``; where one is the user's already, set ``source``."""
+        """Draw ``item[rows]``; where one is the user's already, its event goes to ``source``."""
         category = self.slot_category[rows, slot[rows]]
         key = (self.user[rows].astype(np.uint64) << np.uint64(32)) | category.astype(np.uint64)
         taste = (mix64(key) % np.uint64(N_STYLES)).astype(np.int64)
         previous = self.item[rows, t - 1] if t else np.full(len(rows), -1, np.int32)
         todo = np.arange(len(rows))
-        for _ in range(_TRIES):
+        for _ in range(_ITEM_TRIES):
             u = self.rng.random((2, len(todo)))
             style = np.where(u[0] < _STYLED, taste[todo], -1)
             drawn = self.world.draw_items(category[todo], u[1], style)
