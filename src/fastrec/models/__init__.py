@@ -10,12 +10,13 @@ _EXPORTS = {
     "RankerConfig": "fastrec.models.ranker",
     "SASRec": "fastrec.models.sasrec",
     "SASRecConfig": "fastrec.models.sasrec",
+    "fuse_attention_": "fastrec.models.attention",
     "record_attention": "fastrec.models.attention",
     "validate_inputs": "fastrec.models.validate",
 }
 
 if TYPE_CHECKING:
-    from fastrec.models.attention import record_attention
+    from fastrec.models.attention import fuse_attention_, record_attention
     from fastrec.models.ranker import Ranker, RankerConfig
     from fastrec.models.sasrec import SASRec, SASRecConfig
     from fastrec.models.validate import validate_inputs
@@ -28,6 +29,7 @@ __all__ = [
     "RankerConfig",
     "SASRec",
     "SASRecConfig",
+    "fuse_attention_",
     "record_attention",
     "validate_inputs",
 ]

@@ -5,23 +5,36 @@ Glossary: B batch, H heads, L history length, m candidates, d model width, D = d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastrec.kernels.padded_attention import padded_attention
 
 # Added to the scores of masked keys. Finite, so that a row with no valid key stays finite, and
 # exact in fp16 and bf16; exp(-30000) is 0 in every dtype.
 MASKED = -30000.0
 
 
+class KeyMask(NamedTuple):
+    """Which keys of each sequence are valid: the first ``length``, said in two ways.
+
+    ``bias`` [B, 1, 1, Lk] is added to the scores (0 or MASKED), ``length`` is int64 [B].
+    """
+
+    bias: Tensor
+    length: Tensor
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention core: everything after the input projections.
 
-    ``record`` is None, or the list that :func:`record_attention` collects maps into.
+    ``record`` is None, or the list that :func:`record_attention` collects maps into. ``fused`` says
+    whether inference runs on our ``padded_attention`` kernel (:func:`fuse_attention_`).
     """
 
     def __init__(self, d: int, n_heads: int) -> None:
@@ -30,26 +43,32 @@ class Attention(nn.Module):
         self.head_dim = d // n_heads
         self.out_proj = nn.Linear(d, d)
         self.record: list[Tensor] | None = None
+        self.fused = False
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False
+        self, q: Tensor, k: Tensor, v: Tensor, mask: KeyMask | None, causal: bool = False
     ) -> Tensor:
         """Attend and merge heads: q [B, H, Lq, D], k and v [B, H, Lk, D] -> [B, Lq, d].
 
-        ``bias`` is added to the scores, broadcastable to [B, H, Lq, Lk]; ``causal`` and ``bias``
-        exclude each other.
+        ``causal`` and ``mask`` exclude each other.
         """
-        if self.record is None:
+        bias = None if mask is None else mask.bias
+        # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products.
+        spelled_out = self.record is not None or (self.training and q.device.type == "cpu")
+        if self.fused and not (spelled_out or causal):
+            context = padded_attention(q, k, v, lengths=None if mask is None else mask.length)
+        elif not spelled_out:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
         else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             if bias is not None:
                 scores = scores + bias
             if causal:
                 later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
                 scores = scores.masked_fill(later, MASKED)
             weights = scores.softmax(-1)
-            self.record.append(weights)
+            if self.record is not None:
+                self.record.append(weights)
             context = weights @ v
         return self.out_proj(context.transpose(1, 2).flatten(2))
 
@@ -61,34 +80,44 @@ class SelfAttention(Attention):
         super().__init__(d, n_heads)
         self.in_proj = nn.Linear(d, 3 * d)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, L, d], bias broadcastable to [B, H, L, L] -> [B, L, d]."""
+    def forward(self, x: Tensor, mask: KeyMask | None = None, causal: bool = False) -> Tensor:
+        """x [B, L, d] -> [B, L, d]."""
         # [B, L, 3d] -> 3 x [B, H, L, D], all views
         qkv = self.in_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.attend(q, k, v, bias, causal)
+        return self.attend(q, k, v, mask, causal)
 
 
 class CrossAttention(Attention):
-    """Multi-head attention of queries over a memory; k and v share ``kv_proj`` [2d, d].
-
-    The k rows start equal to the q rows: attention then begins as a similarity between candidate
-    and history, so "this very item was seen before" is there from the first step.
-    """
+    """Multi-head attention of queries over a memory; k and v share ``kv_proj`` [2d, d]."""
 
     def __init__(self, d: int, n_heads: int) -> None:
         super().__init__(d, n_heads)
         self.q_proj = nn.Linear(d, d)
         self.kv_proj = nn.Linear(d, 2 * d)
-        with torch.no_grad():
-            self.kv_proj.weight[:d].copy_(self.q_proj.weight)
+        self.reset_parameters()
 
-    def forward(self, query: Tensor, memory: Tensor, bias: Tensor | None = None) -> Tensor:
-        """query [B, m, d], memory [B, L, d], bias broadcastable to [B, H, m, L] -> [B, m, d]."""
+    def reset_parameters(self, sharpness: float = 4.0) -> None:
+        """Start as a look-up by similarity: k equals q, and v and the output change nothing.
+
+        "This very item is in the history" is then there from the first step; found from a random
+        start, it takes more training than a small run has. ``sharpness`` scales the scores.
+        """
+        d = self.q_proj.in_features
+        with torch.no_grad():
+            nn.init.orthogonal_(self.q_proj.weight, gain=sharpness**0.5)
+            self.kv_proj.weight[:d].copy_(self.q_proj.weight)
+            nn.init.eye_(self.kv_proj.weight[d:])
+            nn.init.eye_(self.out_proj.weight)
+            for layer in (self.q_proj, self.kv_proj, self.out_proj):
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, memory: Tensor, mask: KeyMask | None = None) -> Tensor:
+        """query [B, m, d], memory [B, L, d] -> [B, m, d]."""
         q = self.q_proj(query).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
         kv = self.kv_proj(memory).unflatten(-1, (2, self.n_heads, self.head_dim))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.attend(q, k, v, bias)
+        return self.attend(q, k, v, mask)
 
 
 class EncoderBlock(nn.Module):
@@ -102,13 +131,23 @@ class EncoderBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(d, ffn), nn.GELU(), nn.Linear(ffn, d))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: KeyMask | None = None, causal: bool = False) -> Tensor:
         """x [B, L, d] -> [B, L, d]."""
         if self.training and self.dropout:
-            x = x + F.dropout(self.attention(self.attention_norm(x), bias, causal), self.dropout)
+            x = x + F.dropout(self.attention(self.attention_norm(x), mask, causal), self.dropout)
             return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout)
-        x = x + self.attention(self.attention_norm(x), bias, causal)
+        x = x + self.attention(self.attention_norm(x), mask, causal)
         return x + self.ffn(self.ffn_norm(x))
+
+
+def fuse_attention_(model: nn.Module) -> None:
+    """From now on, every masked attention of ``model`` runs on the ``padded_attention`` kernel.
+
+    In place, for inference: the kernel has no backward. Causal attention stays with torch.
+    """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused = True
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.errors import ArgumentError
-from fastrec.models.attention import MASKED, CrossAttention, EncoderBlock
+from fastrec.models.attention import MASKED, CrossAttention, EncoderBlock, KeyMask
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,21 @@ class Ranker(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small tables, He initialisation for the ReLU tower, so that gradients reach all of it."""
+        """An initialisation that learns within a few thousand examples (docs/training.md).
+
+        Item vectors outweigh what the encoder blocks add at first, so that an encoded event still
+        resembles its own item and the cross attention finds it; He initialisation for the tower.
+        """
         for table in self.modules():
             if isinstance(table, nn.Embedding):
-                nn.init.normal_(table.weight, std=0.05)
+                nn.init.normal_(table.weight, std=0.5)
                 if table.padding_idx is not None:
                     with torch.no_grad():
                         table.weight[table.padding_idx].zero_()
+        with torch.no_grad():
+            for block in self.blocks:
+                block.attention.out_proj.weight.mul_(0.1)
+                block.ffn[-1].weight.mul_(0.1)
         if self.item_proj is not None:
             # Keeps the scale of the projected rows that of an unfactorised table.
             nn.init.normal_(self.item_proj.weight, std=self.item_proj.in_features**-0.5)
@@ -208,45 +216,44 @@ class Ranker(nn.Module):
         return length.unsqueeze(1) - torch.arange(1, size + 1, device=length.device)
 
     @staticmethod
-    def _bias(age: Tensor, dtype: torch.dtype) -> Tensor:
-        """Score bias [B, 1, 1, L]: 0 on valid positions, MASKED beyond the end."""
-        return ((age < 0).to(dtype) * MASKED)[:, None, None]
+    def _mask(age: Tensor, length: Tensor, dtype: torch.dtype) -> KeyMask:
+        return KeyMask(((age < 0).to(dtype) * MASKED)[:, None, None], length)
 
     def _encode(
-        self, item: Tensor, category: Tensor, behaviour: Tensor, age: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, item: Tensor, category: Tensor, behaviour: Tensor, length: Tensor
+    ) -> tuple[Tensor, KeyMask]:
+        age = self._age(length, item.shape[1])
         x = self._vectors(item, category) + self.behaviour_embedding(behaviour)
         x = x + self.position_embedding(age.clamp_min(0))
-        bias = self._bias(age, x.dtype)
+        mask = self._mask(age, length, x.dtype)
         for block in self.blocks:
-            x = block(x, bias)
-        return self.final_norm(x), bias
+            x = block(x, mask)
+        return self.final_norm(x), mask
 
     def _score(
         self,
         encoded: Tensor,
-        length: Tensor,
-        bias: Tensor,
+        mask: KeyMask,
         cand_item: Tensor,
         cand_category: Tensor,
     ) -> Tensor:
         candidate = self.candidate_norm(self._vectors(cand_item, cand_category))
-        context = self.cross_attention(candidate, encoded, bias)
+        context = self.cross_attention(candidate, encoded, mask)
         # A user without history has nothing to attend to: the context is 0, not a mean of padding.
-        context = context * (length > 0).to(context.dtype)[:, None, None]
+        context = context * (mask.length > 0).to(context.dtype)[:, None, None]
         z = torch.cat((candidate, context, candidate * context), dim=-1)
         return self.tower(z).squeeze(-1)
 
     def encode(self, item: Tensor, category: Tensor, behaviour: Tensor, length: Tensor) -> Tensor:
         """Encode histories: int64 [B, L] x 3 and int64 [B] -> [B, L, d]."""
-        return self._encode(item, category, behaviour, self._age(length, item.shape[1]))[0]
+        return self._encode(item, category, behaviour, length)[0]
 
     def score(
         self, encoded: Tensor, length: Tensor, cand_item: Tensor, cand_category: Tensor
     ) -> Tensor:
         """Score candidates int64 [B, m] against :meth:`encode`'s output -> [B, m]."""
-        bias = self._bias(self._age(length, encoded.shape[1]), encoded.dtype)
-        return self._score(encoded, length, bias, cand_item, cand_category)
+        mask = self._mask(self._age(length, encoded.shape[1]), length, encoded.dtype)
+        return self._score(encoded, mask, cand_item, cand_category)
 
     def forward(
         self,
@@ -267,6 +274,5 @@ class Ranker(nn.Module):
             cand_item: int64 [B, m].
             cand_category: int64 [B, m].
         """
-        age = self._age(length, item.shape[1])
-        encoded, bias = self._encode(item, category, behaviour, age)
-        return self._score(encoded, length, bias, cand_item, cand_category)
+        encoded, mask = self._encode(item, category, behaviour, length)
+        return self._score(encoded, mask, cand_item, cand_category)
