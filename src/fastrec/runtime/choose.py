@@ -15,6 +15,7 @@ def fastest(
     rounds: int = 6,
     calls: int = 4,
     seconds: float = 3.0,
+    settle_s: float | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
     """The candidate with the fastest quiet round, and a row for ``describe()`` for each.
 
@@ -24,7 +25,14 @@ def fastest(
     names = list(candidates)
     if len(names) == 1:
         return names[0], [choice(names[0], True, None, "the only candidate")]
-    taken = interleaved(candidates, [inputs], rounds=rounds, calls=calls, seconds_budget=seconds)
+    taken = interleaved(
+        candidates,
+        [inputs],
+        rounds=rounds,
+        calls=calls,
+        seconds_budget=seconds,
+        settle_s=settle_s,
+    )
     best = min(names, key=lambda name: taken[name].best_round_ms)
     batch = len(inputs[0])
     rows = [

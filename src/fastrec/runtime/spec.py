@@ -164,11 +164,12 @@ class InputSpec:
             raise DtypeError(name, "a numpy array or torch tensor", type(value).__name__)
         if not from_torch:
             raise DtypeError(name, "a numpy array, as the first input is", "a torch tensor")
-        if value.device.type != "cpu":
+        if not value.is_cpu:
             raise DeviceError(name, "a tensor on the CPU", value.device)
-        if value.dtype == torch.bfloat16:
-            raise DtypeError(name, "a dtype that numpy has", value.dtype)
-        array: np.ndarray = value.detach().numpy()
+        try:
+            array: np.ndarray = (value.detach() if value.requires_grad else value).numpy()
+        except TypeError as error:
+            raise DtypeError(name, "a dtype that numpy has", value.dtype) from error
         return array
 
     def _sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from fastrec.errors import BackendError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.backends._torch import (
+    SPIN_S,
     Forward,
     TorchEngine,
     inference,
@@ -67,7 +68,9 @@ def build(
     def at(threads: int) -> Callable[..., Any]:
         return lambda *inputs: with_torch_threads(threads, forward, *inputs)
 
-    best, rows = fastest({name: at(n) for name, n in names.items()}, example_inputs)
+    best, rows = fastest(
+        {name: at(n) for name, n in names.items()}, example_inputs, settle_s=SPIN_S
+    )
     return TorchEngine(
         forward,
         torch_threads=names[best],

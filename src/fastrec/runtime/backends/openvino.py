@@ -178,13 +178,13 @@ def build(
     from fastrec.runtime.onnx_export import static_shapes
 
     options.allow("shapes", "hint")
+    shapes = options.setting("shapes", ("static", "dynamic"))
+    hint = options.setting("hint", ("f32", "bf16"))
     converted = _convert(model, example_inputs)
     precision = options.precision or "fp32"
     if precision == "int8":
         calibration = options.calibration or [tuple(t.numpy() for t in example_inputs)]
         converted = _quantise(converted, calibration)
-    shapes = options.setting("shapes", ("static", "dynamic"))
-    hint = options.setting("hint", ("f32", "bf16"))
     wanted = [
         (s, h) for s, h in _CANDIDATES[precision] if shapes in ("auto", s) and hint in ("auto", h)
     ] or [("static" if shapes == "auto" else shapes, "f32" if hint == "auto" else hint)]

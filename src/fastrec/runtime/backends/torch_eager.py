@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastrec.runtime.backends._torch import (
+    SPIN_S,
     Forward,
     TorchEngine,
     float_inputs,
@@ -61,7 +62,9 @@ def build(
     def at(forward: Forward) -> Any:
         return lambda *inputs: with_torch_threads(options.threads, forward, *inputs)
 
-    best, rows = fastest({name: at(f) for name, f in candidates.items()}, example_inputs)
+    best, rows = fastest(
+        {name: at(f) for name, f in candidates.items()}, example_inputs, settle_s=SPIN_S
+    )
     rows.append(choice(f"threads={options.threads}", True, None, "as asked"))
     precision = options.precision or ("fp32" if quantised is None else "int8")
     return TorchEngine(
