@@ -111,7 +111,25 @@ class SequenceDataset:
                 got = f"{array.dtype} of rank {array.ndim}"
                 raise ArtifactError(f"{file}: expected {np.dtype(dtype)} of rank 1, got {got}")
             arrays[name] = np.asarray(array)  # a plain view: indexing memmap objects is slower
-        return cls(folder, manifest, arrays)
+        dataset = cls(folder, manifest, arrays)
+        dataset._check_sizes()
+        return dataset
+
+    def _check_sizes(self) -> None:
+        """Arrays must fit each other, so that no index made from them leaves its table."""
+        offsets = f"{self.path / 'offsets.npy'}"
+        if len(self.offsets) != self.n_users + 1 or int(self.offsets[-1]) != len(self.items):
+            raise ArtifactError(f"{offsets}: does not fit user_ids.npy and items.npy")
+        for name, values, size in (
+            ("behaviours", self.behaviours, len(self.items)),
+            ("times", self.times, len(self.items)),
+            ("item_category", self.item_category, self.n_items),
+            ("item_count", self.item_count, self.n_items),
+        ):
+            if len(values) != size:
+                raise ArtifactError(
+                    f"{self.path / name}.npy: has {len(values)} values, expected {size}"
+                )
 
     def num_examples(self, split: str) -> int:
         """Examples of one pass over a split: one for each user who has enough events.

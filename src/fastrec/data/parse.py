@@ -78,7 +78,7 @@ def is_header(line: bytes, format: str) -> bool:
 
 def read_blocks(path: Path, format: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """Blocks of about ``block_bytes``, cut after a line end; a byte-order mark and a header are
-    dropped, CRLF becomes LF, and a missing newline at the end of the file is added.
+    dropped, and a missing newline at the end of the file is added.
 
     Raises:
         DataError: the file is compressed, or holds a line of more than ``MAX_LINE_BYTES``.
@@ -108,8 +108,6 @@ def read_blocks(path: Path, format: str, block_bytes: int = BLOCK_BYTES) -> Iter
                 head, _, tail = data.partition(b"\n")
                 if is_header(head, format):
                     data, first_line = tail, 2
-            if b"\r" in data:
-                data = data.replace(b"\r\n", b"\n")
             if data:
                 n_lines = data.count(b"\n")
                 yield Block(data, first_line, n_lines, end_byte)
@@ -173,12 +171,16 @@ def _parse_lines(block: Block, format: str) -> pl.DataFrame:
     fields = _FIELDS[format]
     # An invalid byte becomes U+FFFD, which no integer and no behaviour contains.
     lines = block.data.decode("utf-8", "replace").split("\n")[:-1]
-    split = pl.Series("line", lines, dtype=pl.String).str.split(_SEPARATOR[format])
+    text = pl.Series("line", lines, dtype=pl.String)
+    split = text.str.split(_SEPARATOR[format])
     columns = [split.list.get(i, null_on_oob=True).alias(name) for i, name in enumerate(fields)]
-    blank = pl.Series(lines, dtype=pl.String).str.strip_chars() == ""
-    # polars' CSV reader skips spaces before an integer, its cast does not.
+    blank = text.str.strip_chars() == ""
+    # Around an integer polars' CSV reader skips what its cast does not.
     integers = [
-        pl.col(name).str.strip_chars_start(" \t").cast(pl.Int64, strict=False)
+        pl.col(name)
+        .str.strip_chars_start(" \t")
+        .str.strip_suffix("\r")
+        .cast(pl.Int64, strict=False)
         for name in fields
         if name != "behaviour"
     ]
@@ -205,7 +207,7 @@ def describe_first_bad(path: Path, block: Block, frame: pl.DataFrame) -> str | N
     if not len(bad):
         return None
     index = int(bad[0])
-    text = block.data.split(b"\n", index + 1)[index].decode("utf-8", "replace")[:120]
+    text = block.data.split(b"\n", index + 1)[index].decode("utf-8", "replace").rstrip("\r")[:120]
     reason = REASONS[int(frame["reason"][index]) - 1]
     meaning = {
         "fields": "wrong number of fields",

@@ -80,7 +80,7 @@ class Walk:
         n_users, n_events = times.shape
         self.world, self.rng, self.habits = world, rng, habits
         self.user, self.lengths, self.times, self.opens = user, lengths, times, opens
-        self.stay = rng.beta(_STAY_A, _STAY_B, n_users)
+        self.stay: NDArray[np.float64] = rng.beta(_STAY_A, _STAY_B, n_users)
         # One slot is always free: that is where a new category is put before it moves to the front.
         self.max_slots = min(MAX_SLOTS, len(world.cdf)) - 1
         slots = (n_users, self.max_slots + 1)
@@ -155,6 +155,7 @@ class Walk:
         """(position in ``recent``, whether it is a new category) of each user's next category."""
         u = self.rng.random(a)
         level = np.where(opens, _NEW_AT_START, _NEW_INSIDE)
+        # The first event opens a session, so its level is above 1: surely new.
         p_new = np.minimum(_NEW_CAP if t else 1.0, level * max(t, 1) ** -_NEW_DECAY)
         p_new = np.where(self.n_slots[:a] < self.max_slots, p_new, 0.0)
         stay = np.where(opens, _STAY_AT_START, self.stay[:a])
