@@ -20,3 +20,8 @@ def force_isa() -> str | None:
 def force_backend() -> str | None:
     """Name in ``FASTREC_FORCE_BACKEND``, or None where unset or empty."""
     return os.environ.get("FASTREC_FORCE_BACKEND") or None
+
+
+def omp_num_threads() -> str | None:
+    """``OMP_NUM_THREADS`` as it is set, for the machine card; fastrec itself does not obey it."""
+    return os.environ.get("OMP_NUM_THREADS")

@@ -7,6 +7,8 @@ ops. Importing this package loads neither torch nor the compiled kernels.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastrec.kernels._compiled import (
@@ -52,13 +54,23 @@ def registry() -> dict[str, OpSpec]:
     return {op_id: importlib.import_module(f"{__name__}.{op_id}").SPEC for op_id in OP_IDS}
 
 
+class _Package(ModuleType):
+    """Makes ``fastrec.kernels.<op_id>`` the op's function, not the subpackage of the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system binds a subpackage, once it has run, with this very call.
+        if name in OP_IDS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
-    # An op's function shadows the subpackage of the same name once that is imported, so that
-    # `fastrec.kernels.<op_id>` always means the function.
     if name == "PackedWeight":
         return importlib.import_module(f"{__name__}.sparse_int8_linear").PackedWeight
     if name in OP_IDS:
-        function = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-        globals()[name] = function
-        return function
+        importlib.import_module(f"{__name__}.{name}")
+        return globals()[name]
     raise AttributeError(f"module 'fastrec.kernels' has no attribute {name!r}")

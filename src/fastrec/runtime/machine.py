@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fastrec
+from fastrec import env
 from fastrec.runtime.engine import package_versions
 
 # Instruction sets that decide which kernels run, as /proc/cpuinfo spells them.
@@ -51,7 +52,7 @@ def machine_card() -> dict[str, Any]:
         "fastrec": fastrec.__version__,
         "kernel_isa": _kernel_isa(),
         "packages": package_versions(*_PACKAGES),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "omp_num_threads": env.omp_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
     }

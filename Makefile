@@ -1,0 +1,39 @@
+# Every target does its own set-up: a virtual environment, the pinned packages, the compiled kernels.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DIR ?= bench/results
+NATIVE := $(shell find csrc/cpu -name '*.cpp' -o -name '*.h')
+
+.PHONY: setup demo test bench lint gpu-report clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools pybind11
+	FASTREC_BUILD_CPU=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/fastrec table1 --preset demo --out demo --json demo/table1.json
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	mkdir -p $(DIR)
+	$(BIN)/python bench/bench_kernels.py --out $(DIR)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/mypy
+
+gpu-report: setup
+	mkdir -p $(DIR)
+	$(BIN)/python bench/gpu_report.py --out $(DIR)
+
+clean:
+	rm -rf $(VENV) build demo src/*.egg-info src/fastrec/_native*.so

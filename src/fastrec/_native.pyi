@@ -1,0 +1,80 @@
+"""Compiled CPU kernels of fastrec (csrc/cpu/module.cpp). Addresses are integers."""
+
+from typing import ClassVar
+
+def isa_names() -> list[str]: ...
+def isa_target(name: str) -> str: ...
+def active_isa() -> str: ...
+def machine_has(name: str) -> bool: ...
+def force_isa(name: str) -> bool: ...
+def unforce_isa() -> None: ...
+def supports(
+    *, target: str, max_leaf: int, leaf1_ecx: int, leaf7_ebx: int, leaf7_ecx: int, xcr0: int
+) -> bool: ...
+def cpu_words() -> dict[str, int]: ...
+def num_threads() -> int: ...
+def set_num_threads(threads: int) -> None: ...
+def max_threads() -> int: ...
+def vpdpbusd_peak_gops(seconds: float) -> float: ...
+
+class int8_embedding:
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def run(
+        ids: int, table: int, scale: int, out: int, count: int, rows: int, dims: int
+    ) -> int: ...
+
+class padded_attention:
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def run(
+        q: int,
+        q_batch: int,
+        q_row: int,
+        k: int,
+        k_batch: int,
+        k_row: int,
+        v: int,
+        v_batch: int,
+        v_row: int,
+        out: int,
+        lengths: int,
+        batch: int,
+        query_rows: int,
+        key_rows: int,
+        heads: int,
+        head_dim: int,
+        scale: float,
+    ) -> None: ...
+
+class sparse_int8_linear:
+    MAX_INPUTS: ClassVar[int]
+    MAX_TILE_ROWS: ClassVar[int]
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def check_packed(
+        group_index: int, groups: int, panel_start: int, panels: int, inputs: int
+    ) -> str | None: ...
+
+    class Prepared:
+        def __init__(
+            self,
+            values: int,
+            group_index: int,
+            panel_start: int,
+            scale: int,
+            sum: int,
+            bias: int,
+            outputs: int,
+            inputs: int,
+            x_scale: float,
+            x_zero_point: int,
+            activation: int,
+            y_u8: bool,
+            y_scale: float,
+            y_zero_point: int,
+        ) -> None: ...
+        def run(self, x: int, x_f32: bool, rows: int, y: int) -> bool: ...

@@ -1,0 +1,177 @@
+"""Detection as a pure function of the CPUID words, forcing, and the thread pool."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from fastrec import kernels
+from fastrec.errors import ArgumentError, IsaError
+from fastrec.kernels._compiled import native, reason_missing
+
+pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
+
+OSXSAVE, FMA, AVX = 1 << 27, 1 << 12, 1 << 28
+AVX512_EBX = 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
+VNNI = 1 << 11
+FULL = {
+    "max_leaf": 7,
+    "leaf1_ecx": OSXSAVE | FMA | AVX,
+    "leaf7_ebx": AVX512_EBX,
+    "leaf7_ecx": VNNI,
+    "xcr0": 0xE7,
+}
+TARGET = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"
+
+
+def test_a_full_machine_is_supported() -> None:
+    assert native().isa_target("avx512vnni") == TARGET
+    assert native().supports(target=TARGET, **FULL)
+    assert native().supports(target="", **dict.fromkeys(FULL, 0))
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"leaf1_ecx": FMA | AVX},  # no OSXSAVE
+        {"xcr0": 0x7},  # the system saves AVX state, not AVX-512's
+        {"xcr0": 0x67},  # ... not ZMM16-31
+        {"xcr0": 0xE1},  # ... not AVX's
+        {"max_leaf": 6},
+        {"leaf7_ecx": 0},
+        *({"leaf7_ebx": AVX512_EBX & ~(1 << bit)} for bit in (16, 17, 30, 31)),
+        {"leaf1_ecx": OSXSAVE | AVX},  # no FMA
+    ],
+)
+def test_any_missing_bit_rules_it_out(lacking: dict[str, int]) -> None:
+    assert not native().supports(target=TARGET, **(FULL | lacking))
+
+
+def test_an_unknown_feature_is_never_supported() -> None:
+    assert not native().supports(target="avx512f,warp9", **FULL)
+
+
+@pytest.mark.parametrize("name", kernels.isa_names() if reason_missing() is None else [])
+def test_every_word_of_every_target_is_known(name: str) -> None:
+    # All bits set: what is still unsupported is a word that the feature table does not know.
+    everything = dict.fromkeys(FULL, 2**32 - 1)
+    assert native().supports(target=native().isa_target(name), **everything)
+
+
+def test_this_machine_agrees_with_its_words() -> None:
+    words = native().cpu_words()
+    for name in kernels.isa_names():
+        target = native().isa_target(name)
+        assert native().machine_has(name) == native().supports(target=target, **words)
+
+
+def test_forcing_holds_inside_the_block_only() -> None:
+    before = kernels.active_isa()
+    spec = kernels.registry()["sparse_int8_linear"]
+    with kernels.force_isa("scalar"):
+        assert kernels.active_isa() == spec.kernel_isa() == "scalar"
+    assert kernels.active_isa() == before
+
+
+def test_forcing_an_unknown_isa_raises() -> None:
+    with (
+        pytest.raises(IsaError, match=r"expected one of scalar.*got 'sse9'"),
+        kernels.force_isa("sse9"),
+    ):
+        pass
+
+
+def test_forcing_by_environment() -> None:
+    def active(value: str) -> subprocess.CompletedProcess[str]:
+        code = "from fastrec import kernels; print(kernels.active_isa())"
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"FASTREC_FORCE_ISA": value},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    assert active("scalar").stdout.strip() == "scalar"
+    assert active("").stdout.strip() == kernels.active_isa()
+    unknown = active("doesnotexist")
+    assert unknown.returncode != 0
+    assert "IsaError" in unknown.stderr
+
+
+def test_thread_count_is_checked_and_capped() -> None:
+    before = kernels.num_threads()
+    try:
+        kernels.set_num_threads(10_000)
+        assert kernels.num_threads() == native().max_threads() == len(os.sched_getaffinity(0))
+        kernels.set_num_threads(1)
+        assert kernels.num_threads() == 1
+        with pytest.raises(ArgumentError, match="threads: expected an integer >= 1, got 0"):
+            kernels.set_num_threads(0)
+    finally:
+        kernels.set_num_threads(before)
+
+
+def test_concurrent_callers_get_their_own_results() -> None:
+    spec = kernels.registry()["sparse_int8_linear"]
+    sample = next(s for s in spec.samples() if s.bench)
+    args, kwargs = sample.make()
+    expected = spec.function(*args, **kwargs)
+    wrong: list[int] = []
+
+    def call(caller: int) -> None:
+        results = (spec.function(*args, **kwargs) for _ in range(20))
+        wrong.extend(caller for result in results if not torch.equal(result, expected))
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+def test_a_forked_child_computes_too() -> None:
+    # In a fresh process: forking pytest with torch's own threads running is another matter.
+    code = """
+import os, sys
+import torch
+from fastrec import kernels
+spec = kernels.registry()["sparse_int8_linear"]
+args, kwargs = next(s for s in spec.samples() if s.bench).make()
+expected = spec.function(*args, **kwargs)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(spec.function(*args, **kwargs), expected) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+def test_hot_loops_touch_no_stack() -> None:
+    """gcc may spill accumulators into the loop, which runs three times slower yet stays correct."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native().__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    functions = re.findall(r"^[0-9a-f]+ <(\S*accumulateILi\d+E\S*)>:\n(.*?)\n\n", text, re.M | re.S)
+    assert len(functions) == native().sparse_int8_linear.MAX_TILE_ROWS
+    for name, body in functions:
+        lines = body.splitlines()
+        hot = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
+        rows = int(re.search(r"accumulateILi(\d+)E", name)[1])
+        assert len(hot) >= 2 * rows, name
+        loop = lines[hot[0] : hot[-1] + 1]
+        assert not [line for line in loop if "rsp" in line or "rbp" in line], name
