@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrec.data import BEHAVIOURS, TAOBAO_WINDOW, SequenceDataset, prepare, preparation
+from fastrec.data import BEHAVIOURS, TAOBAO_WINDOW, SequenceDataset, preparation, prepare
 from fastrec.errors import ArgumentError, DataError, MissingDependencyError
 
 T0, T1 = TAOBAO_WINDOW

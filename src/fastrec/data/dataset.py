@@ -201,8 +201,9 @@ class SequenceDataset:
             )
         shuffle = split == "train" if shuffle is None else shuffle
         user, target = self._targets(split, seed, shuffle, targets_per_user)
+        limit = len(user) if limit is None else min(limit, len(user))
         chunks = self._examples(
-            split, user[:limit], target[:limit], sampler, n_candidates, seed, exclude_seen
+            split, user, target, sampler, n_candidates, seed, exclude_seen, limit
         )
         return (self._assemble(part, length) for part in _regroup(chunks, batch_size))
 
@@ -287,9 +288,11 @@ class SequenceDataset:
         m: int,
         seed: int,
         exclude_seen: bool,
+        limit: int,
     ) -> Iterator[_Examples]:
-        """Candidates of each chunk of examples."""
-        for number, start in enumerate(range(0, len(user), _CHUNK)):
+        """Candidates of each chunk of examples. A chunk is drawn whole even where ``limit`` cuts
+        it, so that a limit changes no candidate."""
+        for number, start in enumerate(range(0, limit, _CHUNK)):
             chunk = slice(start, start + _CHUNK)
             rng = np.random.default_rng([seed, SPLITS.index(split), 2, number])
             positive = self.items[target[chunk]].astype(np.int64)
@@ -303,7 +306,7 @@ class SequenceDataset:
                 rows = np.arange(n)
                 cand[:, 0] = cand[rows, label]
                 cand[rows, label] = positive
-            yield _Examples(user[chunk], target[chunk], cand, label)
+            yield _slice(_Examples(user[chunk], target[chunk], cand, label), 0, limit - start)
 
     def _stored_items(self, users: Int64) -> Int64:
         """int64 [n, S]: every stored item of each user, 0 where a user has fewer."""

@@ -80,7 +80,7 @@ class Walk:
         n_users, n_events = times.shape
         self.world, self.rng, self.habits = world, rng, habits
         self.user, self.lengths, self.times, self.opens = user, lengths, times, opens
-        self.stay: NDArray[np.float64] = rng.beta(_STAY_A, _STAY_B, n_users)
+        self.stay = np.asarray(rng.beta(_STAY_A, _STAY_B, n_users))
         # One slot is always free: that is where a new category is put before it moves to the front.
         self.max_slots = min(MAX_SLOTS, len(world.cdf)) - 1
         slots = (n_users, self.max_slots + 1)
