@@ -196,7 +196,7 @@ def test_exported_engines_keep_the_example_sizes(engines, request_of, backend):
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_torch_engines_take_any_history(engines, request_of, expected, backend):
     request = request_of(2, length=5)
-    np.testing.assert_allclose(engines(backend)(*request), expected(request), rtol=1e-6)
+    np.testing.assert_allclose(engines(backend)(*request), expected(request), rtol=1e-4, atol=1e-4)
 
 
 def test_a_closed_engine_says_so(ranker, request_of):
@@ -229,7 +229,8 @@ def test_native_runs_a_quantised_model_as_it_is(ranker, request_of, expected):
         assert engine.precision == "int8"
         with torch.inference_mode():
             own = model(*map(torch.from_numpy, request)).numpy()
-        np.testing.assert_array_equal(engine(*request), own)
+        # The same int8 model: only the last bits of a float sum may turn a rounding.
+        correctness_gate(own, engine(*request), Tolerance(noise=0.1)).require("native")
         rows = {row["module"]: row for row in engine.describe() if "module" in row}
     tower = rows["tower.0"]
     assert tower["op"] == "sparse_int8_linear"
@@ -240,6 +241,9 @@ def test_native_runs_a_quantised_model_as_it_is(ranker, request_of, expected):
     assert all(row["why"] for row in rows.values())
     shares = [row for row in engine.describe() if row["op"] == "choice"]
     assert sum(row["chosen"] for row in shares) == 1
+    assert rows["item_embedding"]["op"] == "int8_embedding"
+    # Scores and context of 16 candidates over 12 events, d = 16.
+    assert rows["cross_attention"]["macs"] == 2 * 16 * 12 * 16
 
 
 def test_auto_explains_its_choice(ranker, request_of, expected, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, MissingDependencyError
+from fastrec.models.attention import Attention
 from fastrec.runtime.engine import missing, package_versions
 from fastrec.runtime.measure import Tolerance, correctness_gate
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
@@ -183,12 +184,21 @@ def check_domains(proto: Any) -> None:
         raise BackendError(f"opset {opset} is below 17")
 
 
-def evaluated(model: nn.Module) -> nn.Module:
-    """The model in eval mode: itself if it is already, else a copy that shares its tensors."""
-    if not any(module.training for module in model.modules()):
+def evaluated(model: nn.Module, *, fused: bool = False) -> nn.Module:
+    """The model in eval mode, its attention on our kernel (``fused``) or on torch.
+
+    Itself where it is that already, else a copy that shares its tensors.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    ready = all(module.fused == fused for module in attentions)
+    if ready and not any(module.training for module in model.modules()):
         return model
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(t): t for t in tensors}).eval()
+    copied: nn.Module = copy.deepcopy(model, memo={id(t): t for t in tensors}).eval()
+    for module in copied.modules():
+        if isinstance(module, Attention):
+            module.fused = fused
+    return copied
 
 
 @contextlib.contextmanager

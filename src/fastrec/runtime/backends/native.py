@@ -1,7 +1,8 @@
 """fastrec's own kernels, op by op: the model's forward, whose fastrec.nn modules run on them.
 
 The whole-model executor, which needs no torch, is a later version. What remains in torch (norms,
-softmax, gathers) shares the cores with the kernels' pool, so its thread count is measured.
+float layers) shares the cores with the kernels' pool, so its thread count is measured, and so is
+whether attention runs on ``padded_attention``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fastrec
 from fastrec import kernels
 from fastrec.errors import BackendError
 from fastrec.kernels._compiled import reason_missing
+from fastrec.models.attention import Attention, CrossAttention
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.backends._torch import (
     SPIN_S,
@@ -58,27 +60,36 @@ def build(
         )
     if options.precision == "fp32" and quantised is not None:
         raise BackendError(f"native runs a model as it is, and {quantised} is int8")
-    model = evaluated(model)
-    forward = _with_kernel_threads(inference(model), options.threads)
     shares = sorted({1, options.threads})
     if "torch_threads" in options.settings:
         shares = [int(options.settings["torch_threads"])]
-    names = {f"torch_threads={n}": n for n in shares}
+    plain = evaluated(model)
+    models = {"torch attention": plain}
+    has_attention = any(isinstance(module, Attention) for module in model.modules())
+    if has_attention and not reason_missing():
+        models = {"padded_attention": evaluated(model, fused=True), **models}
+    forwards = {
+        name: _with_kernel_threads(inference(m), options.threads) for name, m in models.items()
+    }
 
-    def at(threads: int) -> Callable[..., Any]:
+    def at(forward: Forward, threads: int) -> Callable[..., Any]:
         return lambda *inputs: with_torch_threads(threads, forward, *inputs)
 
+    names = {f"{name}, torch_threads={n}": (name, n) for name in models for n in shares}
     best, rows = fastest(
-        {name: at(n) for name, n in names.items()}, example_inputs, settle_s=SPIN_S
+        {label: at(forwards[name], n) for label, (name, n) in names.items()},
+        example_inputs,
+        settle_s=SPIN_S,
     )
+    attention, torch_threads = names[best]
     return TorchEngine(
-        forward,
-        torch_threads=names[best],
+        forwards[attention],
+        torch_threads=torch_threads,
         backend="native",
         precision="fp32" if quantised is None else "int8",
         threads=options.threads,
         spec=options.spec,
-        rows=[*_module_rows(model, example_inputs), *rows],
+        rows=[*_module_rows(models[attention], example_inputs), *rows],
         versions=versions(),
     )
 
@@ -104,6 +115,7 @@ def _with_kernel_threads(forward: Forward, threads: int) -> Forward:
 def _module_rows(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[dict[str, Any]]:
     """One row per module that holds parameters: op, kernel, density, bytes and MACs of a call."""
     calls: dict[str, int] = {}
+    attention_macs: dict[str, int] = {}
 
     def counter(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -113,6 +125,17 @@ def _module_rows(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[dic
 
         return count
 
+    def attention_counter(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # Scores and context, padding included: 2 B Lq Lk d.
+            memory = args[1] if isinstance(module, CrossAttention) else args[0]
+            attention_macs[name] = 2 * output.numel() * memory.shape[1]
+
+        return count
+
+    attentions = {
+        name: module for name, module in model.named_modules() if isinstance(module, Attention)
+    }
     leaves = {
         name: module
         for name, module in model.named_modules()
@@ -120,35 +143,53 @@ def _module_rows(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[dic
         and (any(True for _ in module.parameters()) or any(True for _ in module.buffers()))
     }
     hooks = [module.register_forward_hook(counter(name)) for name, module in leaves.items()]
+    hooks += [m.register_forward_hook(attention_counter(name)) for name, m in attentions.items()]
     try:
         inference(model)(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return [_row(name, module, calls.get(name, 0)) for name, module in leaves.items()]
+    rows = [_row(name, module, calls.get(name, 0)) for name, module in leaves.items()]
+    for name, attention in attentions.items():
+        row = _blank(name, "padded_attention" if attention.fused else "attention")
+        row["macs"] = attention_macs.get(name)
+        if attention.fused:
+            row["kernel"] = f"cpu/{_kernel_isa('padded_attention')}"
+            row["why"] = "measured against torch's, see the choices; padding is skipped"
+        else:
+            row["why"] = reason_missing() or "measured against padded_attention, see the choices"
+        rows.append(row)
+    return rows
+
+
+def _blank(name: str, op: str) -> dict[str, Any]:
+    return {
+        "module": name,
+        "op": op,
+        "kernel": "torch",
+        "density": None,
+        "bytes": 0,
+        "macs": None,
+        "why": "fastrec has no kernel of its own for this module",
+    }
 
 
 def _row(name: str, module: nn.Module, rows: int) -> dict[str, Any]:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    row: dict[str, Any] = {
-        "module": name,
-        "op": type(module).__name__,
-        "kernel": "torch",
-        "density": None,
-        "bytes": sum(t.numel() * t.element_size() for t in tensors),
-        "macs": None,
-        "why": "fastrec has no kernel of its own for this module",
-    }
+    row = _blank(name, type(module).__name__)
+    row["bytes"] = sum(t.numel() * t.element_size() for t in tensors)
+    reason = reason_missing()
     if isinstance(module, SparseInt8Linear):
-        reason = reason_missing()
         dense = rows * module.in_features * module.out_features
         row["op"] = "sparse_int8_linear"
         row["density"] = round(module.density, 4)
         row["macs"] = round(dense * module.density)
-        row["kernel"] = "reference" if reason else f"cpu/{_kernel_isa()}"
+        row["kernel"] = "reference" if reason else f"cpu/{_kernel_isa('sparse_int8_linear')}"
         row["why"] = reason or "the newest instruction set this CPU has; zero groups are skipped"
     elif isinstance(module, Int8Embedding):
-        row["why"] = "a gather of int8 rows, scaled to float32"
+        row["op"] = "int8_embedding"
+        row["kernel"] = "reference" if reason else f"cpu/{_kernel_isa('int8_embedding')}"
+        row["why"] = reason or "gathers int8 rows and scales them to float32 in one pass"
     elif isinstance(module, nn.Linear):
         row["macs"] = rows * module.in_features * module.out_features
         row["density"] = 1.0
@@ -156,6 +197,6 @@ def _row(name: str, module: nn.Module, rows: int) -> dict[str, Any]:
     return row
 
 
-def _kernel_isa() -> str:
-    isa: str = kernels.registry()["sparse_int8_linear"].kernel_isa()
+def _kernel_isa(op_id: str) -> str:
+    isa: str = kernels.registry()[op_id].kernel_isa()
     return isa
