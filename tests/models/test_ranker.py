@@ -187,6 +187,26 @@ def test_recorded_maps_are_the_attention_and_change_no_score(model: Ranker) -> N
         assert weights.masked_select(beyond[:, None, None]).eq(0).all()
 
 
+def test_training_and_inference_compute_the_same(model: Ranker) -> None:
+    """Their attention takes different paths through torch."""
+    inputs = make_inputs(TINY, 3, 9, 5)
+    with torch.no_grad():
+        assert torch.allclose(model(*inputs), model.train()(*inputs), atol=1e-5)
+
+
+def test_a_fresh_model_already_finds_a_repeated_item() -> None:
+    """Its cross attention starts as a look-up: the candidate's own event gets the most weight."""
+    torch.manual_seed(0)
+    model = Ranker(RankerConfig(n_items=500, n_categories=20, history_length=30)).eval()
+    item, category, behaviour, _, cand_item, cand_category = make_inputs(model.config, 64, 30, 1)
+    cand_item, cand_category = item[:, 7:8], category[:, 7:8]
+    length = torch.full((64,), 30)
+    with torch.no_grad(), record_attention(model) as maps:
+        model(item, category, behaviour, length, cand_item, cand_category)
+    found = maps[-1].mean(1)[:, 0].argmax(-1)
+    assert (found == 7).float().mean() > 0.9
+
+
 def test_recorded_maps_carry_gradients() -> None:
     model = Ranker(TINY)
     with record_attention(model) as maps:

@@ -13,23 +13,28 @@ _WORTHWHILE = 1.2
 
 
 def _step_seconds(dtype: torch.dtype | None) -> float:
-    """Best of a few forward and backward passes of one tower layer's size."""
+    """One forward and backward pass of one tower layer's size."""
     weight = torch.ones(1024, 1024, requires_grad=True)
-    x = torch.ones(512, 1024, requires_grad=True)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            F.linear(x, weight).sum().backward()
-        best = min(best, time.perf_counter() - start)
-    return best
+    x = torch.ones(256, 1024, requires_grad=True)
+    start = time.perf_counter()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        F.linear(x, weight).sum().backward()
+    return time.perf_counter() - start
 
 
 @lru_cache(maxsize=1)
 def _cpu_gains() -> bool:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return _step_seconds(None) > _WORTHWHILE * _step_seconds(torch.bfloat16)
+    # One thread, best of several in turn: the answer must not depend on who else is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pairs = [(_step_seconds(None), _step_seconds(torch.bfloat16)) for _ in range(8)]
+    finally:
+        torch.set_num_threads(threads)
+    exact, rounded = (min(column) for column in zip(*pairs, strict=True))
+    return exact > _WORTHWHILE * rounded
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
