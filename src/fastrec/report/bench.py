@@ -1,0 +1,165 @@
+"""``fastrec bench``: engines on one model, by the same gate and timing as Table I."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fastrec.compress import load
+from fastrec.errors import ArgumentError
+from fastrec.models import Ranker, RankerConfig
+from fastrec.report.engines import Built, Request, Spec, Workshop
+from fastrec.report.layout import ENGINE_TITLES, NULL, number
+from fastrec.report.measuring import latency_of, time_engines
+from fastrec.report.networks import float_twin
+from fastrec.report.schema import ENGINES, PRECISIONS
+from fastrec.report.settings import CANDIDATES, Progress, usable_cpus
+from fastrec.runtime import machine_card
+from fastrec.runtime.model_spec import quantised_module, spec_of
+
+_DISTINCT = 8
+
+
+def bench(
+    model: str | Path | nn.Module | None = None,
+    *,
+    engines: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 8),
+    precision: str | None = None,
+    seconds_per_engine: float = 2.0,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time engines on one model with random requests.
+
+    Args:
+        model: a model, or a folder that ``fastrec.save`` wrote; None = the canonical ranker with
+            random weights.
+        engines: default all for a float model, native and torch for a quantised one.
+        batches: batch sizes.
+        precision: asked of the engines that have it; None = the model as it is.
+        seconds_per_engine: timing budget at one batch size.
+        threads: of each engine; None = all CPUs of this process.
+        seed: of weights and requests.
+        progress: called with (stage, done, total).
+
+    Returns:
+        ``{"machine", "model", "rows": [{"engine", "precision", "batch", "latency_ms", "calls",
+        "gate", "settings", "why"}]}``; latency null where ``why`` says so.
+
+    Raises:
+        ArgumentError: an unknown engine, precision or batch size.
+    """
+    network = _network(model, seed)
+    quantised = quantised_module(network) is not None
+    names = tuple(engines or (("native", "torch") if quantised else ENGINES))
+    if set(names) - set(ENGINES):
+        raise ArgumentError("engines", f"names among {', '.join(ENGINES)}", names)
+    if precision not in (None, *PRECISIONS):
+        raise ArgumentError("precision", f"one of {PRECISIONS} or None", repr(precision))
+    if not batches or min(batches) < 1:
+        raise ArgumentError("batches", "positive integers", batches)
+    spec = spec_of(network, ())
+    requests: dict[int, list[Request]] = {
+        size: [spec.sample({"B": size, "m": CANDIDATES}, seed=seed + i) for i in range(_DISTINCT)]
+        for size in batches
+    }
+    label = precision or ("int8" if quantised else "fp32")
+    specs = [Spec(name, label, "model", _ask(name, precision)) for name in names]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fastrec-bench-") as scratch:
+        workshop = Workshop(
+            {"model": network},
+            {"model": float_twin(network)},
+            requests,
+            requests[max(batches)],
+            threads or usable_cpus(),
+            Path(scratch) / "third_party.log",
+        )
+        for size in batches:
+            built: dict[str, Built] = {}
+            for i, one in enumerate(specs):
+                if progress is not None:
+                    progress(f"batch {size}: building and checking {one.engine}", i, len(specs))
+                built[one.name] = workshop.built(one, size, (size,))
+            if progress is not None:
+                progress(f"batch {size}: timing", 0, 1)
+            samples = time_engines(
+                built,
+                requests[size],
+                batch=size,
+                seconds_per_engine=seconds_per_engine,
+                seed=seed,
+            )
+            for name, b in built.items():
+                taken = samples.get(name)
+                rows.append(
+                    {
+                        "engine": b.spec.engine,
+                        "precision": b.engine.precision if b.engine else b.spec.precision,
+                        "batch": size,
+                        "threads": workshop.threads,
+                        "latency_ms": None if taken is None else latency_of(taken),
+                        "calls": 0 if taken is None else taken.n,
+                        "gate": b.gate,
+                        "settings": b.settings(),
+                        "why": b.why,
+                    }
+                )
+            workshop.close(list(built.values()))
+    about = {"source": _source(model), "quantised": quantised, "config": network.config.to_dict()}
+    return {"machine": machine_card(), "model": about, "rows": rows}
+
+
+def _ask(engine: str, precision: str | None) -> str | None:
+    """Native runs a model as it is."""
+    return None if engine == "native" else precision
+
+
+def _network(model: str | Path | nn.Module | None, seed: int) -> Any:
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Ranker(RankerConfig.taobao()).eval()
+    network = model if isinstance(model, nn.Module) else load(model)
+    if not isinstance(network, Ranker):
+        raise ArgumentError("model", "a fastrec.models.Ranker", type(network).__name__)
+    return network
+
+
+def _source(model: str | Path | nn.Module | None) -> str:
+    if model is None:
+        return "random weights, canonical sizes"
+    return type(model).__name__ if isinstance(model, nn.Module) else Path(model).name
+
+
+def print_bench(report: dict[str, Any], console: Console) -> None:
+    """The rows as a table, fastest first within a batch size; reasons below."""
+    table = Table(title=f"Latency of one call: {report['model']['source']}", box=box.SIMPLE_HEAD)
+    for title in ("batch", "engine"):
+        table.add_column(title)
+    for title in ("p50 ms", "p95 ms", "p99 ms", "calls"):
+        table.add_column(title, justify="right")
+    far = float("inf")
+
+    def order(row: dict[str, Any]) -> tuple[int, float]:
+        return row["batch"], far if row["latency_ms"] is None else row["latency_ms"]["p50"]
+
+    for row in sorted(report["rows"], key=order):
+        latency = row["latency_ms"]
+        cells = [NULL] * 3 if latency is None else [number(v) for v in latency.values()]
+        name = f"{ENGINE_TITLES[row['engine']]} {row['precision']}"
+        table.add_row(str(row["batch"]), name, *cells, str(row["calls"]))
+    console.print(table)
+    for row in report["rows"]:
+        if row["why"]:
+            console.print(f"  - {row['engine']}, batch {row['batch']}: {row['why']}", style="dim")

@@ -1,0 +1,302 @@
+"""``table1``: a log in, the measured Table I out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fastrec.models import RankerConfig
+from fastrec.report import accuracy, pipeline
+from fastrec.report.accuracy import Catalogue
+from fastrec.report.engines import Request, Spec, Workshop, specs_of
+from fastrec.report.html import render_html
+from fastrec.report.markdown import render_markdown
+from fastrec.report.memory import child_command, peak_memory
+from fastrec.report.networks import count_parameters, float_twin
+from fastrec.report.paper import paper_table
+from fastrec.report.plots import write_plots
+from fastrec.report.schema import (
+    ACCURACY,
+    FORMAT,
+    FORMAT_VERSION,
+    NULLABLE,
+    VARIANTS,
+    Row,
+    validate,
+)
+from fastrec.report.settings import CANDIDATES, Progress, Table1Settings
+from fastrec.report.store import Store, fingerprint
+from fastrec.report.variant import VariantRun
+from fastrec.runtime import machine_card
+
+_DISTINCT = {1: 16, 8: 8}
+_NOT_ON_RIVALS = (
+    "top-50 retrieval is evaluated on the native engine only: rivals run the same network, and the "
+    "catalogue is many times the work"
+)
+
+
+def table1(
+    settings: Table1Settings | None = None,
+    out: str | Path = "table1",
+    *,
+    model_config: RankerConfig | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make the paper's Table I on this machine: train or load, compress, check, measure, write.
+
+    Args:
+        settings: what to do; the demo by default.
+        out: folder for everything. Stages finished there by an earlier call with the same settings
+            are not done again.
+        model_config: the baseline's sizes in place of those that ``settings.config`` names.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The object of ``out/table1.json`` (DESIGN of the schema: :mod:`fastrec.report.schema`);
+        ``table1.md``, ``report.html`` and four PNG plots are written beside it.
+
+    Raises:
+        ArgumentError: a bad setting, or data that the model's tables cannot hold.
+        DataError, ArtifactError: a log or model that cannot be used.
+    """
+    started = time.perf_counter()
+    settings = settings or Table1Settings.make()
+    tell: Progress = progress or (lambda stage, done, total: None)
+    store = Store(Path(out))
+    dataset, about_data = pipeline.dataset_of(settings, store, tell)
+    baseline, about_model = pipeline.baseline_of(settings, dataset, store, tell, model_config)
+    variants = pipeline.variants_of(settings, baseline, dataset, store, tell)
+    found = _measure(settings, variants, dataset, store, tell)
+    peaks = _memory(settings, found, store, tell)
+    rows = _rows(settings, found, peaks, variants)
+    recipe = pipeline.recipe_of(settings)
+    report = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "summary": _summary(rows, settings),
+        "machine": machine_card(),
+        "dataset": about_data,
+        "run": {
+            "settings": settings.to_dict(),
+            "model": getattr(baseline, "config", None) and baseline.config.to_dict(),
+            "training": about_model,
+            "recipe": recipe.to_dict(),
+            "stages_reused": store.reused,
+            "seconds": {**store.seconds, "all": time.perf_counter() - started},
+        },
+        "paper": paper_table(),
+        "ratios": [line for variant in VARIANTS for line in found[variant]["ratios"]],
+        "rows": [row.to_dict() for row in rows],
+    }
+    validate(report)
+    write_report(report, store.out)
+    return report
+
+
+def write_report(report: Mapping[str, Any], out: Path) -> None:
+    """Write ``table1.json``, ``table1.md``, ``report.html`` and the plots into ``out``."""
+    images = write_plots(report["rows"], out)
+    (out / "table1.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    (out / "table1.md").write_text(render_markdown(report))
+    (out / "report.html").write_text(render_html(report, images))
+
+
+def requests_of(
+    dataset: Any, batches: Sequence[int], seed: int, *, split: str = "test"
+) -> dict[int, list[Request]]:
+    """Real requests of 50 candidates: batch size -> tuples of int64 arrays, users repeated where
+    there are too few."""
+    found: dict[int, list[Request]] = {}
+    for size in sorted(set(batches)):
+        wanted = size * _DISTINCT.get(size, 3)
+        parts = dataset.batches(
+            split, batch_size=256, n_candidates=CANDIDATES, seed=seed, shuffle=False, limit=wanted
+        )
+        columns = [np.concatenate(c) for c in zip(*(p.inputs() for p in parts), strict=True)]
+        index = np.arange(max(size, len(columns[0]) // size * size)) % len(columns[0])
+        found[size] = [
+            tuple(column[index[start : start + size]] for column in columns)
+            for start in range(0, len(index), size)
+        ]
+    return found
+
+
+def calibration_of(settings: Table1Settings, dataset: Any) -> list[Request]:
+    """The recipe's calibration examples for the rivals' quantisers, with 50 candidates each."""
+    recipe = pipeline.recipe_of(settings)
+    limit = min(recipe.calibration_examples, 128 if settings.quick else recipe.calibration_examples)
+    batches = dataset.batches(
+        "train", batch_size=16, n_candidates=CANDIDATES, seed=recipe.seed, limit=limit
+    )
+    return [batch.inputs() for batch in batches]
+
+
+def _measure(
+    settings: Table1Settings,
+    variants: Mapping[str, nn.Module],
+    dataset: Any,
+    store: Store,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """variant -> what :class:`VariantRun` found."""
+    networks = dict(variants)
+    networks["distilled_fp32"] = copy.deepcopy(variants["distilled"]).float().eval()
+    workshop = Workshop(
+        networks,
+        _Twins(networks),
+        requests_of(dataset, (*settings.batches, *settings.throughput_batches), settings.seed),
+        calibration_of(settings, dataset),
+        settings.threads,
+        store.out / "third_party.log",
+    )
+    weights = _weights_key(store.out)
+    asked = settings.to_dict()
+    found: dict[str, dict[str, Any]] = {}
+    catalogue: Catalogue | None = None
+    for variant in VARIANTS:
+        key = fingerprint(variant, asked, weights, dataset.manifest, catalogue and vars(catalogue))
+        run = VariantRun(variant, settings, workshop, dataset, store.out, progress)
+        found[variant] = store.stage(f"measure-{variant}", key, partial(run.run, catalogue))
+        if catalogue is None and found[variant]["catalogue"] is not None:
+            catalogue = Catalogue(*found[variant]["catalogue"])
+    for built in workshop.shared.values():
+        if built.engine is not None:
+            built.engine.close()
+    return found
+
+
+class _Twins(dict[str, nn.Module]):
+    """Float twins, made when first asked for."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._networks = networks
+
+    def __missing__(self, name: str) -> nn.Module:
+        self[name] = float_twin(self._networks[name])
+        return self[name]
+
+
+def _weights_key(out: Path) -> str:
+    """Changes with any byte of any variant: the artifacts hold their own checksums."""
+    return fingerprint(
+        *(json.loads((out / "variants" / v / "model.json").read_text())["sha256"] for v in VARIANTS)
+    )
+
+
+def _rss_key(spec: Spec) -> str:
+    return f"rss-{spec.engine}-{spec.ask or 'as_is'}-{spec.network}"
+
+
+def _memory(
+    settings: Table1Settings, found: Mapping[str, Any], store: Store, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """stage name -> {"peak_mb", "why"}; engines that several variants share run once."""
+    start = time.perf_counter()
+    weights = _weights_key(store.out)
+    peaks: dict[str, dict[str, Any]] = {}
+    commands: dict[str, Sequence[str]] = {}
+    for variant in VARIANTS:
+        for spec in specs_of(variant, settings):
+            source = found[variant]["engines"][spec.name]["source"]
+            name = _rss_key(spec)
+            kept = store.read(name, weights)
+            if kept is not None:
+                peaks[name] = kept
+            elif source is None:
+                peaks[name] = {"peak_mb": None, "why": "there is no file that a process could load"}
+            else:
+                commands[name] = child_command(
+                    spec, store.out / source, settings.threads, settings.rss_requests
+                )
+    done: list[str] = []
+    progress("peak memory of each engine", 0, len(commands))
+
+    def keep(name: str, peak: float | None, why: str | None) -> None:
+        peaks[name] = {"peak_mb": peak, "why": why}
+        if peak is not None:
+            store.write(name, weights, peaks[name])
+        done.append(name)
+        progress("peak memory of each engine", len(done), len(commands))
+
+    peak_memory(commands, keep)
+    store.add_seconds("peak memory", time.perf_counter() - start)
+    return peaks
+
+
+def _rows(
+    settings: Table1Settings,
+    found: Mapping[str, Any],
+    peaks: Mapping[str, Any],
+    variants: Mapping[str, nn.Module],
+) -> list[Row]:
+    counts = {name: count_parameters(model) for name, model in variants.items()}
+    counts["distilled_fp32"] = counts["distilled"]
+    baseline = found["baseline"]["engines"].get("native-fp32", {}).get("accuracy")
+    rows = []
+    for variant in VARIANTS:
+        for spec in specs_of(variant, settings):
+            facts = found[variant]["engines"][spec.name]
+            quality = None
+            if facts["accuracy"] is not None:
+                against = baseline if variant != "baseline" and spec.engine == "native" else None
+                quality = accuracy.row_fields(facts["accuracy"], against, settings.seed)
+            for batch in settings.batches:
+                row = Row(variant, spec.engine, spec.precision, batch, settings.threads)
+                every, kept = counts[spec.network]
+                row.params_m, row.nonzero_params_m = every / 1e6, kept / 1e6
+                _fill_speed(row, facts, peaks[_rss_key(spec)])
+                _fill_quality(row, facts, quality)
+                rows.append(row)
+    return rows
+
+
+def _fill_speed(row: Row, facts: Mapping[str, Any], peak: Mapping[str, Any]) -> None:
+    batch = str(row.batch)
+    row.settings, row.gate = facts["settings"][batch], facts["gate"][batch]
+    if batch in facts["latency"]:
+        row.latency_ms = dict(facts["latency"][batch])
+        row.calls = facts["calls"][batch]
+    if facts["throughput"] is not None:
+        row.throughput_rps = facts["throughput"]["rps"]
+        row.throughput_at = {k: facts["throughput"][k] for k in ("batch", "all")}
+    row.size_mb, row.rss_mb = facts["size_mb"], peak["peak_mb"]
+    row.explain(["latency_ms"], facts["why"][batch] or "it was not timed")
+    row.explain(["throughput_rps"], facts["throughput_why"] or "it was not timed")
+    row.explain(["size_mb"], facts["size_why"] or "it has no file")
+    row.explain(["rss_mb"], peak["why"] or "its process reported nothing")
+
+
+def _fill_quality(
+    row: Row, facts: Mapping[str, Any], quality: Mapping[str, Mapping[str, Any]] | None
+) -> None:
+    if quality is not None:
+        for name, value in quality["values"].items():
+            setattr(row, name, value)
+        row.ci95, row.difference = dict(quality["ci95"]), dict(quality["difference"])
+        row.protocol = dict(quality["protocol"])
+        if row.engine != "native":
+            row.explain(accuracy.CATALOGUE_METRICS, _NOT_ON_RIVALS)
+        few = "the candidate set is no larger than the cut-off, where it is 1 by construction"
+        row.explain(ACCURACY, few)
+    row.explain(ACCURACY, facts["accuracy_why"] or "it was not evaluated")
+    row.explain(NULLABLE, "it was not measured")
+
+
+def _summary(rows: Sequence[Row], settings: Table1Settings) -> str:
+    measured = sum(not row.is_null("latency_ms") for row in rows)
+    return (
+        f"The five variants of the paper's Table I on {len(settings.engines)} engines, CPU, "
+        f"{settings.threads} threads, {CANDIDATES} candidates a request; {measured} of {len(rows)} "
+        "rows timed. All engines of a variant were timed in turn in one process, after their "
+        "answers were checked against fp32 torch. Every number was measured in this run."
+    )
