@@ -54,23 +54,35 @@ def test_the_weakest_blocks_go_and_theta_separates() -> None:
     assert report.rounds[0].linear_threshold == pytest.approx(5.0)
 
 
-def test_layer_scale_makes_layers_comparable() -> None:
+def test_output_scale_makes_layers_comparable() -> None:
     raw, scaled = mlp(), mlp()
     for model in (raw, scaled):
         model[0].weight.data *= 100.0
     prune_(raw, BlockPruning(sparsity=0.3, scale="none"))
-    report = prune_(scaled, BlockPruning(sparsity=0.3))
+    report = prune_(scaled, BlockPruning(sparsity=0.3, scale="output"))
     assert int((raw[0].weight == 0).sum()) == 0
     assert all(layer.kept < 0.9 for layer in report.layers.values())
+
+
+def test_output_scale_keeps_the_weaker_part_of_a_merged_projection() -> None:
+    """q and k beside an identity for v, as the ranker's cross attention starts: the diagonal is
+    what v is made of, and must outlive what surrounds it."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 192)
+    with torch.no_grad():
+        layer.weight[128:] = torch.eye(64) * 0.5 + torch.randn(64, 64) * 0.01
+    model = nn.Sequential(layer)
+    prune_(model, BlockPruning(sparsity=0.4, rounds=1), everything)
+    assert bool((layer.weight[128:].diagonal() != 0).all())
 
 
 def test_layers_of_another_spread_are_not_cut_to_the_cap_over_the_rounds() -> None:
     """The unit of the scores is fixed at the start; re-measured each round, it would run away."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 512))
-    for layer in model[:2]:
+    for layer in model[:2]:  # the third stays uniform
         nn.init.normal_(layer.weight)
-    report = prune_(model, BlockPruning(sparsity=0.4, rounds=3))  # the third is uniform
+    report = prune_(model, BlockPruning(sparsity=0.4, rounds=3, scale="output"))
     assert 0.55 < report.layers["2.weight"].kept < 0.75
 
 

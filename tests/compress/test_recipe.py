@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 
 CONFIG = RankerConfig(
-    n_items=1200, n_categories=20, history_length=8, d=32, ffn=64, tower=(64, 64), n_blocks=1
+    n_items=1200, n_categories=20, history_length=8, d=32, ffn=64, tower=(128, 64), n_blocks=1
 )
 RECIPE = Recipe(
     qat=FineTune(steps=3, lr=1e-4),
@@ -258,3 +260,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(tmp_path / "out" / "pruned_quantized").tower[0].density < 0.7
     missing = CliRunner().invoke(app, ["/nowhere", *arguments[1:]])
     assert isinstance(missing.exception, ArgumentError)
+
+
+def test_importing_the_command_loads_no_torch() -> None:
+    code = "import sys, fastrec.compress.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

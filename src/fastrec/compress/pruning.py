@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from fastrec.compress.selection import (
 )
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 
-MIN_BLOCKS = 16  # a layer with fewer blocks has nothing to choose from
+MIN_BLOCKS = 64  # a smaller layer has little to win in time and, measured, much to lose in quality
 MIN_TABLE_ROWS = 1000  # below: positions, behaviours, ...; nothing to win in bytes
 
 
@@ -36,9 +37,11 @@ class BlockPruning:
         rounds: K, prune-and-fine-tune rounds (the paper's 3).
         embedding_block: (rows, columns) of one block of an embedding table, or None to leave the
             tables dense. (1, 4) is what the artifact's masked codec stores compactly.
-        scale: "layer" divides a block's RMS by the RMS that its layer's weights had before the
-            first round, so that a layer with a large fan-in (small weights throughout) is not
-            emptied first; "none" sorts the raw magnitudes, as the paper writes it.
+        scale: the unit in which a block's RMS is compared with others. "none": raw magnitudes, as
+            the paper writes it; "output": the RMS that the weights of the same outputs had before
+            the first round, so that a layer with a large fan-in (small weights throughout) or the
+            weaker part of a merged projection (v beside q and k) is not emptied first;
+            "balanced": the geometric mean of the two, measured best (docs/compression.md).
         max_layer_sparsity: no layer loses more than this share; None means (1 + sparsity) / 2,
             which is 0.7 at 40 %. Keeps the global sort from emptying one layer.
         frequency_power: where row counts are given to ``prune_``, a table row's blocks are weighted
@@ -50,7 +53,7 @@ class BlockPruning:
     block: tuple[int, int] = (32, 4)
     rounds: int = 3
     embedding_block: tuple[int, int] | None = (1, 4)
-    scale: Literal["layer", "none"] = "layer"
+    scale: Literal["balanced", "output", "none"] = "balanced"
     max_layer_sparsity: float | None = None
     frequency_power: float = 0.25
 
@@ -62,8 +65,8 @@ class BlockPruning:
         if self.embedding_block is not None:
             pair = _block("embedding_block", self.embedding_block)
             object.__setattr__(self, "embedding_block", pair)
-        if self.scale not in ("layer", "none"):
-            raise ArgumentError("scale", "'layer' or 'none'", repr(self.scale))
+        if self.scale not in ("balanced", "output", "none"):
+            raise ArgumentError("scale", "'balanced', 'output' or 'none'", repr(self.scale))
         if self.max_layer_sparsity is not None:
             check_fraction(
                 "max_layer_sparsity", self.max_layer_sparsity, low=self.sparsity, high=1.000001
@@ -132,25 +135,30 @@ class _Matrix:
     weight: nn.Parameter
     block: tuple[int, int]
     row_weight: Tensor | None = None
-    unit: float = 1.0
+    unit: Tensor | float = 1.0
     mask: Tensor | None = None  # bool, the weight's shape
 
     def scores(self) -> BlockScores:
-        weight = self.weight.detach()
-        if self.row_weight is not None:
-            weight = weight.float() * self.row_weight[:, None]
-        scores = block_rms(weight, self.block)
+        scores = block_rms(self._weighted(), self.block)
         return BlockScores(scores.score / self.unit, scores.count)
 
-    def fix_unit(self) -> None:
-        """Measure scores in RMS of the non-zero weights, once: with the RMS of what is left after
-        each round, a layer pruned little would look weak beside one pruned much, and be cut to the
-        cap."""
-        weight = self.weight.detach().float()
-        if self.row_weight is not None:
-            weight = weight * self.row_weight[:, None]
-        n = int((weight != 0).sum())
-        self.unit = float(weight.square().sum().div(n).sqrt()) if n else 1.0
+    def fix_unit(self, scale: str) -> None:
+        """Measure scores in RMS of the non-zero weights of the same outputs (tables: of the whole
+        table, where the rows' norms are what tells them apart). Once: with the RMS of what is left
+        after each round, a layer pruned little would look weak beside one pruned much, and be cut
+        to the cap."""
+        weight = self._weighted().float()
+        height = self.block[0] if self.kind == "linear" else len(weight)
+        panels = weight.split(height)
+        sums = torch.stack([panel.square().sum() for panel in panels])
+        sizes = torch.stack([(panel != 0).sum() for panel in panels])
+        unit = (sums / sizes.clamp_min(1)).sqrt()
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))[:, None]
+        self.unit = unit.sqrt() if scale == "balanced" else unit
+
+    def _weighted(self) -> Tensor:
+        weight = self.weight.detach()
+        return weight if self.row_weight is None else weight.float() * self.row_weight[:, None]
 
     def apply(self) -> None:
         if self.mask is not None:
@@ -187,7 +195,7 @@ def prune_(
         model: any torch model.
         config: see :class:`BlockPruning`.
         filter_fn: (module, name) -> bool decides over ``nn.Linear`` and ``nn.Embedding`` modules.
-            Default: linear layers with at least a block's outputs (32) and 16 blocks, so that a
+            Default: linear layers with at least a block's outputs (32) and 64 blocks, so that a
             final 1024 -> 1 layer stays dense, and tables of at least 1000 rows.
         finetune: called as finetune(model, round) after each of the rounds 1..K.
         row_counts: table name -> how often each row is read [rows]; see ``frequency_power``.
@@ -203,9 +211,9 @@ def prune_(
         raise DtypeError("config", "a BlockPruning", type(config).__name__)
     matrices = _matrices(model, config, filter_fn or _default_filter(config))
     _attach_counts(matrices, row_counts or {}, config.frequency_power)
-    if config.scale == "layer":
+    if config.scale != "none":
         for matrix in matrices:
-            matrix.fix_unit()
+            matrix.fix_unit(config.scale)
     groups = {
         kind: [m for m in matrices if m.kind == kind]
         for kind in ("linear", "table")
@@ -282,7 +290,9 @@ def _attach_counts(
         if name not in tables:
             raise ArgumentError("row_counts", f"names among {sorted(tables)}", repr(name))
         matrix = tables[name]
-        counts = torch.as_tensor(counts, dtype=torch.float32, device=matrix.weight.device)
+        if not isinstance(counts, Tensor):
+            counts = torch.tensor(np.asarray(counts, dtype=np.float32))  # a copy: may be read-only
+        counts = counts.to(matrix.weight.device, torch.float32)
         if counts.shape != matrix.weight.shape[:1]:
             raise ShapeError(
                 f"row_counts[{name!r}]", f"[{matrix.weight.shape[0]}]", list(counts.shape)

@@ -41,7 +41,7 @@ class FineTune:
     """A short training: ``steps`` batches at a peak rate of ``lr`` (0 steps = none)."""
 
     steps: int = 150
-    lr: float = 3e-4
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, low=0)
@@ -134,6 +134,17 @@ class Recipe:
             check_count(name, getattr(self, name))
         check_count("n_candidates", self.n_candidates, low=2)
         check_count("seed", self.seed, low=0)
+
+    @classmethod
+    def quick(cls, seed: int = 0) -> Recipe:
+        """Few steps, for small data: all five variants of a 6 M parameter ranker in about a minute
+        and a half on two cores (the ``demo`` preset)."""
+        return cls(
+            qat=FineTune(steps=30, lr=1e-4),
+            finetune=FineTune(steps=40),
+            distill=Distillation(steps=200, lr=2e-3),
+            seed=seed,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reverses it."""
