@@ -94,7 +94,7 @@ def test_prepare_keeps_parameters_and_keys() -> None:
 
 def test_training_learns_and_pruned_weights_stay_zero() -> None:
     model = Net()
-    prune_(model, BlockPruning(sparsity=0.4, rounds=1), lambda m, n: n != "net.4")
+    prune_(model, BlockPruning(0.4, rounds=1, scale="output"), lambda m, n: n != "net.4")
     zeros = {n: p.detach() == 0 for n, p in model.named_parameters() if p.ndim == 2}
     quantize_(model, QAT("prepare"))
     losses = train(model, 40)

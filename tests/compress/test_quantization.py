@@ -187,7 +187,7 @@ def test_fused_chain_equals_the_unfused_fake_quantised_model() -> None:
 
 def test_quantised_output_is_close_and_pruned_groups_are_dropped() -> None:
     model = tower()
-    prune_(model, BlockPruning(sparsity=0.4), lambda m, n: n in ("0", "2"))
+    prune_(model, BlockPruning(0.4, scale="output"), lambda m, n: n in ("0", "2"))
     x = batches(1, seed=5)[0][0]
     before = model(x)
     report = quantize_(model, Int8(), calibration=batches())
