@@ -22,10 +22,7 @@ from fastrec.runtime.measure import Agreement, Tolerance, correctness_gate
 Request = tuple[np.ndarray, ...]
 
 OWN_TOOLS = "quantises the same float network with its own tools"
-NATIVE_FLOAT = (
-    "float layers run in torch: fastrec has INT8 kernels only so far; its own part here is the "
-    "choice of torch threads"
-)
+NATIVE_FLOAT = "float linear layers run in torch: fastrec has kernels for INT8 ones only so far"
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,10 @@ def baseline_of(
         model = _given(settings.model)
         _check_fits(model.config, dataset, "model")
         return model, {"trained": "before", "model": settings.model.name}
-    config = config or model_config(settings, dataset)
+    if config is None:
+        config = model_config(settings, dataset)
+    else:
+        _check_fits(config, dataset, "model_config")
     plan = train_config(settings)
     folder = store.out / "baseline"
     key = fingerprint(config.to_dict(), plan.to_dict(), dataset.manifest)
