@@ -89,7 +89,8 @@ def train(
     chosen = {name: value for name, value in given.items() if value is not None}
     if patience == 0:
         chosen["patience"] = None
-    config = TrainConfig(seed=seed, amp=amp, **chosen)
+    recipe = TrainConfig.sasrec if model is ModelName.sasrec else TrainConfig
+    config = recipe(seed=seed, amp=amp, **chosen)
     torch.manual_seed(seed)
     network = _build(model, dataset)
     report = fit(network, dataset, config, out=out, resume=resume, progress=not quiet)
