@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 _PENDING_ROWS = 2_000_000
+_DENSE_SPAN = 16_000_000
+_NO_CATEGORY = np.iinfo(np.int64).max
 
 
 class ItemTable:
@@ -21,51 +23,105 @@ class ItemTable:
     """
 
     def __init__(self) -> None:
-        self._base: pl.DataFrame | None = None
+        self._parts: _Direct | _Grouped = _Direct()
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Add the rows of ``frame`` (columns item and category)."""
+        if isinstance(self._parts, _Direct) and not self._parts.fits(frame):
+            self._parts = _Grouped(self._parts.collect())
+        self._parts.add(frame)
+
+    def finish(self) -> ItemIndex:
+        """The finished table; call once, after at least one :meth:`add`."""
+        table = self._parts.collect().sort("item")
+        low = table["low"].to_numpy()
+        category_ids = table["low"].unique().sort().to_numpy()
+        category = np.zeros(table.height + 1, np.int32)
+        category[1:] = np.searchsorted(category_ids, low) + 1
+        return ItemIndex(
+            with_padding(table["item"].to_numpy()),
+            category,
+            with_padding(table["count"].to_numpy()),
+            with_padding(category_ids),
+            int((low != table["high"].to_numpy()).sum()),
+        )
+
+
+class _Direct:
+    """One slot for each id of a range: an order faster than grouping, for ids that fill theirs."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._low = self._high = self._count = np.zeros(0, np.int64)
+
+    def fits(self, frame: pl.DataFrame) -> bool:
+        """Make room for the frame's items; False where their range is too wide for slots."""
+        first, last = _bounds(frame)
+        size = len(self._low)
+        if size:
+            first, last = min(first, self._first), max(last, self._first + size - 1)
+        if last - first >= _DENSE_SPAN:
+            return False
+        if not size or first < self._first or last >= self._first + size:
+            # A quarter more than asked, so that a slowly widening range is not copied each time.
+            slack = min((last - first) // 4 + 1, _DENSE_SPAN - (last - first) - 1)
+            new_size = last - first + 1 + slack
+            at = self._first - first if size else 0
+            for name, empty in (("_low", _NO_CATEGORY), ("_high", ~_NO_CATEGORY), ("_count", 0)):
+                grown = np.full(new_size, empty, np.int64)
+                grown[at : at + size] = getattr(self, name)
+                setattr(self, name, grown)
+            self._first = first
+        return True
+
+    def add(self, frame: pl.DataFrame) -> None:
+        slot = frame["item"].to_numpy() - self._first
+        category = frame["category"].to_numpy()
+        np.minimum.at(self._low, slot, category)
+        np.maximum.at(self._high, slot, category)
+        np.add.at(self._count, slot, 1)
+
+    def collect(self) -> pl.DataFrame:
+        import polars as pl
+
+        used = np.flatnonzero(self._count)
+        columns = {"low": self._low, "high": self._high, "count": self._count}
+        return pl.DataFrame(
+            {"item": used + self._first, **{name: column[used] for name, column in columns.items()}}
+        )
+
+
+class _Grouped:
+    """Any ids at all: blocks are grouped by item, and merged as often as the table doubles."""
+
+    def __init__(self, table: pl.DataFrame) -> None:
+        self._base = table
         self._pending: list[pl.DataFrame] = []
         self._pending_rows = 0
 
     def add(self, frame: pl.DataFrame) -> None:
-        """Add the rows of ``frame`` (columns item and category)."""
         import polars as pl
 
+        category = pl.col("category")
         part = frame.group_by("item").agg(
-            low=pl.col("category").min(),
-            high=pl.col("category").max(),
-            count=pl.len().cast(pl.Int64),
+            low=category.min(), high=category.max(), count=pl.len().cast(pl.Int64)
         )
         self._pending.append(part)
         self._pending_rows += part.height
-        base = 0 if self._base is None else self._base.height
-        if self._pending_rows > max(_PENDING_ROWS, base):
-            self._merge()
+        if self._pending_rows > max(_PENDING_ROWS, self._base.height):
+            self._base = self.collect()
 
-    def _merge(self) -> None:
+    def collect(self) -> pl.DataFrame:
         import polars as pl
 
-        parts = self._pending if self._base is None else [self._base, *self._pending]
-        merged = pl.concat(parts).group_by("item")
-        self._base = merged.agg(pl.col("low").min(), pl.col("high").max(), pl.col("count").sum())
+        merged = pl.concat([self._base, *self._pending]).group_by("item")
         self._pending, self._pending_rows = [], 0
+        return merged.agg(pl.col("low").min(), pl.col("high").max(), pl.col("count").sum())
 
-    def finish(self) -> ItemIndex:
-        """The finished table; call once, after at least one :meth:`add`."""
-        self._merge()
-        base = self._base
-        assert base is not None
-        self._base = None
-        base = base.sort("item")
-        conflicts = int((base["low"] != base["high"]).sum())
-        category_ids = base["low"].unique().sort().to_numpy()
-        category = np.zeros(base.height + 1, np.int32)
-        category[1:] = np.searchsorted(category_ids, base["low"].to_numpy()) + 1
-        return ItemIndex(
-            with_padding(base["item"].to_numpy()),
-            category,
-            with_padding(base["count"].to_numpy()),
-            with_padding(category_ids),
-            conflicts,
-        )
+
+def _bounds(frame: pl.DataFrame) -> tuple[int, int]:
+    items = frame["item"].to_numpy()
+    return int(items.min()), int(items.max())
 
 
 def with_padding(values: NDArray[Any]) -> NDArray[np.int64]:

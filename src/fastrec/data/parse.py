@@ -25,7 +25,7 @@ TAOBAO_WINDOW = (1511539200, 1512316799)
 """2017-11-25 00:00:00 to 2017-12-03 23:59:59 in UTC+8, as seconds since 1970: the days that the
 published file covers. It also holds a few rows with negative and year-2037 times."""
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 MAX_LINE_BYTES = 1 << 20
 
 COLUMNS = ("user", "item", "category", "behaviour", "time")
