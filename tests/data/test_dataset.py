@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrec.data import SequenceBatch, SequenceDataset, prepare
+from fastrec.data import SequenceBatch, SequenceDataset, prepare, sampling
 from fastrec.data.sampling import NegativeSampler
 from fastrec.errors import ArgumentError
 
@@ -167,6 +167,15 @@ def test_popularity_negatives_follow_the_counts(demo: SequenceDataset) -> None:
     uniform = NegativeSampler("uniform", demo.item_count)
     drawn = uniform.draw(np.random.default_rng(0), (200_000,))
     assert (drawn.min(), drawn.max()) == (1, demo.n_items - 1)
+
+
+def test_large_tables_are_searched_in_order_to_the_same_end(
+    demo: SequenceDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = NegativeSampler("popularity", demo.item_count)
+    plain = sampler.draw(np.random.default_rng(1), (50, 7))
+    monkeypatch.setattr(sampling, "_SORT_ABOVE", 0)
+    assert (sampler.draw(np.random.default_rng(1), (50, 7)) == plain).all()
 
 
 def test_exclude_seen_leaves_no_item_of_the_user(demo: SequenceDataset) -> None:

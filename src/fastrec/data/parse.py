@@ -173,14 +173,14 @@ def _parse_lines(block: Block, format: str) -> pl.DataFrame:
     lines = block.data.decode("utf-8", "replace").split("\n")[:-1]
     text = pl.Series("line", lines, dtype=pl.String)
     split = text.str.split(_SEPARATOR[format])
-    columns = [split.list.get(i, null_on_oob=True).alias(name) for i, name in enumerate(fields)]
+    # At the end of a field, and before an integer, polars' CSV reader skips what its cast does not.
+    columns = [
+        split.list.get(i, null_on_oob=True).str.strip_suffix("\r").alias(name)
+        for i, name in enumerate(fields)
+    ]
     blank = text.str.strip_chars() == ""
-    # Around an integer polars' CSV reader skips what its cast does not.
     integers = [
-        pl.col(name)
-        .str.strip_chars_start(" \t")
-        .str.strip_suffix("\r")
-        .cast(pl.Int64, strict=False)
+        pl.col(name).str.strip_chars_start(" \t").cast(pl.Int64, strict=False)
         for name in fields
         if name != "behaviour"
     ]

@@ -11,6 +11,7 @@ Int64 = NDArray[np.int64]
 
 KINDS = ("popularity", "uniform")
 _ROUNDS = 16
+_SORT_ABOVE = 1 << 17
 
 
 class NegativeSampler:
@@ -41,7 +42,14 @@ class NegativeSampler:
         if self.kind == "uniform":
             return rng.integers(1, self._n_items, shape)
         events = rng.integers(0, self._cumulative[-1], shape)
-        return np.searchsorted(self._cumulative, events, side="right").astype(np.int64)
+        if self._n_items < _SORT_ABOVE:
+            return np.searchsorted(self._cumulative, events, side="right").astype(np.int64)
+        # Searching in ascending order walks the table once instead of missing the cache each time.
+        flat = events.ravel()
+        order = np.argsort(flat)
+        items = np.empty(len(flat), np.int64)
+        items[order] = np.searchsorted(self._cumulative, flat[order], side="right")
+        return items.reshape(shape)
 
     def sample(
         self, rng: np.random.Generator, positive: Int64, k: int, seen: Int64 | None = None
