@@ -25,7 +25,7 @@ CONFIG = RankerConfig(
     n_blocks=1,
     n_heads=2,
     ffn=32,
-    tower=(32, 32),
+    tower=(128, 128),
 )
 
 

@@ -43,20 +43,32 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     It writes to a copy of the descriptor: while engines are built, descriptors 1 and 2 go to a log.
     """
     import os
+    import time
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     with os.fdopen(os.dup(2), "w") as stream:
+        console = Console(file=stream)
+        started, current = time.monotonic(), ""
+        if not console.is_terminal:  # a log file or CI: one line a stage
+
+            def note(stage: str, done: int, total: int) -> None:
+                nonlocal current
+                if stage != current:
+                    console.print(f"{time.monotonic() - started:6.0f} s  {stage}", highlight=False)
+                    current = stage
+
+            yield note
+            return
         columns = (
             TextColumn("{task.description:52}"),
             BarColumn(24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=Console(file=stream)) as bar:
+        with Progress(*columns, console=console) as bar:
             task = bar.add_task("starting", total=None)
-            current = ""
 
             def tell(stage: str, done: int, total: int) -> None:
                 nonlocal current

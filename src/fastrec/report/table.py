@@ -99,7 +99,8 @@ def table1(
     }
     validate(report)
     write_report(report, store.out)
-    return report
+    plain: dict[str, Any] = json.loads(json.dumps(report))  # as the file has it: lists, no tuples
+    return plain
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> None:
