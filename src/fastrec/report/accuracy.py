@@ -56,11 +56,12 @@ def choose_catalogue(engine: Any, dataset: Any, seconds: float, seed: int) -> Ca
     start = time.perf_counter()
     evaluate(engine, dataset, protocol="candidates", limit=probe, seed=seed, batch_size=probe)
     per_score = (time.perf_counter() - start) / (probe * CANDIDATES)
-    for protocol, size in (("full", dataset.n_items), (f"sampled:{SAMPLED}", SAMPLED)):
-        users = int(seconds / (per_score * size))
-        if users >= min(_MIN_USERS, total) or protocol != "full":
-            return Catalogue(protocol, max(1, min(total, max(users, min(_MIN_USERS, total)))))
-    raise AssertionError
+    least = min(_MIN_USERS, total)
+    users = int(seconds / (per_score * dataset.n_items))
+    if users >= least or dataset.n_items <= SAMPLED:
+        return Catalogue("full", min(total, max(users, least)))
+    users = int(seconds / (per_score * SAMPLED))
+    return Catalogue(f"sampled:{SAMPLED}", min(total, max(users, least)))
 
 
 def measure(

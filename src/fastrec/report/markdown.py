@@ -81,14 +81,15 @@ def difference_rows(rows: Sequence[Mapping[str, Any]]) -> Iterable[list[str]]:
 
 
 def protocol_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence for each protocol that the metrics were taken under."""
-    notes: dict[str, list[str]] = {}
+    """One line for each protocol that the metrics were taken under, on native and on rivals."""
+    notes: dict[tuple[str, str], list[str]] = {}
     for row in rows:
+        who = "native" if row["engine"] == "native" else "other engines"
         for name, protocol in row["protocol"].items():
-            names = notes.setdefault(protocol, [])
+            names = notes.setdefault((who, protocol), [])
             if METRIC_TITLES[name] not in names:
                 names.append(METRIC_TITLES[name])
-    return [f"{', '.join(names)}: {protocol}" for protocol, names in notes.items()]
+    return [f"{who}, {', '.join(names)}: {text}" for (who, text), names in notes.items()]
 
 
 def ratio_lines(ratios: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -75,6 +75,8 @@ def _bars(
     values: Sequence[float | None],
     tails: Sequence[float | None],
     label: str,
+    *,
+    log: bool = True,
 ) -> None:
     places, titles = _places(groups)
     for group, y, value, tail in zip(groups, places, values, tails, strict=True):
@@ -91,9 +93,12 @@ def _bars(
             end = tail
         axis.annotate(number(value), (end, y), xytext=(3, 0), textcoords="offset points",
                       va="center", fontsize=7, fontweight="bold" if mine else None)  # fmt: skip
-    axis.set_xscale("log")
+    if log:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
     low, high = axis.get_xlim()
-    axis.set_xlim(low, high * 1.9)
+    axis.set_xlim(low, high * (1.9 if log else 1.15))
     axis.set_yticks(places, [group.title for group in groups], fontsize=8)
     for y, title in titles:
         axis.text(0.01, y, title, transform=axis.get_yaxis_transform(), va="center",
@@ -169,10 +174,11 @@ def plot_resources(rows: Sequence[Mapping[str, Any]]) -> Any:
     groups = group_rows(rows)
     figure, axes = _figure(10.5, _height(groups), 2)
     for axis, name, label in (
-        (axes[0], "size_mb", "model file [MB], log scale"),
-        (axes[1], "rss_mb", "peak resident memory of a process of its own [MB], log scale"),
+        (axes[0], "size_mb", "model file [MB]"),
+        (axes[1], "rss_mb", "peak resident memory of a process of its own [MB]"),
     ):
-        _bars(axis, groups, [g.any_row[name] for g in groups], [None] * len(groups), label)
+        values = [group.any_row[name] for group in groups]
+        _bars(axis, groups, values, [None] * len(groups), label, log=False)
     figure.suptitle("Resources (lower is better)")
     return figure
 

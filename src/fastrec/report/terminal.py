@@ -58,7 +58,7 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
     for variant, row in native_rows(rows).items():
         quality.add_row(VARIANT_TITLES[variant], *(share(row[name]) for name in ACCURACY))
     console.print(quality)
-    for note in protocol_notes(rows):
+    for note in protocol_notes(list(native_rows(rows).values())):
         console.print(f"  {note}", highlight=False, style="dim")
 
     paper = Table(title="Beside the paper's Table I", box=box.SIMPLE_HEAD)
