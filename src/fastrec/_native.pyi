@@ -47,7 +47,7 @@ class padded_attention:
         heads: int,
         head_dim: int,
         scale: float,
-    ) -> None: ...
+    ) -> int: ...
 
 class sparse_int8_linear:
     MAX_INPUTS: ClassVar[int]

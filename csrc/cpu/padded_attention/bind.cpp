@@ -19,19 +19,19 @@ void bind(py::module_& parent) {
          float scale) {
         const auto floats = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
         py::gil_scoped_release nogil;
-        run({{floats(q), q_batch, q_row},
-             {floats(k), k_batch, k_row},
-             {floats(v), v_batch, v_row},
-             reinterpret_cast<float*>(out),
-             reinterpret_cast<const int64_t*>(lengths),
-             batch,
-             query_rows,
-             key_rows,
-             heads,
-             head_dim,
-             scale});
+        return run({{floats(q), q_batch, q_row},
+                    {floats(k), k_batch, k_row},
+                    {floats(v), v_batch, v_row},
+                    reinterpret_cast<float*>(out),
+                    reinterpret_cast<const int64_t*>(lengths),
+                    batch,
+                    query_rows,
+                    key_rows,
+                    heads,
+                    head_dim,
+                    scale});
       },
-      "Addresses, strides in floats, sizes; the caller has checked all of it.");
+      "Addresses, strides in floats, sizes, checked by the caller. The first bad length, or -1.");
 }
 
 }  // namespace fastrec::padded_attention

@@ -16,7 +16,7 @@ constexpr const Kernel* kKernels[] = {
 };
 
 // Query rows a part: enough that transposing the keys once a part costs little.
-constexpr int64_t kPartRows = 64;
+constexpr int64_t kPartRows = 128;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kParallelMultiplyAdds = 200'000;
 
@@ -29,7 +29,10 @@ const Kernel& select() {
   return kScalar;
 }
 
-void run(const Call& call) {
+int64_t run(const Call& call) {
+  if (call.lengths)
+    for (int64_t b = 0; b < call.batch; ++b)
+      if (call.lengths[b] < 0 || call.lengths[b] > call.key_rows) return b;
   const Kernel& kernel = select();
   const int64_t parts_a_head = (call.query_rows + kPartRows - 1) / kPartRows;
   const int64_t heads = call.batch * call.heads;
@@ -46,6 +49,7 @@ void run(const Call& call) {
                   memory);
     }
   });
+  return -1;
 }
 
 }  // namespace fastrec::padded_attention

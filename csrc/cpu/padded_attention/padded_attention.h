@@ -44,6 +44,7 @@ extern const Kernel kScalar;
 extern const Kernel kAvx512vnni;
 
 const Kernel& select();
-void run(const Call& call);
+// The first batch whose length lies outside 0..Lk, or -1 and out is written.
+int64_t run(const Call& call);
 
 }  // namespace fastrec::padded_attention

@@ -69,7 +69,7 @@ bool run(const Call& call) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t t = b % tiling.count;
       kernel.block(call, {tiles + tiling.row0(t) * row_bytes, tiling.row0(t), tiling.height(t),
-                          b / tiling.count});
+                          b / tiling.count, t, tiling.count});
     }
   });
   return true;

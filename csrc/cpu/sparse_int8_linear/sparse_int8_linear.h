@@ -74,6 +74,7 @@ struct Block {
   int64_t row0;
   int rows;  // 1..kMaxTileRows
   int64_t panel;
+  int64_t tile_index, tiles;  // of how many this is which: each prefetches its share of a panel
 };
 
 struct Kernel {

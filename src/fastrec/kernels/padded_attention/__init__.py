@@ -25,9 +25,11 @@ __all__ = ["SPEC", "padded_attention"]
 BACKENDS = Backends("padded_attention", {"cpu": cpu_can_run, "reference": always})
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None
+) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype != torch.float32:
+        if tensor.dtype is not torch.float32:
             raise DtypeError(name, "float32", tensor.dtype)
         if tensor.dim() != 4:
             raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
@@ -37,20 +39,21 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Ten
     if dims == 0 or heads == 0:
         raise ShapeError("q", "at least one head and one dimension", list(q.shape))
     expected = (batch, heads, k.shape[2], dims)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != expected:
-            raise ShapeError(name, f"shape {list(expected)}", list(tensor.shape))
+    if k.shape != expected:
+        raise ShapeError("k", f"shape {list(expected)}", list(k.shape))
+    if v.shape != expected:
+        raise ShapeError("v", f"shape {list(expected)}", list(v.shape))
     if lengths is not None:
-        if lengths.dtype != torch.int64:
+        if lengths.dtype is not torch.int64:
             raise DtypeError("lengths", "int64", lengths.dtype)
         if lengths.shape != (batch,):
             raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
         if lengths.device != q.device:
             raise DeviceError("lengths", f"q's device {q.device}", lengths.device)
-        if batch:
-            low, high = (int(x) for x in lengths.aminmax())
-            if low < 0 or high > k.shape[2]:
-                raise ArgumentError("lengths", f"values in [0, {k.shape[2]}]", f"{low}..{high}")
+
+
+def _length_error(lengths: torch.Tensor, position: int, keys: int) -> ArgumentError:
+    return ArgumentError("lengths", f"values in [0, {keys}]", int(lengths[position]))
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -94,6 +97,10 @@ def padded_attention(
     if not math.isfinite(scale):
         raise ArgumentError("scale", "a finite number", scale)
     if BACKENDS.choose(Signature(q.device.type), backend) == "reference":
+        if lengths is not None:
+            outside = ((lengths < 0) | (lengths > k.shape[2])).nonzero()
+            if len(outside):
+                raise _length_error(lengths, int(outside[0]), k.shape[2])
         return padded_attention_reference(q, k, v, lengths=lengths, scale=scale)
     q, q_batch, q_row = _rows(q)
     k, k_batch, k_row = _rows(k)
@@ -101,7 +108,7 @@ def padded_attention(
     if lengths is not None:
         lengths = lengths.contiguous()
     out = torch.empty((batch, queries, heads, dims))
-    _compiled.native().padded_attention.run(
+    bad = _compiled.native().padded_attention.run(
         q.data_ptr(),
         q_batch,
         q_row,
@@ -120,6 +127,9 @@ def padded_attention(
         dims,
         scale,
     )
+    if bad >= 0:
+        assert lengths is not None
+        raise _length_error(lengths, bad, k.shape[2])
     return out.transpose(1, 2)
 
 
