@@ -25,9 +25,7 @@ __all__ = ["SPEC", "padded_attention"]
 BACKENDS = Backends("padded_attention", {"cpu": cpu_can_run, "reference": always})
 
 
-def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None
-) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype is not torch.float32:
             raise DtypeError(name, "float32", tensor.dtype)
