@@ -109,7 +109,7 @@ def train_config(settings: Table1Settings) -> TrainConfig:
     """The baseline's training: the measured recipe of fastrec.train within the budget."""
     changes: dict[str, Any] = {"seed": settings.seed}
     if settings.quick:
-        changes |= {"epochs": 6, "valid_users": 256}
+        changes |= {"epochs": 5, "valid_users": 256}
     if settings.epochs is not None:
         changes["epochs"] = settings.epochs
     if settings.steps is not None:

@@ -85,9 +85,9 @@ class Table1Settings:
                 "batches": (1, 8),
                 "throughput_seconds": 0.25,
                 "throughput_batches": (1, 8),
-                "users": 1000,
+                "users": 800,
                 "rival_users": 96,
-                "catalogue_seconds": 4.0,
+                "catalogue_seconds": 3.0,
                 "rss_requests": 5,
             }
         base |= {name: value for name, value in changes.items() if value is not None}

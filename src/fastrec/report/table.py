@@ -38,6 +38,10 @@ from fastrec.report.variant import VariantRun
 from fastrec.runtime import machine_card
 
 _DISTINCT = {1: 16, 8: 8}
+_DEMO_MEMORY = ("baseline", "pruned_quantized")
+_DEMO_MEMORY_WHY = (
+    f"the demo starts processes for {' and '.join(_DEMO_MEMORY)} only; any run but the demo for all"
+)
 _NOT_ON_RIVALS = (
     "top-50 retrieval is evaluated on the native engine only: rivals run the same network, and the "
     "catalogue is many times the work"
@@ -134,7 +138,7 @@ def requests_of(
 def calibration_of(settings: Table1Settings, dataset: Any) -> list[Request]:
     """The recipe's calibration examples for the rivals' quantisers, with 50 candidates each."""
     recipe = pipeline.recipe_of(settings)
-    limit = min(recipe.calibration_examples, 128 if settings.quick else recipe.calibration_examples)
+    limit = min(recipe.calibration_examples, 64 if settings.quick else recipe.calibration_examples)
     batches = dataset.batches(
         "train", batch_size=16, n_candidates=CANDIDATES, seed=recipe.seed, limit=limit
     )
@@ -213,6 +217,8 @@ def _memory(
             kept = store.read(name, weights)
             if kept is not None:
                 peaks[name] = kept
+            elif settings.quick and variant not in _DEMO_MEMORY:
+                peaks.setdefault(name, {"peak_mb": None, "why": _DEMO_MEMORY_WHY})
             elif source is None:
                 peaks[name] = {"peak_mb": None, "why": "there is no file that a process could load"}
             else:

@@ -14,6 +14,11 @@ from fastrec.report.measuring import best_throughput, latency_of, native_ratio, 
 from fastrec.report.memory import files_of
 from fastrec.report.settings import Progress, Table1Settings
 
+_ONE_COMPILATION = (
+    "left out of the demo: another batch size is another compilation, most of a minute on a cold "
+    "cache; any run but the demo has it"
+)
+
 
 class VariantRun:
     """Measures one variant; see :meth:`run`."""
@@ -52,13 +57,18 @@ class VariantRun:
         """The engine that serves this batch size."""
         return self.built[spec.name, batch if batch in self.builds else self.builds[0]]
 
+    def _sizes_of(self, spec: Spec) -> tuple[int, ...]:
+        """The batch sizes that this engine is measured at."""
+        first_only = self.settings.quick and spec.engine == "torch_compile"
+        return self.settings.batches[:1] if first_only else self.settings.batches
+
     def _build(self) -> None:
         total = len(self.specs) * len(self.builds)
         for i, spec in enumerate(self.specs):
             for j, batch in enumerate(self.builds):
                 stage = f"{self.variant}: building and checking {spec.name}"
                 self.progress(stage, i * len(self.builds) + j, total)
-                check = (batch,) if len(self.builds) > 1 else self.settings.batches
+                check = (batch,) if len(self.builds) > 1 else self._sizes_of(spec)
                 self.built[spec.name, batch] = self.workshop.built(spec, batch, check)
         self.progress(f"{self.variant}: engines built", total, total)
 
@@ -68,7 +78,10 @@ class VariantRun:
         return {
             "settings": {b: built.settings() for b, built in by_batch.items()},
             "gate": {b: built.gate for b, built in by_batch.items()},
-            "why": {b: built.why for b, built in by_batch.items()},
+            "why": {
+                b: built.why or (None if int(b) in self._sizes_of(spec) else _ONE_COMPILATION)
+                for b, built in by_batch.items()
+            },
             "build_s": {str(b): self.built[spec.name, b].build_s for b in self.builds},
             "latency": {},
             "calls": {},
@@ -85,7 +98,11 @@ class VariantRun:
         ratios = []
         for i, batch in enumerate(self.settings.batches):
             self.progress(f"{self.variant}: timing, batch {batch}", i, len(self.settings.batches))
-            engines = {spec.name: self._at(spec, batch) for spec in self.specs}
+            engines = {
+                spec.name: self._at(spec, batch)
+                for spec in self.specs
+                if batch in self._sizes_of(spec)
+            }
             samples = time_engines(
                 engines,
                 self.workshop.requests[batch],
@@ -110,7 +127,9 @@ class VariantRun:
                 built = self.built[spec.name, batch]
                 if not built.usable:
                     continue
-                sizes = self.settings.throughput_batches if len(self.builds) == 1 else (batch,)
+                sizes: Sequence[int] = (batch,)
+                if len(self.builds) == 1 and len(self._sizes_of(spec)) > 1:
+                    sizes = self.settings.throughput_batches
                 rate, why = self._rate(built, sizes)
                 best = found[spec.name]["throughput"]
                 if rate is None:
@@ -146,7 +165,8 @@ class VariantRun:
         """The native engine on everything, the others on candidates for a few users."""
         settings, seed = self.settings, self.settings.seed
         for spec in self.specs:
-            batch = max(b for b in settings.batches if b <= accuracy.BATCH or b == self.builds[0])
+            sizes = self._sizes_of(spec)
+            batch = max(b for b in sizes if b <= accuracy.BATCH or b == sizes[0])
             built = self._at(spec, batch)
             if not built.usable:
                 continue
