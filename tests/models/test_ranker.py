@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from fastrec.errors import ArgumentError, DtypeError, IdRangeError, ShapeError
-from fastrec.models import MODELS, Ranker, RankerConfig, record_attention, validate_inputs
+from fastrec.models import (
+    MODELS,
+    Ranker,
+    RankerConfig,
+    fuse_attention_,
+    record_attention,
+    validate_inputs,
+)
 
 TINY = RankerConfig(
     n_items=60, n_categories=9, history_length=12, d=16, category_dim=8, ffn=32, tower=(24, 24)
@@ -169,6 +176,19 @@ def test_half_precision_stays_close(model: Ranker, dtype: torch.dtype) -> None:
     assert rough.dtype == dtype
     # A few layers of rounding at 2^-8 (bf16) relative each.
     assert torch.allclose(exact, rough.float(), atol=0.1 * float(exact.abs().max()) + 0.02)
+
+
+def test_fused_attention_agrees_and_leaves_other_dtypes_to_torch(model: Ranker) -> None:
+    inputs = list(make_inputs(TINY, 4, 12, 5))
+    inputs[3] = torch.tensor([0, 1, 7, 12])
+    with torch.no_grad():
+        plain = model(*inputs)
+        fuse_attention_(model)
+        fused = model(*inputs)
+        rough = model.to(torch.bfloat16)(*inputs)
+    # Both are fp32 with other orders of summation.
+    assert torch.allclose(plain, fused, atol=1e-5, rtol=1e-5)
+    assert rough.dtype == torch.bfloat16
 
 
 def test_recorded_maps_are_the_attention_and_change_no_score(model: Ranker) -> None:

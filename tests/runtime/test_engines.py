@@ -135,6 +135,14 @@ def test_torch_compile_agrees(request_of):
 
 
 @pytest.mark.slow
+def test_native_runs_a_bf16_model_as_it_is(ranker, request_of):
+    inputs = tuple(map(torch.from_numpy, request_of(2)))
+    student = copy.deepcopy(ranker).to(torch.bfloat16)
+    engine = compile_engine(student, inputs, "native", 1)
+    with torch.inference_mode():
+        assert torch.equal(engine(*inputs), student(*inputs))
+
+
 @pytest.mark.parametrize(("precision", "batch"), [("fp32", 3), ("bf16", 1)])
 def test_torch_compile_in_bf16_and_at_other_batches(ranker, request_of, expected, precision, batch):
     need("torch_compile")

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         bias = None if mask is None else mask.bias
         # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products.
         spelled_out = self.record is not None or (self.training and q.device.type == "cpu")
-        if self.fused and not (spelled_out or causal):
+        if self.fused and q.dtype is torch.float32 and not (spelled_out or causal):
             context = padded_attention(q, k, v, lengths=None if mask is None else mask.length)
         elif not spelled_out:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
@@ -143,7 +143,8 @@ class EncoderBlock(nn.Module):
 def fuse_attention_(model: nn.Module) -> None:
     """From now on, every masked attention of ``model`` runs on the ``padded_attention`` kernel.
 
-    In place, for inference: the kernel has no backward. Causal attention stays with torch.
+    In place, for inference: the kernel has no backward. Causal attention and other dtypes than
+    float32 stay with torch.
     """
     for module in model.modules():
         if isinstance(module, Attention):
