@@ -16,7 +16,13 @@ from fastrec.errors import BackendError
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.report import engines as module
 from fastrec.report.engines import Built, Spec, Workshop, attempt, specs_of, third_party_output
-from fastrec.report.measuring import best_throughput, latency_of, native_ratio, time_engines
+from fastrec.report.measuring import (
+    best_throughput,
+    cores_of_others,
+    latency_of,
+    native_ratio,
+    time_engines,
+)
 from fastrec.report.networks import count_parameters, float_twin
 from fastrec.report.schema import VARIANTS
 from fastrec.report.settings import Table1Settings
@@ -184,6 +190,12 @@ def test_throughput_counts_users_and_keeps_the_best() -> None:
     found, why = best_throughput(built, requests, (1, 8), 0.01)
     assert why is None
     assert found == {"rps": 100.0, "batch": 1, "all": {"1": 100.0, "8": 100.0}}
+
+
+def test_cores_of_others_leaves_out_our_own() -> None:
+    assert cores_of_others((100.0, 10.0), (108.0, 14.0), 4.0) == 1.0
+    assert cores_of_others((100.0, 10.0), (104.0, 14.0), 4.0) == 0.0
+    assert cores_of_others(None, (1.0, 1.0), 4.0) is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

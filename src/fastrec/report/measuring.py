@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastrec.report.engines import Built, Request, attempt
@@ -40,6 +42,28 @@ def time_engines(
         seed=seed,
         clock=clock or time.perf_counter_ns,
     )
+
+
+def busy_seconds() -> tuple[float, float] | None:
+    """(CPU seconds of the whole machine, those of this process) so far; None where unreadable."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, *_ = (int(f) for f in fields)
+    mine = os.times()
+    machine = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return machine, mine.user + mine.system
+
+
+def cores_of_others(
+    before: tuple[float, float] | None, after: tuple[float, float] | None, seconds: float
+) -> float | None:
+    """Cores that other processes kept busy between two :func:`busy_seconds`."""
+    if before is None or after is None or seconds <= 0:
+        return None
+    others = (after[0] - before[0]) - (after[1] - before[1])
+    return round(max(0.0, others / seconds), 2)
 
 
 def latency_of(samples: Samples) -> dict[str, float]:

@@ -38,6 +38,7 @@ from fastrec.report.variant import VariantRun
 from fastrec.runtime import machine_card
 
 _DISTINCT = {1: 16, 8: 8}
+_BUSY_CORES = 0.2
 _DEMO_MEMORY = ("baseline", "pruned_quantized")
 _DEMO_MEMORY_WHY = (
     f"the demo starts processes for {' and '.join(_DEMO_MEMORY)} only; any run but the demo for all"
@@ -86,7 +87,7 @@ def table1(
     report = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
-        "summary": _summary(rows, settings),
+        "summary": _summary(rows, settings, found),
         "machine": machine_card(),
         "dataset": about_data,
         "run": {
@@ -95,6 +96,7 @@ def table1(
             "training": about_model,
             "recipe": recipe.to_dict(),
             "stages_reused": store.reused,
+            "cores_used_by_others": {v: found[v]["others"] for v in VARIANTS},
             "seconds": {**store.seconds, "all": time.perf_counter() - started},
         },
         "paper": paper_table(),
@@ -299,11 +301,18 @@ def _fill_quality(
     row.explain(NULLABLE, "it was not measured")
 
 
-def _summary(rows: Sequence[Row], settings: Table1Settings) -> str:
+def _summary(rows: Sequence[Row], settings: Table1Settings, found: Mapping[str, Any]) -> str:
     measured = sum(not row.is_null("latency_ms") for row in rows)
+    busiest = max((n or 0.0 for v in VARIANTS for n in found[v]["others"].values()), default=0.0)
+    noise = ""
+    if busiest > _BUSY_CORES:
+        noise = (
+            f" NOISY: other processes kept up to {busiest:.1f} cores busy while engines were timed,"
+            " which slows some engines far more than others; run it again on an idle machine."
+        )
     return (
         f"The five variants of the paper's Table I on {len(settings.engines)} engines, CPU, "
         f"{settings.threads} threads, {CANDIDATES} candidates a request; {measured} of {len(rows)} "
         "rows timed. All engines of a variant were timed in turn in one process, after their "
-        "answers were checked against fp32 torch. Every number was measured in this run."
+        "answers were checked against fp32 torch. Every number was measured in this run." + noise
     )

@@ -27,6 +27,7 @@ from fastrec.report.schema import ACCURACY
 def render_terminal(report: Mapping[str, Any], console: Console) -> None:
     """Print speed, quality and the paper's figures; a null is a dash with its reason below."""
     rows = report["rows"]
+    console.print(report["summary"], highlight=False)
     sizes = batches_of(rows)
     speed = Table(title="Table I, measured: latency and resources", box=box.SIMPLE_HEAD)
     speed.add_column("variant")

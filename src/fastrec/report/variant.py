@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 from fastrec.report import accuracy
 from fastrec.report.accuracy import Catalogue
 from fastrec.report.engines import Built, Spec, Workshop, attempt, specs_of, third_party_output
-from fastrec.report.measuring import best_throughput, latency_of, native_ratio, time_engines
+from fastrec.report.measuring import (
+    best_throughput,
+    busy_seconds,
+    cores_of_others,
+    latency_of,
+    native_ratio,
+    time_engines,
+)
 from fastrec.report.memory import files_of
 from fastrec.report.settings import Progress, Table1Settings
 
@@ -39,9 +47,11 @@ class VariantRun:
         # otherwise each size gets an engine whose settings were chosen for it.
         self.builds = settings.batches[:1] if settings.quick else settings.batches
         self.built: dict[tuple[str, int], Built] = {}
+        self.others: dict[str, float | None] = {}
 
     def run(self, catalogue: Catalogue | None) -> dict[str, Any]:
-        """JSON types: ``engines`` (name -> what was found), ``ratios``, ``catalogue``."""
+        """JSON types: ``engines`` (name -> what was found), ``ratios``, ``catalogue`` and
+        ``others`` (cores that other processes used while engines were timed)."""
         self._build()
         found = {spec.name: self._facts(spec) for spec in self.specs}
         ratios = self._time(found)
@@ -51,7 +61,7 @@ class VariantRun:
         catalogue = self._quality(found, catalogue)
         self.workshop.close(list(self.built.values()))
         kept = None if catalogue is None else [catalogue.protocol, catalogue.users]
-        return {"engines": found, "ratios": ratios, "catalogue": kept}
+        return {"engines": found, "ratios": ratios, "catalogue": kept, "others": self.others}
 
     def _at(self, spec: Spec, batch: int) -> Built:
         """The engine that serves this batch size."""
@@ -103,6 +113,7 @@ class VariantRun:
                 for spec in self.specs
                 if batch in self._sizes_of(spec)
             }
+            before, start = busy_seconds(), time.perf_counter()
             samples = time_engines(
                 engines,
                 self.workshop.requests[batch],
@@ -110,6 +121,8 @@ class VariantRun:
                 seconds_per_engine=self.settings.seconds_per_engine,
                 seed=self.settings.seed,
             )
+            spent = time.perf_counter() - start
+            self.others[str(batch)] = cores_of_others(before, busy_seconds(), spent)
             for name, taken in samples.items():
                 found[name]["latency"][str(batch)] = latency_of(taken)
                 found[name]["calls"][str(batch)] = taken.n
