@@ -145,6 +145,7 @@ def test_a_forked_child_computes_too() -> None:
 import os, sys
 import torch
 from fastrec import kernels
+torch.set_num_threads(1)  # libgomp, torch's own pool, does not survive a fork
 spec = kernels.registry()["sparse_int8_linear"]
 args, kwargs = next(s for s in spec.samples() if s.bench).make()
 expected = spec.function(*args, **kwargs)
