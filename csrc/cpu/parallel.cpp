@@ -44,16 +44,39 @@ void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
   word.wait(old, std::memory_order_acquire);
 }
 
+// Every participant owns a contiguous range, whose data it then finds in its own caches, and helps
+// the others once that is done.
 struct Job {
-  ParallelBody body;
-  void* context;
-  int64_t count, grain;
-  std::atomic<int64_t> next{0};
+  static constexpr int kMaxRanges = 64;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  Job(ParallelBody body, void* context, int64_t count, int64_t grain, int ranges)
+      : body(body), context(context), grain(grain), ranges(ranges) {
+    for (int i = 0; i < ranges; ++i) {
+      range[i].next.store(count * i / ranges, std::memory_order_relaxed);
+      range[i].end = count * (i + 1) / ranges;
+    }
+  }
 
   void work() {
-    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < count;)
-      body(context, begin, std::min(begin + grain, count));
+    const int own = joined.fetch_add(1, std::memory_order_relaxed);
+    for (int i = 0; i < ranges; ++i) {
+      Range& from = range[(own + i) % ranges];
+      for (int64_t begin;
+           (begin = from.next.fetch_add(grain, std::memory_order_relaxed)) < from.end;)
+        body(context, begin, std::min(begin + grain, from.end));
+    }
   }
+
+  ParallelBody body;
+  void* context;
+  int64_t grain;
+  int ranges;
+  std::atomic<int> joined{0};
+  Range range[kMaxRanges];
 };
 
 // Hands one job at a time to one thread. The word counts transitions, so that a waiter sees every
@@ -170,11 +193,11 @@ void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, 
   if (count <= 0) return;
   const int64_t chunks = (count + grain - 1) / grain;
   const int helpers =
-      static_cast<int>(std::min<int64_t>(std::min(threads, num_threads()), chunks)) - 1;
+      static_cast<int>(std::min<int64_t>({threads, num_threads(), chunks, Job::kMaxRanges})) - 1;
   if (helpers > 0) {
     std::unique_lock lock(pool_mutex, std::try_to_lock);
     if (lock.owns_lock()) {
-      Job job{body, context, count, grain};
+      Job job(body, context, count, grain, helpers + 1);
       return get_pool(helpers)->run(job, helpers);
     }
   }

@@ -1,6 +1,6 @@
 // The one thread pool.
 //
-// Work is claimed in chunks from a shared counter by the caller and by parked or spinning workers.
+// Each thread works through a contiguous range of its own in chunks, then helps the others.
 // A worker that has not started when the work is done is not waited for, so a busy machine costs
 // speed, never a stall on a thread that the scheduler has put aside. Workers spin for a short while
 // after a job, so that the next layer of the same request starts at once, then park, so that an
