@@ -12,7 +12,7 @@ namespace {
 constexpr uint64_t kXcr0Avx = 0x6;      // XMM and upper YMM state
 constexpr uint64_t kXcr0Avx512 = 0xe6;  // and opmask, upper ZMM, ZMM16-31
 
-enum class Word { leaf1_ecx, leaf7_ebx, leaf7_ecx };
+enum class Word { leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax };
 
 struct Feature {
   std::string_view name;
@@ -25,24 +25,39 @@ struct Feature {
 constexpr Feature kFeatures[] = {
     {"fma", Word::leaf1_ecx, 12, kXcr0Avx},
     {"avx", Word::leaf1_ecx, 28, kXcr0Avx},
+    {"f16c", Word::leaf1_ecx, 29, kXcr0Avx},
     {"avx2", Word::leaf7_ebx, 5, kXcr0Avx},
     {"avx512f", Word::leaf7_ebx, 16, kXcr0Avx512},
     {"avx512dq", Word::leaf7_ebx, 17, kXcr0Avx512},
     {"avx512bw", Word::leaf7_ebx, 30, kXcr0Avx512},
     {"avx512vl", Word::leaf7_ebx, 31, kXcr0Avx512},
     {"avx512vnni", Word::leaf7_ecx, 11, kXcr0Avx512},
+    {"avxvnni", Word::leaf7_1_eax, 4, kXcr0Avx},
+    {"avx512bf16", Word::leaf7_1_eax, 5, kXcr0Avx512},
 };
 constexpr int kOsxsaveBit = 27;  // of CPUID(1).ecx
+
+uint32_t read(const CpuWords& words, Word word) {
+  switch (word) {
+    case Word::leaf1_ecx:
+      return words.leaf1_ecx;
+    case Word::leaf7_ebx:
+      return words.leaf7_ebx;
+    case Word::leaf7_ecx:
+      return words.leaf7_ecx;
+    case Word::leaf7_1_eax:
+      return words.leaf7_1_eax;
+  }
+  return 0;
+}
 
 bool has(const CpuWords& words, std::string_view name) {
   for (const Feature& feature : kFeatures) {
     if (feature.name != name) continue;
     const bool osxsave = (words.leaf1_ecx >> kOsxsaveBit) & 1;
     if (!osxsave || (words.xcr0 & feature.xcr0) != feature.xcr0) return false;
-    if (feature.word == Word::leaf1_ecx) return (words.leaf1_ecx >> feature.bit) & 1;
-    if (words.max_leaf < 7) return false;
-    const uint32_t word = feature.word == Word::leaf7_ebx ? words.leaf7_ebx : words.leaf7_ecx;
-    return (word >> feature.bit) & 1;
+    if (feature.word != Word::leaf1_ecx && words.max_leaf < 7) return false;
+    return (read(words, feature.word) >> feature.bit) & 1;
   }
   return false;
 }
@@ -69,6 +84,8 @@ CpuWords read_cpu_words() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
     words.leaf7_ebx = ebx;
     words.leaf7_ecx = ecx;
+    // eax is the highest subleaf.
+    if (eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) words.leaf7_1_eax = eax;
   }
   if ((words.leaf1_ecx >> kOsxsaveBit) & 1) {
     uint32_t low, high;
@@ -102,6 +119,5 @@ Isa active_isa() {
 }
 
 void force_isa(Isa isa) { forced_isa.store(static_cast<int>(isa), std::memory_order_relaxed); }
-void unforce_isa() { forced_isa.store(kNotForced, std::memory_order_relaxed); }
 
 }  // namespace fastrec

@@ -11,11 +11,12 @@
 namespace fastrec {
 
 struct CpuWords {
-  uint32_t max_leaf = 0;   // CPUID(0).eax
-  uint32_t leaf1_ecx = 0;  // CPUID(1).ecx
-  uint32_t leaf7_ebx = 0;  // CPUID(7,0).ebx
-  uint32_t leaf7_ecx = 0;  // CPUID(7,0).ecx
-  uint64_t xcr0 = 0;       // XGETBV(0); 0 where OSXSAVE is off
+  uint32_t max_leaf = 0;     // CPUID(0).eax
+  uint32_t leaf1_ecx = 0;    // CPUID(1).ecx
+  uint32_t leaf7_ebx = 0;    // CPUID(7,0).ebx
+  uint32_t leaf7_ecx = 0;    // CPUID(7,0).ecx
+  uint32_t leaf7_1_eax = 0;  // CPUID(7,1).eax
+  uint64_t xcr0 = 0;         // XGETBV(0); 0 where OSXSAVE is off
 };
 
 CpuWords read_cpu_words();
@@ -29,6 +30,13 @@ Isa active_isa();
 bool machine_has(Isa isa);
 // The caller has checked machine_has(isa).
 void force_isa(Isa isa);
-void unforce_isa();
+
+// The first kernel of a list, newest first and ending with the scalar one, that may run now.
+template <class Kernel, int count>
+const Kernel& select_kernel(const Kernel* const (&newest_first)[count]) {
+  for (const Kernel* kernel : newest_first)
+    if (kernel->isa <= active_isa() && machine_has(kernel->isa)) return *kernel;
+  return *newest_first[count - 1];
+}
 
 }  // namespace fastrec

@@ -6,12 +6,21 @@
 #pragma once
 
 #define FASTREC_TARGET_scalar ""
-#define FASTREC_TARGET_avx512vnni "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"
+#define FASTREC_TARGET_avx2 "avx2,fma,f16c"
+#define FASTREC_TARGET_avxvnni "avx2,fma,f16c,avxvnni"
+#define FASTREC_TARGET_avx512 "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"
+#define FASTREC_TARGET_avx512vnni FASTREC_TARGET_avx512 ",avx512vnni"
+#define FASTREC_TARGET_avx512bf16 FASTREC_TARGET_avx512vnni ",avx512bf16"
 
-// Ordered from the oldest to the newest; a forced name is a ceiling (see cpu_features.h).
+// Ordered from the oldest to the newest; a forced name is a ceiling (see cpu_features.h). A machine
+// may lack one of the middle (Zen 4 has avx512vnni and no avxvnni): select_kernel passes it over.
 #define FASTREC_ISA_TABLE(X) \
   X(scalar)                  \
-  X(avx512vnni)
+  X(avx2)                    \
+  X(avxvnni)                 \
+  X(avx512)                  \
+  X(avx512vnni)              \
+  X(avx512bf16)
 
 namespace fastrec {
 

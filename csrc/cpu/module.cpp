@@ -53,15 +53,14 @@ PYBIND11_MODULE(_native, m) {
         return true;
       },
       "False (and nothing changes) if the name is unknown or the machine lacks it.");
-  m.def("unforce_isa", unforce_isa);
   m.def(
       "supports",
       [](const std::string& target, uint32_t max_leaf, uint32_t leaf1_ecx, uint32_t leaf7_ebx,
-         uint32_t leaf7_ecx, uint64_t xcr0) {
-        return supports({max_leaf, leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0}, target);
+         uint32_t leaf7_ecx, uint32_t leaf7_1_eax, uint64_t xcr0) {
+        return supports({max_leaf, leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, xcr0}, target);
       },
       py::kw_only(), py::arg("target"), py::arg("max_leaf"), py::arg("leaf1_ecx"),
-      py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("xcr0"),
+      py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("leaf7_1_eax"), py::arg("xcr0"),
       "Detection as a pure function of the CPUID and XCR0 words.");
   m.def("cpu_words", [] {
     const CpuWords w = read_cpu_words();
@@ -70,6 +69,7 @@ PYBIND11_MODULE(_native, m) {
     words["leaf1_ecx"] = w.leaf1_ecx;
     words["leaf7_ebx"] = w.leaf7_ebx;
     words["leaf7_ecx"] = w.leaf7_ecx;
+    words["leaf7_1_eax"] = w.leaf7_1_eax;
     words["xcr0"] = w.xcr0;
     return words;
   });

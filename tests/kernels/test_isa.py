@@ -18,21 +18,23 @@ from fastrec.kernels._compiled import native, reason_missing
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
-OSXSAVE, FMA, AVX = 1 << 27, 1 << 12, 1 << 28
+OSXSAVE, FMA, AVX, F16C = 1 << 27, 1 << 12, 1 << 28, 1 << 29
 AVX512_EBX = 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31
 VNNI = 1 << 11
+BF16 = 1 << 5
 FULL = {
     "max_leaf": 7,
-    "leaf1_ecx": OSXSAVE | FMA | AVX,
+    "leaf1_ecx": OSXSAVE | FMA | AVX | F16C,
     "leaf7_ebx": AVX512_EBX,
     "leaf7_ecx": VNNI,
+    "leaf7_1_eax": BF16,
     "xcr0": 0xE7,
 }
-TARGET = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"
+TARGET = "avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx512vnni,avx512bf16"
 
 
 def test_a_full_machine_is_supported() -> None:
-    assert native().isa_target("avx512vnni") == TARGET
+    assert native().isa_target("avx512bf16") == TARGET
     assert native().supports(target=TARGET, **FULL)
     assert native().supports(target="", **dict.fromkeys(FULL, 0))
 
@@ -40,14 +42,16 @@ def test_a_full_machine_is_supported() -> None:
 @pytest.mark.parametrize(
     "lacking",
     [
-        {"leaf1_ecx": FMA | AVX},  # no OSXSAVE
+        {"leaf1_ecx": FMA | AVX | F16C},  # no OSXSAVE
         {"xcr0": 0x7},  # the system saves AVX state, not AVX-512's
         {"xcr0": 0x67},  # ... not ZMM16-31
         {"xcr0": 0xE1},  # ... not AVX's
         {"max_leaf": 6},
         {"leaf7_ecx": 0},
+        {"leaf7_1_eax": 0},
         *({"leaf7_ebx": AVX512_EBX & ~(1 << bit)} for bit in (16, 17, 30, 31)),
-        {"leaf1_ecx": OSXSAVE | AVX},  # no FMA
+        {"leaf1_ecx": OSXSAVE | AVX | F16C},  # no FMA
+        {"leaf1_ecx": OSXSAVE | FMA | AVX},  # no F16C
     ],
 )
 def test_any_missing_bit_rules_it_out(lacking: dict[str, int]) -> None:

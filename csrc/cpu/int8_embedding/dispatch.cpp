@@ -16,12 +16,7 @@ constexpr int64_t kChunk = 256;  // lookups a thread claims at a time
 
 }  // namespace
 
-const Kernel& select() {
-  const Isa active = active_isa();
-  for (const Kernel* kernel : kKernels)
-    if (kernel->isa <= active) return *kernel;
-  return kScalar;
-}
+const Kernel& select() { return select_kernel(kKernels); }
 
 int64_t run(const Call& call) {
   for (int64_t i = 0; i < call.count; ++i)

@@ -22,12 +22,7 @@ constexpr int64_t kParallelMultiplyAdds = 200'000;
 
 }  // namespace
 
-const Kernel& select() {
-  const Isa active = active_isa();
-  for (const Kernel* kernel : kKernels)
-    if (kernel->isa <= active) return *kernel;
-  return kScalar;
-}
+const Kernel& select() { return select_kernel(kKernels); }
 
 int64_t run(const Call& call) {
   if (call.lengths)

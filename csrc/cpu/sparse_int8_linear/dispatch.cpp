@@ -32,12 +32,7 @@ struct Tiling {
 
 }  // namespace
 
-const Kernel& select() {
-  const Isa active = active_isa();
-  for (const Kernel* kernel : kKernels)
-    if (kernel->isa <= active) return *kernel;
-  return kScalar;
-}
+const Kernel& select() { return select_kernel(kKernels); }
 
 bool run(const Call& call) {
   if (call.rows == 0 || call.weight.outputs == 0) return true;
