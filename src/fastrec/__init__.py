@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _EXPORTS = {
+    "AttentionPattern": "fastrec.kernels.window_sparse_attention.pattern",
     "BlockPruning": "fastrec.compress",
     "Int8": "fastrec.compress",
     "QAT": "fastrec.compress",
@@ -40,10 +41,12 @@ if TYPE_CHECKING:
         quantize_,
         save,
     )
+    from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
     from fastrec.runtime import compile, export
 
 __all__ = [
     "QAT",
+    "AttentionPattern",
     "BlockPruning",
     "Int8",
     "Recipe",

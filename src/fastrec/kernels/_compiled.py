@@ -17,6 +17,7 @@ class Signature:
     """What the choice of a backend may depend on."""
 
     device: str
+    dtype: str = "float32"
 
 
 @functools.cache
