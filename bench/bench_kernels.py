@@ -15,11 +15,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+import rivals
 from fastrec import kernels
 from fastrec.runtime.machine import machine_card
 from fastrec.runtime.measure import Samples, interleaved, ratio
 from machine_ceilings import copy_bandwidth_gbs, vpdpbusd_peak_gops
-from rivals import PREPARED, RIVALS
 
 # Longer than one call of any kernel here needs to be timed well, short enough for many rounds.
 ROUNDS, CALLS = 25, 8
@@ -39,11 +39,12 @@ def measure(threads: int) -> list[dict[str, Any]]:
     for spec, sample in track(cases, f"{threads} thread(s)", console=Console(stderr=True)):
         args, kwargs = sample.make()
         spec.compare(spec.function(*args, **kwargs), args, kwargs)
-        prepare = PREPARED.get(spec.op_id)
+        module = rivals.load(spec.op_id)
+        prepare = getattr(module, "prepared", None)
         ours = prepare(args, kwargs) if prepare else _bind(spec.function, args, kwargs)
         spec.compare(ours(), args, kwargs)
         calls = {"fastrec": ours}
-        calls |= RIVALS[spec.op_id](args, kwargs, threads)
+        calls |= module.rivals(args, kwargs, threads)
         # ONNX Runtime's workers spin for 40 ms after a call; one thread has none.
         settle = 0.0 if threads == 1 else 0.05
         peak_before = vpdpbusd_peak_gops()

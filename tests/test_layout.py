@@ -29,6 +29,8 @@ def test_every_op_has_its_anatomy(op_id: str) -> None:
     ):
         assert path.is_file(), path
     assert len((python / "reference.py").read_text().splitlines()) <= 100
+    rivals = ROOT / "bench" / "rivals" / f"{op_id}.py"
+    assert "def rivals(" in rivals.read_text(), f"{rivals}: what the bench holds the op against"
     assert f"{op_id}::bind(m);" in (ROOT / "csrc/cpu/module.cpp").read_text()
 
 

@@ -1,0 +1,32 @@
+"""What each op is held against: the same work, the same inputs, the same threads.
+
+One module an op, ``rivals/<op_id>.py``:
+
+``rivals(args, kwargs, threads) -> dict[str, Call]``
+    The rivals' forward by name, weights prepacked, at their best settings.
+``prepared(args, kwargs) -> Call`` (optional)
+    Ours as a model runs it, its weight prepared once.
+``training(args, kwargs, threads) -> dict[str, Call]`` (optional)
+    Forward and backward of "fastrec" and its rivals; each returns (output, *gradients). An empty
+    dictionary where a sample is not trained on.
+``value(output, args, kwargs) -> Tensor | tuple`` (optional)
+    Any engine's output as the real numbers it stands for, so that engines can be compared; without
+    it, tensors and arrays are taken as they are and quantised tensors dequantised.
+
+The engine's name says its precision: "int8" or "bf16" in it, else fp32.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def load(op_id: str) -> ModuleType:
+    """The op's module; an op without one is an error, not an op without rivals."""
+    try:
+        return importlib.import_module(f"{__name__}.{op_id}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{op_id}":
+            raise
+        raise LookupError(f"bench/rivals/{op_id}.py: every op of the registry needs one") from None
