@@ -78,6 +78,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_num_threads", set_num_threads);
   m.def("max_threads", max_threads);
   m.def("vpdpbusd_peak_gops", vpdpbusd_peak_gops, py::call_guard<py::gil_scoped_release>());
+  m.def("read_bandwidth_gbs", read_bandwidth_gbs, py::arg("buffer_bytes"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "10^9 bytes a second that one core reads from a buffer of that size.");
 
   int8_embedding::bind(m);
   padded_attention::bind(m);
