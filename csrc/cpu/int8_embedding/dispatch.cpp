@@ -7,7 +7,8 @@ namespace {
 
 constexpr const Kernel* kKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512vnni,
+    &kAvx512,
+    &kAvx2,
 #endif
     &kScalar,
 };

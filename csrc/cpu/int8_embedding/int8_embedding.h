@@ -24,7 +24,8 @@ struct Kernel {
 };
 
 extern const Kernel kScalar;
-extern const Kernel kAvx512vnni;
+extern const Kernel kAvx2;
+extern const Kernel kAvx512;
 
 const Kernel& select();
 

@@ -1,9 +1,9 @@
 // padded_attention: out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h]) v[b, j, h], j <
 // lengths[b]
 //
-// q f32 [B, Lq, H, D], k and v f32 [B, Lk, H, D], out f32 [B, Lq, H, D]: rows of one head are D
-// contiguous floats, heads follow each other (stride D), rows and batches have strides of their own
-// (in floats), so that views into a merged projection need no copy. out is contiguous.
+// q f32 [B, H, Lq, D], k and v f32 [B, H, Lk, D]: the D floats of a row are contiguous; rows, heads
+// and batches have strides of their own (in floats), so that views into a merged projection need no
+// copy. out f32 [B, Lq, H, D] is contiguous.
 // Masked keys (j >= lengths[b]) cost nothing and may hold anything, NaN too. A batch of length 0
 // gives zeros. Accumulators and softmax in fp32, the row's maximum subtracted first; scratch is
 // O(Lk * D) a thread, never Lq x Lk. Kernels read nothing outside the given rows.
@@ -17,7 +17,7 @@ namespace fastrec::padded_attention {
 
 struct Rows {
   const float* data;
-  int64_t batch_stride, row_stride;  // in floats
+  int64_t batch_stride, head_stride, row_stride;  // in floats
 };
 
 struct Call {
@@ -41,7 +41,8 @@ struct Kernel {
 };
 
 extern const Kernel kScalar;
-extern const Kernel kAvx512vnni;
+extern const Kernel kAvx2;
+extern const Kernel kAvx512;
 
 const Kernel& select();
 // The first batch whose length lies outside 0..Lk, or -1 and out is written.

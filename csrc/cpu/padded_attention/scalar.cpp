@@ -13,10 +13,9 @@ int64_t scratch_floats(int64_t keys, int64_t) { return keys; }
 void part(const Call& call, const Part& part, float* weights) {
   const int64_t dims = call.head_dim;
   const int64_t keys = call.lengths ? call.lengths[part.batch] : call.key_rows;
-  const int64_t offset = part.head * dims;
-  const float* q = call.q.data + part.batch * call.q.batch_stride + offset;
-  const float* k = call.k.data + part.batch * call.k.batch_stride + offset;
-  const float* v = call.v.data + part.batch * call.v.batch_stride + offset;
+  const float* q = call.q.data + part.batch * call.q.batch_stride + part.head * call.q.head_stride;
+  const float* k = call.k.data + part.batch * call.k.batch_stride + part.head * call.k.head_stride;
+  const float* v = call.v.data + part.batch * call.v.batch_stride + part.head * call.v.head_stride;
   for (int64_t i = part.begin; i < part.end; ++i) {
     float* out = call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims;
     std::fill(out, out + dims, 0.0f);

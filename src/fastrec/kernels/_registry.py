@@ -35,6 +35,11 @@ class Backends:
         """
         return self._choose(signature, backend or env.force_backend())
 
+    @functools.cached_property
+    def cpu_is_compiled(self) -> bool:
+        """Whether CPU tensors, no backend named, run on the compiled kernel; decided once."""
+        return self.choose(Signature("cpu")) == "cpu"
+
     def _choose_uncached(self, signature: Signature, wanted: str | None) -> str:
         if wanted is None:
             return next(name for name, reason in self.can_run.items() if reason(signature) is None)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError
-from fastrec.kernels._compiled import Signature
-from fastrec.kernels.int8_embedding import BACKENDS, check_table, gather, int8_embedding
+from fastrec.kernels.int8_embedding import BACKENDS, gather, int8_embedding
 
 
 class Int8Embedding(nn.Module):
@@ -31,7 +30,7 @@ class Int8Embedding(nn.Module):
         shape = (num_embeddings, embedding_dim)
         self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(num_embeddings))
-        self._compiled_on: torch.device | None = None
+        self._runs_compiled = False
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding) -> Int8Embedding:
@@ -58,25 +57,27 @@ class Int8Embedding(nn.Module):
         """
         if torch.compiler.is_compiling() or type(ids) is not torch.Tensor:
             return torch.ops.fastrec.int8_embedding(ids, self.weight, self.scale)
-        if ids.dtype is torch.int64 and ids.is_contiguous() and self._runs_compiled(ids.device):
-            return gather(ids, self.weight, self.scale)
-        return int8_embedding(ids, self.weight, self.scale)
+        if self._runs_compiled and ids.dtype is torch.int64 and ids.is_cpu and ids.is_contiguous():
+            # The table was checked before. Module.__getattr__ costs as much as ten lookups.
+            buffers = self._buffers
+            return gather(ids, buffers["weight"], buffers["scale"])
+        weight, scale = self.weight, self.scale
+        rows = int8_embedding(ids, weight, scale)
+        contiguous = weight.is_contiguous() and scale.is_contiguous()
+        self._runs_compiled = weight.is_cpu and contiguous and BACKENDS.cpu_is_compiled
+        return rows
 
-    def _runs_compiled(self, device: torch.device) -> bool:
-        # Shapes and dtypes of the table can't change after loading; its device can.
-        if self._compiled_on != device:
-            check_table(self.weight, self.scale)
-            if self.weight.device != device or BACKENDS.choose(Signature(device.type)) != "cpu":
-                return False
-            self._compiled_on = device
-        return True
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "scale"):
+            self.__dict__["_runs_compiled"] = False  # a new table is checked again
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Embedding:
         before = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
             self.scale = before.to(self.scale.device)
-        self._compiled_on = None
+        self._runs_compiled = False
         return self
 
     def extra_repr(self) -> str:

@@ -23,14 +23,15 @@ BACKENDS = Backends("int8_embedding", {"cpu": cpu_can_run, "reference": always})
 
 def check_table(table: torch.Tensor, scale: torch.Tensor) -> None:
     """Raises unless table is int8 [rows, D] and scale float32 [rows], on one device."""
-    if table.dtype != torch.int8:
+    if table.dtype is not torch.int8:
         raise DtypeError("table", "int8", table.dtype)
-    if table.dim() != 2 or 0 in table.shape:
-        raise ShapeError("table", "shape [rows, D], both > 0", list(table.shape))
-    if scale.dtype != torch.float32:
+    shape = table.shape
+    if len(shape) != 2 or 0 in shape:
+        raise ShapeError("table", "shape [rows, D], both > 0", list(shape))
+    if scale.dtype is not torch.float32:
         raise DtypeError("scale", "float32", scale.dtype)
-    if scale.shape != table.shape[:1]:
-        raise ShapeError("scale", f"shape [{table.shape[0]}]", list(scale.shape))
+    if scale.shape != (shape[0],):
+        raise ShapeError("scale", f"shape [{shape[0]}]", list(scale.shape))
     if scale.device != table.device:
         raise DeviceError("scale", f"the table's device {table.device}", scale.device)
 
@@ -73,11 +74,12 @@ def int8_embedding(
         BackendError: the backend asked for can't run.
     """
     check_table(table, scale)
-    if ids.dtype != torch.int64:
+    if ids.dtype is not torch.int64:
         raise DtypeError("ids", "int64", ids.dtype)
     if ids.device != table.device:
         raise DeviceError("ids", f"the table's device {table.device}", ids.device)
-    if BACKENDS.choose(Signature(ids.device.type), backend) == "reference":
+    decided = backend is None and ids.is_cpu and BACKENDS.cpu_is_compiled
+    if not decided and BACKENDS.choose(Signature(ids.device.type), backend) == "reference":
         return int8_embedding_reference(ids, table, scale)
     return gather(ids.contiguous(), table.contiguous(), scale.contiguous())
 

@@ -26,41 +26,91 @@ BACKENDS = Backends("padded_attention", {"cpu": cpu_can_run, "reference": always
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype is not torch.float32:
-            raise DtypeError(name, "float32", tensor.dtype)
-        if tensor.dim() != 4:
-            raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
-        if tensor.device != q.device:
-            raise DeviceError(name, f"q's device {q.device}", tensor.device)
-    batch, heads, _, dims = q.shape
+    float32, device = torch.float32, q.device
+    if not (q.dtype is k.dtype is v.dtype is float32 and k.device == device == v.device):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.dtype is not float32:
+                raise DtypeError(name, "float32", tensor.dtype)
+            if tensor.device != device:
+                raise DeviceError(name, f"q's device {device}", tensor.device)
+    shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not len(shape) == len(k_shape) == len(v_shape) == 4:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if tensor.dim() != 4:
+                raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
+    batch, heads, _, dims = shape
     if dims == 0 or heads == 0:
-        raise ShapeError("q", "at least one head and one dimension", list(q.shape))
-    expected = (batch, heads, k.shape[2], dims)
-    if k.shape != expected:
-        raise ShapeError("k", f"shape {list(expected)}", list(k.shape))
-    if v.shape != expected:
-        raise ShapeError("v", f"shape {list(expected)}", list(v.shape))
+        raise ShapeError("q", "at least one head and one dimension", list(shape))
+    expected = (batch, heads, k_shape[2], dims)
+    if k_shape != expected:
+        raise ShapeError("k", f"shape {list(expected)}", list(k_shape))
+    if v_shape != expected:
+        raise ShapeError("v", f"shape {list(expected)}", list(v_shape))
     if lengths is not None:
         if lengths.dtype is not torch.int64:
             raise DtypeError("lengths", "int64", lengths.dtype)
         if lengths.shape != (batch,):
             raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
-        if lengths.device != q.device:
-            raise DeviceError("lengths", f"q's device {q.device}", lengths.device)
+        if lengths.device != device:
+            raise DeviceError("lengths", f"q's device {device}", lengths.device)
 
 
 def _length_error(lengths: torch.Tensor, position: int, keys: int) -> ArgumentError:
     return ArgumentError("lengths", f"values in [0, {keys}]", int(lengths[position]))
 
 
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """The tensor, copied if need be, whose heads follow each other in a row; its two strides."""
-    dims = x.shape[3]
-    fits = x.stride(3) == 1 and (x.shape[1] == 1 or x.stride(1) == dims)
-    if not fits and x.numel():
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x, x.stride(0), x.stride(2)
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The tensor, copied if need be, whose rows are contiguous, and its strides."""
+    strides = x.stride()
+    if strides[3] == 1:
+        return x, strides
+    x = x.contiguous()
+    return x, x.stride()
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+    scale: float,
+    shape: tuple[int, ...],
+    keys: int,
+) -> torch.Tensor:
+    """The compiled kernel on checked arguments, q of ``shape`` [B, H, Lq, D]."""
+    batch, heads, queries, dims = shape
+    q, (q_batch, q_head, q_row, _) = _rows(q)
+    k, (k_batch, k_head, k_row, _) = _rows(k)
+    v, (v_batch, v_head, v_row, _) = _rows(v)
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    out = torch.empty((batch, queries, heads, dims))
+    bad = _compiled.native().padded_attention.run(
+        q.data_ptr(),
+        q_batch,
+        q_head,
+        q_row,
+        k.data_ptr(),
+        k_batch,
+        k_head,
+        k_row,
+        v.data_ptr(),
+        v_batch,
+        v_head,
+        v_row,
+        out.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        batch,
+        queries,
+        keys,
+        heads,
+        dims,
+        scale,
+    )
+    if bad >= 0:
+        assert lengths is not None
+        raise _length_error(lengths, bad, keys)
+    return out.transpose(1, 2)
 
 
 def padded_attention(
@@ -90,45 +140,19 @@ def padded_attention(
         BackendError: the backend asked for can't run.
     """
     _check(q, k, v, lengths)
-    batch, heads, queries, dims = q.shape
-    scale = dims**-0.5 if scale is None else scale
+    shape, keys = q.shape, k.shape[2]
+    scale = shape[3] ** -0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ArgumentError("scale", "a finite number", scale)
+    if backend is None and q.is_cpu and BACKENDS.cpu_is_compiled:
+        return _run(q, k, v, lengths, scale, shape, keys)
     if BACKENDS.choose(Signature(q.device.type), backend) == "reference":
         if lengths is not None:
-            outside = ((lengths < 0) | (lengths > k.shape[2])).nonzero()
+            outside = ((lengths < 0) | (lengths > keys)).nonzero()
             if len(outside):
-                raise _length_error(lengths, int(outside[0]), k.shape[2])
+                raise _length_error(lengths, int(outside[0]), keys)
         return padded_attention_reference(q, k, v, lengths=lengths, scale=scale)
-    q, q_batch, q_row = _rows(q)
-    k, k_batch, k_row = _rows(k)
-    v, v_batch, v_row = _rows(v)
-    if lengths is not None:
-        lengths = lengths.contiguous()
-    out = torch.empty((batch, queries, heads, dims))
-    bad = _compiled.native().padded_attention.run(
-        q.data_ptr(),
-        q_batch,
-        q_row,
-        k.data_ptr(),
-        k_batch,
-        k_row,
-        v.data_ptr(),
-        v_batch,
-        v_row,
-        out.data_ptr(),
-        0 if lengths is None else lengths.data_ptr(),
-        batch,
-        queries,
-        k.shape[2],
-        heads,
-        dims,
-        scale,
-    )
-    if bad >= 0:
-        assert lengths is not None
-        raise _length_error(lengths, bad, k.shape[2])
-    return out.transpose(1, 2)
+    return _run(q, k, v, lengths, scale, shape, keys)
 
 
 _LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
