@@ -14,5 +14,10 @@ double vpdpbusd_peak_gops(double seconds);
 // of the memory, that holds such a buffer. The best pass counts, over reading plainly and with
 // software prefetch. 0 where `buffer_bytes` is not positive or can't be allocated.
 double read_bandwidth_gbs(int64_t buffer_bytes, double seconds);
+// The same for fp32 fused multiply-adds on the widest registers there are; 0 without AVX2.
+double fma_peak_gflops(double seconds);
+
+// The same for vdpbf16ps (products of bf16 summed in fp32); 0 without AVX-512 BF16.
+double bf16_peak_gflops(double seconds);
 
 }  // namespace fastrec

@@ -77,6 +77,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads);
   m.def("max_threads", max_threads);
+  m.def("fma_peak_gflops", fma_peak_gflops, py::call_guard<py::gil_scoped_release>());
+  m.def("bf16_peak_gflops", bf16_peak_gflops, py::call_guard<py::gil_scoped_release>());
   m.def("vpdpbusd_peak_gops", vpdpbusd_peak_gops, py::call_guard<py::gil_scoped_release>());
   m.def("read_bandwidth_gbs", read_bandwidth_gbs, py::arg("buffer_bytes"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
