@@ -50,14 +50,10 @@ def test_threads_do_not_change_the_result(op_id: str) -> None:
     spec = SPECS[op_id]
     sample = max(spec.samples(), key=lambda s: s.macs)
     args, kwargs = sample.make()
-    before = kernels.num_threads()
-    try:
-        kernels.set_num_threads(1)
+    with kernels.call_threads(1):
         alone = spec.function(*args, **kwargs)
-        kernels.set_num_threads(64)  # capped at what the machine has
+    with kernels.call_threads(64):  # capped at what the machine has
         together = spec.function(*args, **kwargs)
-    finally:
-        kernels.set_num_threads(before)
     assert torch.equal(alone, together)
 
 

@@ -75,7 +75,13 @@ PYBIND11_MODULE(_native, m) {
   });
 
   m.def("num_threads", num_threads);
-  m.def("set_num_threads", set_num_threads);
+  m.def("set_num_threads", set_num_threads, "The process's setting; 0 forgets it.");
+  m.def("exchange_call_threads", exchange_call_threads,
+        "The calling thread's setting, which outranks the process's; 0: none. Returns the last.");
+  m.def(
+      "follow_threads",
+      [](uintptr_t address) { follow_threads(reinterpret_cast<ThreadSource>(address)); },
+      "Address of an `int (*)()` that calls ask where nothing is set; 0: none.");
   m.def("max_threads", max_threads);
   m.def("fma_peak_gflops", fma_peak_gflops, py::call_guard<py::gil_scoped_release>());
   m.def("bf16_peak_gflops", bf16_peak_gflops, py::call_guard<py::gil_scoped_release>());

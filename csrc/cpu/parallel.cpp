@@ -7,18 +7,26 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
+
+#include "cgroup.h"
 
 namespace fastrec {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // Long enough to bridge the Python and torch work between two layers of a request (5-50 us, several
-// times that when caches are cold); waking a parked thread costs about 50 us on a virtual machine.
-// Short beside the time slice of the scheduler and beside what other pools spin (ms).
+// times that when caches are cold). Short beside the time slice of the scheduler and beside what
+// other pools spin (ms). After the first part the core is offered to whoever else wants it: torch's
+// OpenMP threads, which would otherwise share it with a spinning worker.
 constexpr auto kSpinTime = std::chrono::microseconds(300);
+constexpr auto kSpinAlone = std::chrono::microseconds(50);
 constexpr int kSpinsPerClockRead = 64;
+// Measured on a virtual machine: waking a parked thread takes 20 us of the caller and the thread
+// starts after 50 us. Work that takes one thread less than this gains nothing.
+constexpr auto kWorthWaking = std::chrono::microseconds(60);
 
 void pause() {
 #if defined(__x86_64__)
@@ -33,15 +41,18 @@ int cpus_allowed() {
 }
 
 // Waits until `word` differs from `old`: spins first, then parks on a futex.
-void wait_for_change(std::atomic<uint32_t>& word, uint32_t old) {
-  const auto give_up = std::chrono::steady_clock::now() + kSpinTime;
-  do {
+void wait_for_change(std::atomic<uint32_t>& word, uint32_t old, std::atomic<bool>& parked) {
+  const auto begin = Clock::now();
+  for (auto waited = Clock::duration::zero(); waited < kSpinTime; waited = Clock::now() - begin) {
+    if (waited > kSpinAlone) sched_yield();
     for (int i = 0; i < kSpinsPerClockRead; ++i) {
       if (word.load(std::memory_order_acquire) != old) return;
       pause();
     }
-  } while (std::chrono::steady_clock::now() < give_up);
+  }
+  parked.store(true, std::memory_order_relaxed);
   word.wait(old, std::memory_order_acquire);
+  parked.store(false, std::memory_order_relaxed);
 }
 
 // Every participant owns a contiguous range, whose data it then finds in its own caches, and helps
@@ -61,23 +72,33 @@ struct Job {
     }
   }
 
-  void work() {
-    const int own = joined.fetch_add(1, std::memory_order_relaxed);
-    for (int i = 0; i < ranges; ++i) {
-      Range& from = range[(own + i) % ranges];
-      for (int64_t begin;
-           (begin = from.next.fetch_add(grain, std::memory_order_relaxed)) < from.end;)
-        body(context, begin, std::min(begin + grain, from.end));
-    }
+  // One chunk of that range; false if none is left.
+  bool step(Range& from) {
+    const int64_t begin = from.next.fetch_add(grain, std::memory_order_relaxed);
+    if (begin >= from.end) return false;
+    body(context, begin, std::min(begin + grain, from.end));
+    return true;
   }
+
+  // Range 0 is the caller's own.
+  void work(int own) {
+    for (int i = 0; i < ranges; ++i)
+      while (step(range[(own + i) % ranges])) {
+      }
+  }
+
+  void help() { work(joined.fetch_add(1, std::memory_order_relaxed)); }
 
   ParallelBody body;
   void* context;
   int64_t grain;
   int ranges;
-  std::atomic<int> joined{0};
+  std::atomic<int> joined{1};
   Range range[kMaxRanges];
 };
+
+// True while this thread runs a body beside others: what that starts in turn runs alone.
+thread_local bool inside_body = false;
 
 // Hands one job at a time to one thread. The word counts transitions, so that a waiter sees every
 // change: idle -> posted -> running -> idle, or posted -> idle where the caller takes the job back.
@@ -94,14 +115,17 @@ class alignas(64) Worker {
     ticket_.notify_one();
   }
 
+  bool parked() const { return parked_.load(std::memory_order_relaxed); }
+
   // Takes the job back if it was not begun, else waits for its end.
   void finish() {
     uint32_t seen = ticket_.load(std::memory_order_acquire);
     if ((seen & kState) == kPosted &&
         ticket_.compare_exchange_strong(seen, seen - kPosted + kIdle, std::memory_order_acquire))
       return;
+    std::atomic<bool> caller_parked;
     while ((seen & kState) != kIdle) {
-      wait_for_change(ticket_, seen);
+      wait_for_change(ticket_, seen, caller_parked);
       seen = ticket_.load(std::memory_order_acquire);
     }
   }
@@ -110,22 +134,24 @@ class alignas(64) Worker {
   static constexpr uint32_t kIdle = 0, kPosted = 1, kRunning = 2, kState = 3, kStep = 4;
 
   void loop() {
+    inside_body = true;
     for (;;) {
       uint32_t seen = ticket_.load(std::memory_order_acquire);
       if ((seen & kState) != kPosted) {
-        wait_for_change(ticket_, seen);
+        wait_for_change(ticket_, seen, parked_);
         continue;
       }
       if (!ticket_.compare_exchange_strong(seen, seen - kPosted + kRunning,
                                            std::memory_order_acquire))
         continue;
-      job_->work();
+      job_->help();
       ticket_.fetch_sub(kRunning - kIdle, std::memory_order_release);
       ticket_.notify_one();
     }
   }
 
   std::atomic<uint32_t> ticket_{kIdle};
+  std::atomic<bool> parked_{false};
   Job* job_ = nullptr;
 };
 
@@ -140,33 +166,57 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()); }
 
-  void run(Job& job, int helpers) {
+  void run(Job& job, int helpers, int64_t chunks) {
+    int awake = 0;
+    while (awake < helpers && !workers_[awake]->parked()) ++awake;
+    // With workers asleep the first chunk tells what the whole takes one thread.
+    if (awake < helpers && !worth_waking(job, chunks)) helpers = awake;
     for (int i = 0; i < helpers; ++i) workers_[i]->post(&job);
-    job.work();
+    job.work(0);
     for (int i = 0; i < helpers; ++i) workers_[i]->finish();
   }
 
  private:
+  // A lone small call should not pay for a wake-up that comes too late to help, while a chain of
+  // small calls should have its workers after the first few: so calls in close succession add up.
+  bool worth_waking(Job& job, int64_t chunks) {
+    const auto begin = Clock::now();
+    job.step(job.range[0]);
+    const auto end = Clock::now();
+    if (begin - last_asleep_ > kSpinTime) asleep_time_ = Clock::duration::zero();
+    const auto expected = (end - begin) * chunks;
+    asleep_time_ += expected;
+    last_asleep_ = begin + expected;
+    return asleep_time_ >= kWorthWaking;
+  }
+
   std::vector<std::unique_ptr<Worker>> workers_;
+  // Of the calls that found workers asleep.
+  Clock::duration asleep_time_{};
+  Clock::time_point last_asleep_{};
 };
 
 // Never destroyed: workers may outlive static destruction. Null in a forked child, where the
-// parent's threads do not exist; the child makes its own pool on first use.
+// parent's threads do not exist.
 std::atomic<Pool*> pool{nullptr};
-std::mutex pool_mutex;
-std::atomic<int> thread_limit{0};
+std::atomic<bool> pool_busy{false};
 
-void forget_pool_in_child() {
+std::atomic<int> machine_limit{0};  // 0: to be looked up
+std::atomic<int> process_setting{0};
+std::atomic<ThreadSource> followed{nullptr};
+thread_local int call_setting = 0;
+
+void forget_parent() {
   pool.store(nullptr);
-  // The parent may have held the lock when it forked; no other thread exists here.
-  new (&pool_mutex) std::mutex();
+  pool_busy.store(false);  // no other thread exists here, whatever the parent's were doing
+  machine_limit.store(0);
 }
 
-Pool* get_pool(int workers) {  // pool_mutex is held
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_parent);
+
+Pool* get_pool(int workers) {  // the caller has set pool_busy
   Pool* current = pool.load(std::memory_order_relaxed);
   if (current && current->size() >= workers) return current;
-  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
-  (void)registered;
   // A grown pool replaces the smaller one, whose parked workers stay behind; this happens at most
   // once a process unless the affinity mask grows.
   current = new Pool(std::max(workers, max_threads() - 1));
@@ -176,29 +226,47 @@ Pool* get_pool(int workers) {  // pool_mutex is held
 
 }  // namespace
 
-int max_threads() { return cpus_allowed(); }
-
-int num_threads() {
-  int limit = thread_limit.load(std::memory_order_relaxed);
+int max_threads() {
+  int limit = machine_limit.load(std::memory_order_relaxed);
   if (limit == 0) {
-    limit = max_threads();
-    thread_limit.store(limit, std::memory_order_relaxed);
+    limit = cpus_allowed();
+    if (const int quota = cgroup_cpus(read_file)) limit = std::min(limit, quota);
+    machine_limit.store(limit, std::memory_order_relaxed);
   }
   return limit;
 }
 
-void set_num_threads(int threads) { thread_limit.store(std::clamp(threads, 1, max_threads())); }
+int num_threads() {
+  if (inside_body) return 1;
+  int wanted = call_setting;
+  if (wanted == 0) wanted = process_setting.load(std::memory_order_relaxed);
+  if (wanted == 0)
+    if (const ThreadSource source = followed.load(std::memory_order_relaxed)) wanted = source();
+  return wanted <= 0 ? max_threads() : std::min(wanted, max_threads());
+}
+
+void set_num_threads(int threads) {
+  machine_limit.store(0);
+  process_setting.store(std::max(threads, 0));
+}
+
+int exchange_call_threads(int threads) { return std::exchange(call_setting, threads); }
+
+void follow_threads(ThreadSource source) { followed.store(source); }
 
 void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context) {
   if (count <= 0) return;
   const int64_t chunks = (count + grain - 1) / grain;
-  const int helpers =
-      static_cast<int>(std::min<int64_t>({threads, num_threads(), chunks, Job::kMaxRanges})) - 1;
-  if (helpers > 0) {
-    std::unique_lock lock(pool_mutex, std::try_to_lock);
-    if (lock.owns_lock()) {
+  if (threads > 1 && chunks > 1 && !inside_body) {
+    const int helpers =
+        static_cast<int>(std::min<int64_t>({threads, num_threads(), chunks, Job::kMaxRanges})) - 1;
+    if (helpers > 0 && !pool_busy.exchange(true, std::memory_order_acquire)) {
       Job job(body, context, count, grain, helpers + 1);
-      return get_pool(helpers)->run(job, helpers);
+      inside_body = true;
+      get_pool(helpers)->run(job, helpers, chunks);
+      inside_body = false;
+      pool_busy.store(false, std::memory_order_release);
+      return;
     }
   }
   body(context, 0, count);

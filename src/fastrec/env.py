@@ -23,5 +23,6 @@ def force_backend() -> str | None:
 
 
 def omp_num_threads() -> str | None:
-    """``OMP_NUM_THREADS`` as it is set, for the machine card; fastrec itself does not obey it."""
+    """``OMP_NUM_THREADS`` as it is set, for the machine card; torch, whose count kernels follow,
+    obeys it."""
     return os.environ.get("OMP_NUM_THREADS")

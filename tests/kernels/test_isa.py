@@ -1,4 +1,4 @@
-"""Detection as a pure function of the CPUID words, forcing, and the thread pool."""
+"""Detection as a pure function of the CPUID words, and forcing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
-import torch
 
 from fastrec import kernels
-from fastrec.errors import ArgumentError, IsaError
+from fastrec.errors import IsaError
 from fastrec.kernels._compiled import native, reason_missing
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
@@ -109,57 +107,6 @@ def test_forcing_by_environment() -> None:
     unknown = active("doesnotexist")
     assert unknown.returncode != 0
     assert "IsaError" in unknown.stderr
-
-
-def test_thread_count_is_checked_and_capped() -> None:
-    before = kernels.num_threads()
-    try:
-        kernels.set_num_threads(10_000)
-        assert kernels.num_threads() == native().max_threads() == len(os.sched_getaffinity(0))
-        kernels.set_num_threads(1)
-        assert kernels.num_threads() == 1
-        with pytest.raises(ArgumentError, match="threads: expected an integer >= 1, got 0"):
-            kernels.set_num_threads(0)
-    finally:
-        kernels.set_num_threads(before)
-
-
-def test_concurrent_callers_get_their_own_results() -> None:
-    spec = kernels.registry()["sparse_int8_linear"]
-    sample = next(s for s in spec.samples() if s.bench)
-    args, kwargs = sample.make()
-    expected = spec.function(*args, **kwargs)
-    wrong: list[int] = []
-
-    def call(caller: int) -> None:
-        results = (spec.function(*args, **kwargs) for _ in range(20))
-        wrong.extend(caller for result in results if not torch.equal(result, expected))
-
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(6)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert not wrong
-
-
-def test_a_forked_child_computes_too() -> None:
-    # In a fresh process: forking pytest with torch's own threads running is another matter.
-    code = """
-import os, sys
-import torch
-from fastrec import kernels
-torch.set_num_threads(1)  # libgomp, torch's own pool, does not survive a fork
-spec = kernels.registry()["sparse_int8_linear"]
-args, kwargs = next(s for s in spec.samples() if s.bench).make()
-expected = spec.function(*args, **kwargs)
-child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(spec.function(*args, **kwargs), expected) else 1)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
-    assert done.returncode == 0
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastrec.kernels._compiled import (
     active_isa,
     available_isas,
+    call_threads,
     force_isa,
     isa_names,
     num_threads,
@@ -38,6 +39,7 @@ __all__ = [
     "PackedWeight",
     "active_isa",
     "available_isas",
+    "call_threads",
     "force_isa",
     "int8_embedding",
     "isa_names",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -29,7 +32,29 @@ def _load() -> tuple[ModuleType | None, str | None]:
     forced = env.force_isa()
     if forced is not None:
         _force(_native, forced)
+    if "torch" in sys.modules:
+        _follow_torch(_native)
     return _native, None
+
+
+def follow_torch() -> None:
+    """Where no thread count is set, kernels use no more threads than torch does at that moment.
+
+    Called when an op is imported, and so after torch. A call reads torch's count in its compiled
+    part, through the function behind ``torch.get_num_threads`` (about 5 ns).
+    """
+    if _load.cache_info().currsize and (module := _load()[0]) is not None:
+        _follow_torch(module)
+
+
+def _follow_torch(module: ModuleType) -> None:
+    try:
+        # The library that this process already holds, or an error; nothing is loaded.
+        library = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        address = ctypes.cast(library["_ZN2at15get_num_threadsEv"], ctypes.c_void_p).value
+    except (AttributeError, OSError):  # a torch without it: a count of its own, from the machine
+        return
+    module.follow_threads(address)
 
 
 def reason_missing() -> str | None:
@@ -100,16 +125,54 @@ def force_isa(name: str) -> Iterator[None]:
 
 
 def num_threads() -> int:
-    """Threads that one kernel call uses at most."""
+    """Threads that a kernel call of this Python thread uses at most.
+
+    The first of these that is set, and never more than the CPUs of this process (its affinity mask
+    and, rounded down, the CPU quota of its control groups):
+
+    1. ``with call_threads(n)`` around the call, for the thread that entered it;
+    2. ``set_num_threads(n)``, for the process;
+    3. ``torch.get_num_threads()`` at the moment of the call, once torch is imported: lowering
+       torch's threads lowers ours, ``OMP_NUM_THREADS`` included.
+    """
     return int(native().num_threads())
 
 
-def set_num_threads(threads: int) -> None:
-    """Sets how many threads one kernel call uses at most (capped at the CPUs of this process).
+def set_num_threads(threads: int | None) -> None:
+    """Sets how many threads a kernel call uses at most, in all Python threads.
+
+    Args:
+        threads: the count, capped at the CPUs of this process; None follows torch again.
 
     Raises:
         ArgumentError: ``threads`` is below 1.
     """
-    if threads < 1:
+    native().set_num_threads(0 if threads is None else _checked(threads))
+
+
+class call_threads:
+    """Within the block, kernel calls of this Python thread use at most ``threads`` threads.
+
+    Outranks ``set_num_threads`` and torch's own count; an inner block outranks an outer one.
+
+    Raises:
+        ArgumentError: ``threads`` is below 1.
+    """
+
+    __slots__ = ("_before", "_exchange", "_threads")
+
+    def __init__(self, threads: int) -> None:
+        self._threads = _checked(threads)
+        self._exchange = native().exchange_call_threads
+
+    def __enter__(self) -> None:
+        self._before = self._exchange(self._threads)
+
+    def __exit__(self, *raised: object) -> None:
+        self._exchange(self._before)
+
+
+def _checked(threads: int) -> int:
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
         raise ArgumentError("threads", "an integer >= 1", threads)
-    native().set_num_threads(threads)
+    return min(threads, 1 << 20)

@@ -12,6 +12,8 @@ from fastrec.errors import BackendError
 from fastrec.kernels import _compiled
 from fastrec.kernels._compiled import Signature
 
+_compiled.follow_torch()
+
 CanRun = Callable[[Signature], "str | None"]
 
 

@@ -95,19 +95,13 @@ def build(
 
 
 def _with_kernel_threads(forward: Forward, threads: int) -> Forward:
-    """The kernels' thread count around a call, put back afterwards."""
+    """The kernels' thread count around a call, in the calling thread only."""
     if reason_missing():
         return forward
 
     def call(*inputs: torch.Tensor) -> torch.Tensor:
-        before = kernels.num_threads()
-        if before == threads:
+        with kernels.call_threads(threads):
             return forward(*inputs)
-        kernels.set_num_threads(threads)
-        try:
-            return forward(*inputs)
-        finally:
-            kernels.set_num_threads(before)
 
     return call
 
