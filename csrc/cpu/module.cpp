@@ -7,6 +7,7 @@
 
 #include "ceilings.h"
 #include "cpu_features.h"
+#include "grouped_linear/bind.h"
 #include "int8_embedding/bind.h"
 #include "padded_attention/bind.h"
 #include "parallel.h"
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_native, m) {
         py::call_guard<py::gil_scoped_release>(),
         "10^9 bytes a second that one core reads from a buffer of that size.");
 
+  grouped_linear::bind(m);
   int8_embedding::bind(m);
   padded_attention::bind(m);
   sparse_int8_linear::bind(m);

@@ -28,6 +28,43 @@ def bf16_peak_gflops(seconds: float) -> float: ...
 def vpdpbusd_peak_gops(seconds: float) -> float: ...
 def read_bandwidth_gbs(buffer_bytes: int, seconds: float) -> float: ...
 
+class grouped_linear:
+    @staticmethod
+    def kernel_isa(bf16: bool = False) -> str: ...
+    @staticmethod
+    def forward(
+        x: int,
+        x_row: int,
+        weight: int,
+        bias: int,
+        y: int,
+        bf16: bool,
+        shuffle: bool,
+        rows: int,
+        groups: int,
+        outputs: int,
+        inputs: int,
+    ) -> None: ...
+    @staticmethod
+    def backward(
+        dy: int,
+        dy_row: int,
+        x: int,
+        x_row: int,
+        weight: int,
+        dx: int,
+        dweight: int,
+        dbias: int,
+        bf16: bool,
+        shuffle: bool,
+        rows: int,
+        groups: int,
+        outputs: int,
+        inputs: int,
+        wants_x: bool,
+        wants_weight: bool,
+    ) -> None: ...
+
 class int8_embedding:
     @staticmethod
     def kernel_isa() -> str: ...

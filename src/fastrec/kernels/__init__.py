@@ -23,12 +23,14 @@ from fastrec.kernels._compiled import (
 
 if TYPE_CHECKING:
     from fastrec.kernels._registry import OpSpec
+    from fastrec.kernels.grouped_linear import grouped_linear
     from fastrec.kernels.int8_embedding import int8_embedding
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
 
 # One line per op.
 OP_IDS = (
+    "grouped_linear",
     "int8_embedding",
     "padded_attention",
     "sparse_int8_linear",
@@ -41,6 +43,7 @@ __all__ = [
     "available_isas",
     "call_threads",
     "force_isa",
+    "grouped_linear",
     "int8_embedding",
     "isa_names",
     "num_threads",
