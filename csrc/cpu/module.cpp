@@ -12,6 +12,7 @@
 #include "padded_attention/bind.h"
 #include "parallel.h"
 #include "sparse_int8_linear/bind.h"
+#include "window_sparse_attention/bind.h"
 
 namespace py = pybind11;
 using namespace fastrec;
@@ -95,4 +96,5 @@ PYBIND11_MODULE(_native, m) {
   int8_embedding::bind(m);
   padded_attention::bind(m);
   sparse_int8_linear::bind(m);
+  window_sparse_attention::bind(m);
 }

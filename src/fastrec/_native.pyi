@@ -129,3 +129,40 @@ class sparse_int8_linear:
             y_zero_point: int,
         ) -> None: ...
         def run(self, x: int, x_f32: bool, rows: int, y: int) -> bool: ...
+
+View = tuple[int, int, int, int]
+"""Address, and strides of batch, head and row in elements."""
+
+class window_sparse_attention:
+    MAX_DIMS: ClassVar[int]
+    @staticmethod
+    def kernel_isa() -> str: ...
+
+    class Pattern:
+        def __init__(self, window: int, causal: bool, distances: list[tuple[int, ...]]) -> None: ...
+        def forward(
+            self,
+            scale: float,
+            shape: tuple[int, int, int, int, int, int, int],
+            q: View,
+            k: View,
+            v: View,
+            out: View,
+            lse: View,
+        ) -> int: ...
+        def backward(
+            self,
+            scale: float,
+            shape: tuple[int, int, int, int, int, int, int],
+            q: View,
+            k: View,
+            v: View,
+            out: View,
+            lse: View,
+            d_out: View,
+            d_lse: View,
+            dq: View,
+            dk: View,
+            dv: View,
+            delta: View,
+        ) -> int: ...

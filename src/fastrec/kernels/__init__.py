@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastrec.kernels.int8_embedding import int8_embedding
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
+    from fastrec.kernels.window_sparse_attention import window_sparse_attention
 
 # One line per op.
 OP_IDS = (
@@ -34,6 +35,7 @@ OP_IDS = (
     "int8_embedding",
     "padded_attention",
     "sparse_int8_linear",
+    "window_sparse_attention",
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "registry",
     "set_num_threads",
     "sparse_int8_linear",
+    "window_sparse_attention",
 ]
 
 

@@ -1,0 +1,199 @@
+"""``torch.ops.fastrec.window_sparse_attention``: fake, autograd and its backward op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastrec.errors import ArgumentError
+from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._registry import Backends, always
+from fastrec.kernels.window_sparse_attention import _cpu, _reference_backward
+from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention.reference import window_sparse_attention_reference
+
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+
+def _cpu_can_run(signature: Signature) -> str | None:
+    if signature.dtype == "float64":
+        return "it computes in float32, the input is float64"
+    return cpu_can_run(signature)
+
+
+BACKENDS = Backends("window_sparse_attention", {"cpu": _cpu_can_run, "reference": always})
+
+_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
+_PATTERN = (
+    "int window, str offsets, bool causal, Tensor? lengths, Tensor? cu_seqlens, float scale, "
+    "str? backend=None"
+)
+_LIBRARY.define(
+    f"window_sparse_attention(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "window_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor out, Tensor lse, {_PATTERN}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def choose(q: torch.Tensor, backend: str | None) -> str:
+    """The backend for this tensor."""
+    return BACKENDS.choose(Signature(q.device.type, DTYPE_NAMES[q.dtype]), backend)
+
+
+def _check_values(
+    q: torch.Tensor, lengths: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> None:
+    """What the compiled kernel checks itself, for the reference."""
+    error: ArgumentError | None = None
+    if cu_seqlens is not None:
+        values = cu_seqlens.tolist()
+        limits = [0, *(max(value, 0) for value in values[:-1])]
+        wrong = [
+            n
+            for n, value in enumerate(values)
+            if not limits[n] <= value <= len(q)
+            or (n == 0 and value != 0)
+            or (n == len(values) - 1 and value != len(q))
+        ]
+        if wrong:
+            error = _cpu.bad_entry(wrong[0], q, None, cu_seqlens)
+    elif lengths is not None:
+        outside = ((lengths < 0) | (lengths > q.shape[2])).nonzero()
+        if len(outside):
+            error = _cpu.bad_entry(int(outside[0]), q, lengths, None)
+    if error:
+        raise error
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    offsets: str,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    backend: str | None = None,
+    *,
+    with_lse: bool = True,
+) -> tuple[torch.Tensor, Any]:
+    """Out and lse (None where it is not wanted), outside autograd."""
+    if choose(q, backend) == "cpu":
+        return _cpu.forward(q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, with_lse)
+    _check_values(q, lengths, cu_seqlens)
+    result, lse = window_sparse_attention_reference(
+        q,
+        k,
+        v,
+        decode(window, offsets, causal),
+        lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        return_lse=True,
+    )
+    out = _cpu.empty_like_rows(q).copy_(result)
+    return out, lse.to(_lse_dtype(q), memory_format=torch.contiguous_format, copy=True)
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    offsets: str,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if choose(q, backend) == "cpu":
+        return _cpu.backward(
+            d_out, d_lse, q, k, v, out, lse, window, offsets, causal, lengths, cu_seqlens, scale
+        )
+    pattern = decode(window, offsets, causal)
+    grads = _reference_backward.backward(
+        d_out, d_lse, q, k, v, out, lse, pattern, lengths, cu_seqlens, scale
+    )
+    dq, dk, dv = (_cpu.empty_like_rows(x).copy_(x) for x in grads)
+    return dq, dk, dv
+
+
+_LIBRARY.impl("window_sparse_attention", forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("window_sparse_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Any:
+    return _cpu.empty_like_rows(q), q.new_empty(q.shape[:-1], dtype=_lse_dtype(q))
+
+
+def _fake_backward(
+    d_out: torch.Tensor, d_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> Any:
+    return _cpu.empty_like_rows(q), _cpu.empty_like_rows(k), _cpu.empty_like_rows(v)
+
+
+torch.library.register_fake("fastrec::window_sparse_attention", _fake, lib=_LIBRARY)
+torch.library.register_fake(
+    "fastrec::window_sparse_attention_backward", _fake_backward, lib=_LIBRARY
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, lengths, cu_seqlens)
+    ctx.pattern, ctx.scale, ctx.backend = (window, offsets, causal), scale, backend
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> Any:
+    q, k, v, out, lse, lengths, cu_seqlens = ctx.saved_tensors
+    grads: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if d_out is not None or d_lse is not None:
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        grads = torch.ops.fastrec.window_sparse_attention_backward(
+            d_out,
+            d_lse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *ctx.pattern,
+            lengths,
+            cu_seqlens,
+            ctx.scale,
+            ctx.backend,
+        )
+    return *grads, *(None,) * 7
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("window_sparse_attention: second derivatives are not implemented")
+
+
+torch.library.register_autograd(
+    "fastrec::window_sparse_attention", _gradients, setup_context=_save, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "fastrec::window_sparse_attention_backward", _no_second_derivative, lib=_LIBRARY
+)
