@@ -13,6 +13,7 @@
 #include "parallel.h"
 #include "sparse_int8_linear/bind.h"
 #include "window_sparse_attention/bind.h"
+#include "window_sparse_attention_int8/bind.h"
 
 namespace py = pybind11;
 using namespace fastrec;
@@ -97,4 +98,5 @@ PYBIND11_MODULE(_native, m) {
   padded_attention::bind(m);
   sparse_int8_linear::bind(m);
   window_sparse_attention::bind(m);
+  window_sparse_attention_int8::bind(m);
 }

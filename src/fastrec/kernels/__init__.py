@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
     from fastrec.kernels.window_sparse_attention import window_sparse_attention
+    from fastrec.kernels.window_sparse_attention_int8 import window_sparse_attention_int8
 
 # One line per op.
 OP_IDS = (
@@ -36,6 +37,7 @@ OP_IDS = (
     "padded_attention",
     "sparse_int8_linear",
     "window_sparse_attention",
+    "window_sparse_attention_int8",
 )
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "set_num_threads",
     "sparse_int8_linear",
     "window_sparse_attention",
+    "window_sparse_attention_int8",
 ]
 
 
