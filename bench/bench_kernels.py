@@ -1,177 +1,127 @@
-"""Every op against the machine's ceiling and its rivals; writes kernels.json and kernels.md.
+"""Every op against the machine's limits and its rivals: kernels.json, kernels.md and PNG files.
 
-``python bench/bench_kernels.py --out DIR``. Rounds are interleaved in one process, a kernel is
-checked against its reference before it is timed, and ratios carry 95 % intervals.
+``python bench/bench_kernels.py --out DIR``. Each engine is checked before it is timed, rounds are
+interleaved in one process, ratios carry 95 % intervals, and the goals are judged on the rows of the
+same run. Rows are kept in ``DIR/kernels.rows.jsonl`` as they come; ``--resume`` goes on from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import goals
+import plots
 import rivals
 from fastrec import kernels
 from fastrec.runtime.machine import machine_card
-from fastrec.runtime.measure import Samples, interleaved, ratio
-from machine_ceilings import copy_bandwidth_gbs, vpdpbusd_peak_gops
+from machine_ceilings import Ceilings
+from measuring import OURS, QUICK, Settings, cases, measure
+from tables import markdown
 
-# Longer than one call of any kernel here needs to be timed well, short enough for many rounds.
-ROUNDS, CALLS = 25, 8
-
-
-def measure(threads: int) -> list[dict[str, Any]]:
-    """One row per op and bench sample, ours first, then its rivals."""
-    kernels.set_num_threads(threads)
-    torch.set_num_threads(threads)
-    rows = []
-    cases = [
-        (spec, sample)
-        for spec in kernels.registry().values()
-        for sample in spec.samples()
-        if sample.bench
-    ]
-    for spec, sample in track(cases, f"{threads} thread(s)", console=Console(stderr=True)):
-        args, kwargs = sample.make()
-        spec.compare(spec.function(*args, **kwargs), args, kwargs)
-        module = rivals.load(spec.op_id)
-        prepare = getattr(module, "prepared", None)
-        ours = prepare(args, kwargs) if prepare else _bind(spec.function, args, kwargs)
-        spec.compare(ours(), args, kwargs)
-        calls = {"fastrec": ours}
-        calls |= module.rivals(args, kwargs, threads)
-        # ONNX Runtime's workers spin for 40 ms after a call; one thread has none.
-        settle = 0.0 if threads == 1 else 0.05
-        peak_before = vpdpbusd_peak_gops()
-        taken = interleaved(calls, [()], rounds=ROUNDS, calls=CALLS, settle_s=settle)
-        peak = max(peak_before, vpdpbusd_peak_gops())
-        for name, samples in taken.items():
-            rows.append(_row(spec.op_id, sample, threads, name, samples, taken["fastrec"], peak))
-    return rows
+# Seconds of each measurement of a ceiling.
+CEILING_S, QUICK_CEILING_S = 0.1, 0.01
 
 
-def _bind(function: Any, args: Any, kwargs: Any) -> Any:
-    return lambda: function(*args, **kwargs)
+class Journal:
+    """The rows so far, one case a line, so that an interrupted run can go on."""
+
+    def __init__(self, path: Path, head: dict[str, Any], resume: bool) -> None:
+        self.path, self.done = path, {}
+        if resume and path.exists():
+            first, *lines = path.read_text().splitlines() or ["{}"]
+            if json.loads(first) != head:
+                raise typer.BadParameter(f"{path} is of another machine or other settings")
+            for line in lines:
+                # A line cut off by the interruption is measured again.
+                with_key = _parsed(line)
+                if with_key is not None:
+                    self.done[with_key["key"]] = with_key["rows"]
+        text = [json.dumps(head), *(self._line(*item) for item in self.done.items())]
+        path.write_text("\n".join(text) + "\n")
+
+    def add(self, key: str, rows: list[dict[str, Any]]) -> None:
+        self.done[key] = rows
+        with self.path.open("a") as file:
+            file.write(self._line(key, rows) + "\n")
+
+    @staticmethod
+    def _line(key: str, rows: list[dict[str, Any]]) -> str:
+        return json.dumps({"key": key, "rows": rows})
 
 
-def _row(
-    op_id: str,
-    sample: Any,
-    threads: int,
-    engine: str,
-    samples: Samples,
-    ours: Samples,
-    peak_gops: float,
-) -> dict[str, Any]:
-    seconds = samples.p50_ms / 1e3
-    speedup = ratio(samples, ours)
-    gops = 2 * sample.macs / seconds / 1e9
-    int8 = op_id == "sparse_int8_linear" and engine == "fastrec" and peak_gops > 0
-    return {
-        "op": op_id,
-        "case": sample.name,
-        **sample.labels,
-        "threads": threads,
-        "engine": engine,
-        "us": {q: getattr(samples, f"{q}_ms") * 1e3 for q in ("p50", "p95", "p99")},
-        "best_round_us": samples.best_round_ms * 1e3,
-        "gops_kept": gops,
-        "gbs": sample.bytes_moved / seconds / 1e9,
-        "peak_share": gops / (peak_gops * threads) if int8 else None,
-        "fastrec_is_faster_by": {"x": speedup.value, "ci95": [speedup.low, speedup.high]},
-    }
-
-
-def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures this op was built to reach: one thread, M = 50, K = N = 1,024."""
-    ours = {
-        row["density"]: row
-        for row in rows
-        if row["op"] == "sparse_int8_linear"
-        and row["engine"] == "fastrec"
-        and row["threads"] == 1
-        and row["rows"] == 50
-    }
-    dense = ours[1.0]["us"]["p50"]
-    result = [
-        {
-            "goal": f"share of the vpdpbusd peak, density {density:g}",
-            "at_least": at_least,
-            "measured": ours[density]["peak_share"],
-        }
-        for density, at_least in ((1.0, 0.85), (0.6, 0.80))
-    ]
-    gain = {"goal": "density 0.6 against our own dense", "at_least": 1.5}
-    return [*result, gain | {"measured": dense / ours[0.6]["us"]["p50"]}]
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown tables."""
-    ceilings = report["ceilings"]
-    lines = [
-        "# Kernels",
-        "",
-        f"{report['machine']['cpu']}, {report['machine']['cores_usable']} cores; "
-        f"vpdpbusd peak {ceilings['vpdpbusd_peak_gops']:.0f} GOPS a core, copy "
-        f"{ceilings['copy_gbs']:.0f} GB/s. Medians of {ROUNDS} interleaved rounds of {CALLS} "
-        "calls; GOPS count kept multiply-adds twice.",
-        "",
-        "| goal | at least | measured |",
-        "|---|---|---|",
-        *(
-            f"| {row['goal']} | {row['at_least']} | {_number(row['measured'])} |"
-            for row in report["goals"]
-        ),
-        "",
-        "| op, case | threads | engine | p50 us | p99 us | GOPS | of peak | fastrec is faster by |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        faster = row["fastrec_is_faster_by"]
-        low, high = faster["ci95"]
-        compared = (
-            "" if row["engine"] == "fastrec" else f"{faster['x']:.2f}x [{low:.2f}, {high:.2f}]"
-        )
-        share = "" if row["peak_share"] is None else f"{row['peak_share']:.0%}"
-        lines.append(
-            f"| {row['op']} {row['case']} | {row['threads']} | {row['engine']} | "
-            f"{row['us']['p50']:.1f} | {row['us']['p99']:.1f} | {row['gops_kept']:.0f} | {share} | "
-            f"{compared} |"
-        )
-    card = json.dumps(report["machine"], indent=2)
-    return "\n".join([*lines, "", "## Machine", "", "```json", card, "```", ""])
-
-
-def _number(value: float | None) -> str:
-    return "not measured: no AVX-512 VNNI here" if value is None else f"{value:.3f}"
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(line))
+    except json.JSONDecodeError:
+        return None
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for kernels.json and kernels.md.")],
-    threads: Annotated[list[int] | None, typer.Option(help="Default: 1 and all.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    ops: Annotated[str | None, typer.Option(help="Op ids, comma-separated; default: all.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Such as 1,2; default: 1 and all.")] = None,
+    quick: Annotated[bool, typer.Option(help="Each op's smallest sample, few rounds.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on after an interruption.")] = False,
 ) -> None:
     """Measure every op of the registry."""
-    counts = threads or sorted({1, kernels.num_threads()})
-    rows = [row for count in counts for row in measure(count)]
+    counts = [int(x) for x in threads.split(",")] if threads else sorted({1, kernels.num_threads()})
+    wanted = ops.split(",") if ops else None
+    if unknown := set(wanted or ()) - set(kernels.OP_IDS):
+        raise typer.BadParameter(f"unknown ops {sorted(unknown)}; there are {kernels.OP_IDS}")
+    settings = QUICK if quick else Settings()
+    rivals.COMPILE = not quick
+    out.mkdir(parents=True, exist_ok=True)
+    machine = machine_card()
+    head = {"cpu": machine["cpu"], "settings": dataclasses.asdict(settings), "quick": quick}
+    journal = Journal(out / "kernels.rows.jsonl", head, resume)
+    resumed = len(journal.done)
+    seconds = QUICK_CEILING_S if quick else CEILING_S
+    ceilings = {count: Ceilings(count, seconds) for count in counts}
+    work = list(cases(wanted, counts, quick))
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        task = progress.add_task("kernels", total=len(work))
+        for case in work:
+            if case.key not in journal.done:
+                progress.update(task, description=case.key)
+                journal.add(case.key, measure(case, ceilings[case.threads], settings))
+            progress.advance(task)
+    rows = [row for case in work for row in journal.done[case.key]]
     report = {
-        "machine": machine_card(),
+        "machine": machine,
+        "settings": head["settings"] | {"quick": quick, "cases_resumed": resumed},
         "ceilings": {
-            "vpdpbusd_peak_gops": vpdpbusd_peak_gops(),
-            "copy_gbs": copy_bandwidth_gbs(),
+            count: {"peaks": found.peaks, "levels": found.levels}
+            for count, found in ceilings.items()
         },
-        "goals": goals(rows) if 1 in counts else [],
+        "goals": [goal.judge(rows) for goal in goals.declared(counts)],
         "rows": rows,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "kernels.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(report)
     (out / "kernels.md").write_text(text)
-    Console().print(text.split("## Machine")[0], markup=False)
+    plots.draw(report, out)
+    journal.path.unlink()
+    Console().print(text.split("## Roofline")[0], markup=False)
+    lost = [r for r in rows if r["why_not_timed"]]
+    for row in lost:
+        where = f"{row['op']} {row['case']} {row['threads']}T {row['engine']}"
+        Console(stderr=True).print(f"{where}: {row['why_not_timed']}", markup=False)
+    if any(row["engine"] == OURS for row in lost):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
-import time
-
-import numpy as np
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from fastrec.kernels._compiled import native
 
+# Working sets that surely lie in each level on the machines that we meet, for the roofline plot.
+LEVELS = {"L1": 16 << 10, "L2": 512 << 10, "L3": 6 << 20, "memory": 256 << 20}
+PEAKS = {
+    "fp32": lambda seconds: native().fma_peak_gflops(seconds),
+    "bf16": lambda seconds: native().bf16_peak_gflops(seconds),
+    "int8": lambda seconds: native().vpdpbusd_peak_gops(seconds),
+}
 
-def vpdpbusd_peak_gops() -> float:
-    """10^9 operations a second of one core, vpdpbusd on registers alone (best of 0.2 s)."""
-    return float(native().vpdpbusd_peak_gops(0.2))
 
+@dataclass
+class Ceilings:
+    """What ``threads`` cores can do at the same time.
 
-def copy_bandwidth_gbs(megabytes: float = 256.0) -> float:
-    """10^9 bytes read and written a second by one core copying an array larger than the caches."""
-    source = np.ones(int(megabytes * 2**20), dtype=np.uint8)
-    target = np.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best / 1e9
+    Attributes:
+        peaks: precision -> 10^9 operations a second on registers alone, the best seen so far.
+        levels: cache level -> 10^9 bytes a second read.
+    """
+
+    threads: int
+    seconds: float = 0.1
+    peaks: dict[str, float] = field(init=False)
+    levels: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peaks = {name: self._together(PEAKS[name]) for name in PEAKS}
+        self.levels = {name: self.bandwidth(size) for name, size in LEVELS.items()}
+
+    def peak(self, precision: str) -> float:
+        """The peak now, for a share of the same minute; 0 where the CPU lacks the instruction."""
+        now = self._together(PEAKS[precision])
+        self.peaks[precision] = max(now, self.peaks[precision])
+        return now
+
+    def bandwidth(self, total_bytes: int) -> float:
+        """10^9 bytes a second read from a working set of this size, an equal part a core."""
+        part = max(4096, total_bytes // self.threads)
+        return self._together(lambda seconds: native().read_bandwidth_gbs(part, seconds))
+
+    def _together(self, measure: Callable[[float], float]) -> float:
+        if self.threads == 1:
+            return float(measure(self.seconds))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return float(sum(pool.map(measure, [self.seconds] * self.threads)))

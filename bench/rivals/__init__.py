@@ -13,13 +13,18 @@ One module an op, ``rivals/<op_id>.py``:
     Any engine's output as the real numbers it stands for, so that engines can be compared; without
     it, tensors and arrays are taken as they are and quantised tensors dequantised.
 
-The engine's name says its precision: "int8" or "bf16" in it, else fp32.
+The engine's name says its precision: "int8" or "bf16" in it, else fp32. A rival that answers
+another question (attention over every key) says so by ``_common.other_work``: it is timed, and its
+output is not compared.
 """
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
+
+# False leaves out what has to be compiled first (a quick run).
+COMPILE = True
 
 
 def load(op_id: str) -> ModuleType:

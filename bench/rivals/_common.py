@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import rivals
+
 Call = Callable[[], Any]
 WARM_CALLS = 3
 
@@ -21,14 +23,25 @@ def named(**calls: Call | None) -> dict[str, Call]:
     return {name.replace("_", " "): call for name, call in calls.items() if call is not None}
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> Call:
-    """``function(*args)`` through torch.compile (Inductor), compiled and warm, shapes static."""
-    torch._dynamo.reset()
+def other_work(what: str, call: Call) -> Call:
+    """``call``, marked as computing something else than the op, such as "every key"."""
+
+    def marked() -> Any:
+        return call()
+
+    marked.other_work = what  # type: ignore[attr-defined]
+    return marked
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Call | None:
+    """``function(*args)`` through torch.compile (Inductor), compiled and warm, shapes static; None
+    in a quick run."""
+    if not rivals.COMPILE:
+        return None
     run = torch.compile(function, fullgraph=True, dynamic=False)
 
     def call() -> Any:
-        with torch.no_grad():
-            return run(*args)
+        return run(*args)
 
     with warnings.catch_warnings():
         # Inductor and its imports warn of their own deprecations.

@@ -68,3 +68,16 @@ def _qlinear_matmul(
     node = helper.make_node("QLinearMatMul", ["x", *constants], ["y"])
     outputs = {"y": (np.uint8, (x.shape[0], packed.outputs))}
     return onnx_model([node], {"x": x}, outputs, constants)
+
+
+def value(output: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The real numbers that u8 codes mean; float results clipped to what those can say."""
+    output = torch.as_tensor(output)
+    if kwargs.get("out") != "uint8":
+        return output
+    scale, zero_point = kwargs["out_scale"], kwargs["out_zero_point"]
+    if output.is_quantized:
+        return output.dequantize()
+    if output.dtype == torch.uint8:
+        return (output.float() - zero_point) * scale
+    return output.clamp(-zero_point * scale, (255 - zero_point) * scale)

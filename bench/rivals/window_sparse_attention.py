@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fastrec.kernels import window_sparse_attention
-from rivals._common import Call, compiled, forward_backward
+from rivals._common import Call, compiled, forward_backward, other_work
 
 
 def _allowed(pattern: Any, length: int) -> torch.Tensor:
@@ -32,12 +32,14 @@ def _block_mask(allowed: torch.Tensor) -> BlockMask:
     return create_block_mask(seen, None, None, length, length, device="cpu")
 
 
-def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
+def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call | None]:
     q, k, v, pattern = args
     allowed = _allowed(pattern, q.shape[2])
     bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-    calls: dict[str, Call] = {
-        "torch SDPA dense": lambda: F.scaled_dot_product_attention(q, k, v),
+    calls: dict[str, Call | None] = {
+        "torch SDPA dense": other_work(
+            "every key", lambda: F.scaled_dot_product_attention(q, k, v)
+        ),
         "torch SDPA + mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
     }
     if q.dtype == torch.float32:

@@ -13,7 +13,6 @@
 #include "parallel.h"
 #include "sparse_int8_linear/bind.h"
 #include "window_sparse_attention/bind.h"
-#include "window_sparse_attention_int8/bind.h"
 
 namespace py = pybind11;
 using namespace fastrec;
@@ -98,5 +97,4 @@ PYBIND11_MODULE(_native, m) {
   padded_attention::bind(m);
   sparse_int8_linear::bind(m);
   window_sparse_attention::bind(m);
-  window_sparse_attention_int8::bind(m);
 }

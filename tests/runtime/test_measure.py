@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from fastrec.runtime.measure import (
     Tolerance,
     correctness_gate,
     interleaved,
+    measured_spin_s,
     peak_rss_mb,
     ratio,
     run_child,
@@ -80,6 +83,43 @@ def test_the_pause_before_a_turn_is_as_long_as_the_previous_engine_spins():
         else:
             previous = entry[0]
     assert any(entry == ("sleep", 0.02) for entry in world.log)
+
+
+def test_a_turn_begins_with_uncounted_calls_until_the_engine_is_awake():
+    world = World()
+    engines = {"quick": world.engine("quick", 1_000_000), "slow": world.engine("slow", 50_000_000)}
+    taken = interleaved(
+        engines,
+        [(0,)],
+        rounds=2,
+        calls={"quick": 5, "slow": 1},
+        warmup=0,
+        warm_s=0.003,
+        settle_s=0.0,
+        clock=world.clock,
+        sleep=world.sleep,
+    )
+    assert taken["quick"].ns.shape == (2, 5)
+    assert taken["slow"].ns.shape == (2, 1)
+    names = [name for name, _ in world.log]
+    assert names.count("quick") == 2 * (3 + 5)  # 3 ms of calls of 1 ms, then the counted ones
+    assert names.count("slow") == 2 * (1 + 1)
+    with pytest.raises(ArgumentError, match=r"a count for each of \['quick', 'slow'\]"):
+        interleaved(engines, [(0,)], calls={"quick": 1})
+
+
+def test_a_call_whose_threads_spin_on_is_told_from_one_that_is_over():
+    def spins():
+        end = time.perf_counter() + 0.02
+
+        def burn():
+            while time.perf_counter() < end:
+                pass
+
+        threading.Thread(target=burn).start()
+
+    # What else this process does meanwhile counts too, so only the difference is sure.
+    assert measured_spin_s(lambda: None) < measured_spin_s(spins) <= 0.06
 
 
 def test_a_budget_ends_after_a_whole_round():

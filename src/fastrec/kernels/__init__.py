@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
     from fastrec.kernels.window_sparse_attention import window_sparse_attention
-    from fastrec.kernels.window_sparse_attention_int8 import window_sparse_attention_int8
 
 # One line per op.
 OP_IDS = (
@@ -37,7 +36,6 @@ OP_IDS = (
     "padded_attention",
     "sparse_int8_linear",
     "window_sparse_attention",
-    "window_sparse_attention_int8",
 )
 
 __all__ = [
@@ -56,7 +54,6 @@ __all__ = [
     "set_num_threads",
     "sparse_int8_linear",
     "window_sparse_attention",
-    "window_sparse_attention_int8",
 ]
 
 

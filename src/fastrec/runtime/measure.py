@@ -2,8 +2,8 @@
 
 Engines' thread pools keep spinning after a call: measured on two cores, ONNX Runtime's workers
 burn a core for 40 ms, libgomp's (torch) for 10 ms, OpenVINO's for 1 ms. An engine timed inside
-another one's spin loses a core, so each turn starts with a pause and a settling call that is not
-counted. Every engine gets the same inputs in the same round, in an order that changes by round.
+another one's spin loses a core, so each turn starts with a pause and uncounted calls. Every engine
+gets the same inputs in the same round, in an order that changes by round.
 """
 
 from __future__ import annotations
@@ -105,13 +105,32 @@ def ratio(a: Samples, b: Samples, *, resamples: int = 1000, seed: int = 0) -> In
     return Interval(float(np.median(a.ns) / np.median(b.ns)), float(low), float(high))
 
 
+def measured_spin_s(call: Callable[[], Any], *, look_s: float = 0.06) -> float:
+    """How long a call's worker threads keep spinning after it, in seconds of wall time.
+
+    Read from the CPU time of the whole process while this thread sleeps for ``look_s`` (longer than
+    the slowest pool known, ONNX Runtime's 40 ms); the longest of three looks, half as much again
+    because spinning threads that share a core take longer.
+    """
+    burnt = 0.0
+    for _ in range(3):
+        call()
+        call()
+        before = time.process_time()
+        time.sleep(look_s)
+        burnt = max(burnt, time.process_time() - before)
+    # Below half a millisecond it is this thread falling asleep and waking up.
+    return 0.0 if burnt < 5e-4 else min(1.5 * burnt, look_s)
+
+
 def interleaved(
     engines: Mapping[str, Callable[..., Any]],
     inputs: Sequence[tuple[Any, ...]],
     *,
     rounds: int = 20,
-    calls: int = 5,
+    calls: int | Mapping[str, int] = 5,
     warmup: int = 3,
+    warm_s: float = 0.0,
     settle_s: float | None = None,
     seconds_budget: float | None = None,
     seed: int = 0,
@@ -125,8 +144,11 @@ def interleaved(
         inputs: the requests; call j of round r takes ``inputs[(r * calls + j) % len(inputs)]``
             for every engine.
         rounds: rounds wanted.
-        calls: counted calls per engine and round, after one settling call that is not counted.
+        calls: counted calls per engine and round, after the turn's uncounted ones; a mapping gives
+            each engine its own number (fewer for one that takes long).
         warmup: uncounted calls per engine before the first round.
+        warm_s: an engine's turn begins with uncounted calls for this long, at least one: they wake
+            its own threads and bring its data back into the caches.
         settle_s: pause before each turn in seconds; None means the ``spin_s`` that the engine timed
             before states, or 50 ms where it states none.
         seconds_budget: stop after the round in which this much time is spent; at least one is
@@ -142,10 +164,13 @@ def interleaved(
         raise ArgumentError("engines", "at least one engine", "none")
     if not inputs:
         raise ArgumentError("inputs", "at least one request", "none")
-    for name, value in (("rounds", rounds), ("calls", calls)):
+    names = list(engines)
+    counts = dict(calls) if isinstance(calls, Mapping) else dict.fromkeys(names, calls)
+    if counts.keys() != engines.keys():
+        raise ArgumentError("calls", f"a count for each of {sorted(names)}", sorted(counts))
+    for name, value in (("rounds", rounds), ("calls", min(counts.values()))):
         if value < 1:
             raise ArgumentError(name, "a positive integer", value)
-    names = list(engines)
     order = np.random.default_rng(seed)
     deadline = None if seconds_budget is None else clock() + int(seconds_budget * 1e9)
 
@@ -168,10 +193,13 @@ def interleaved(
             name = names[i]
             engine = engines[name]
             pause(previous)
-            engine(*inputs[(r * calls) % len(inputs)])
-            times = []
-            for j in range(calls):
-                request = inputs[(r * calls + j) % len(inputs)]
+            first, times = r * counts[name], []
+            awake = clock() + int(warm_s * 1e9)
+            engine(*inputs[first % len(inputs)])
+            while clock() < awake:
+                engine(*inputs[first % len(inputs)])
+            for j in range(counts[name]):
+                request = inputs[(first + j) % len(inputs)]
                 start = clock()
                 engine(*request)
                 times.append(clock() - start)
