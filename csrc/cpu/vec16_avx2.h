@@ -174,6 +174,38 @@ FASTREC_VEC_INLINE void store_bf16(uint16_t* to, Floats x, const Lanes& lanes) {
   std::memcpy(to, halves, static_cast<size_t>(lanes.count) * sizeof(uint16_t));
 }
 
+FASTREC_VEC_INLINE Floats load_f16(const uint16_t* from, const Lanes& lanes) {
+  alignas(32) uint16_t halves[kLanes] = {};
+  if (!all(lanes)) {
+    std::memcpy(halves, from, static_cast<size_t>(lanes.count) * sizeof(uint16_t));
+    from = halves;
+  }
+  const auto* eights = reinterpret_cast<const __m128i*>(from);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(eights)), _mm256_cvtph_ps(_mm_loadu_si128(eights + 1))};
+}
+FASTREC_VEC_INLINE void store_f16(uint16_t* to, Floats x, const Lanes& lanes) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  alignas(32) uint16_t halves[kLanes];
+  auto* eights = reinterpret_cast<__m128i*>(halves);
+  _mm_store_si128(eights, _mm256_cvtps_ph(x.low, kMode));
+  _mm_store_si128(eights + 1, _mm256_cvtps_ph(x.high, kMode));
+  std::memcpy(to, halves, static_cast<size_t>(lanes.count) * sizeof(uint16_t));
+}
+
+FASTREC_VEC_INLINE __m256 sum_eight(const Floats* rows) {
+  __m256 pair[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    pair[i] = _mm256_hadd_ps(_mm256_add_ps(rows[2 * i].low, rows[2 * i].high),
+                             _mm256_add_ps(rows[2 * i + 1].low, rows[2 * i + 1].high));
+  const __m256 low = _mm256_hadd_ps(pair[0], pair[1]), high = _mm256_hadd_ps(pair[2], pair[3]);
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                       _mm256_permute2f128_ps(low, high, 0x31));
+}
+FASTREC_VEC_INLINE Floats sum_rows(const Floats (&rows)[16]) {
+  return {sum_eight(rows), sum_eight(rows + 8)};
+}
+
 FASTREC_VEC_INLINE void transpose_eight(const float* rows, int64_t stride, int64_t count,
                                         __m256i lanes, int64_t dims, float* out,
                                         int64_t out_stride) {

@@ -115,6 +115,38 @@ FASTREC_VEC_INLINE void store_bf16(uint16_t* to, Floats x, Lanes lanes) {
     _mm256_mask_storeu_epi16(to, lanes, halves);
 }
 
+FASTREC_VEC_INLINE Floats load_f16(const uint16_t* from, Lanes lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from));
+}
+// Rounded half to even.
+FASTREC_VEC_INLINE void store_f16(uint16_t* to, Floats x, Lanes lanes) {
+  const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  if (all(lanes))
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+  else
+    _mm256_mask_storeu_epi16(to, lanes, halves);
+}
+
+// Lane r: the sum of all lanes of rows[r].
+FASTREC_VEC_INLINE Floats sum_rows(const Floats (&rows)[16]) {
+  __m512 pair[8], four[4], eight[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
+                            _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    four[i] = _mm512_add_ps(_mm512_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0x44),
+                            _mm512_shuffle_ps(pair[2 * i], pair[2 * i + 1], 0xee));
+  // four[g]: rows 4g..4g+3 in each quarter; now quarters are added.
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
+                       _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
 // out[d][0..16) = rows[0..16)[d]: 16 dims of `count` rows (zeros for the rows behind), which start
 // `stride` floats apart; nothing outside `dims` is read.
 FASTREC_VEC_INLINE void transpose_tile(const float* rows, int64_t stride, int64_t count,

@@ -9,6 +9,10 @@ namespace fastrec::window_sparse_attention {
 namespace {
 
 constexpr const Kernel* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512,
+    &kAvx2,
+#endif
     &kScalar,
 };
 
@@ -55,10 +59,9 @@ Work divide(const Shape& shape, const Pattern& pattern) {
     }
     work.longest = std::max(work.longest, sequence.rows);
     work.pairs += sequence.rows * std::min(seen, sequence.keys);
-    const int64_t slices = (sequence.rows + kPartRows - 1) / kPartRows;
-    for (int64_t s = 0; s < slices; ++s)
-      work.slices.push_back(
-          {sequence, s * sequence.rows / slices, (s + 1) * sequence.rows / slices});
+    // Whole blocks of lanes, but for the sequence's last.
+    for (int64_t begin = 0; begin < sequence.rows; begin += kPartRows)
+      work.slices.push_back({sequence, begin, std::min(begin + kPartRows, sequence.rows)});
   }
   return work;
 }
