@@ -17,7 +17,19 @@ from fastrec.kernels.window_sparse_attention import SPEC
 from fastrec.kernels.window_sparse_attention._spec import decode, encode
 from fastrec.kernels.window_sparse_attention.reference import window_sparse_attention_reference
 
-ISAS = ["none"] if reason_missing() else kernels.available_isas()
+
+def own_kernels() -> list[str]:
+    """The instruction sets that have a kernel of their own here."""
+    if reason_missing():
+        return ["none"]
+    isas = []
+    for isa in kernels.available_isas():
+        with kernels.force_isa(isa):
+            isas += [isa] * (SPEC.kernel_isa() == isa)
+    return isas
+
+
+ISAS = own_kernels()
 PATTERNS = (
     AttentionPattern(0, "none"),
     AttentionPattern(3, "log2"),
@@ -124,7 +136,7 @@ def test_gradients_of_the_kernels(isa: str, dtype: torch.dtype, pattern: Attenti
         check_gradients(jagged, pattern, {"cu_seqlens": starts})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(0, 3),
     heads=st.integers(1, 3),
@@ -207,7 +219,7 @@ def test_rows_that_see_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_what_lies_around_the_rows_is_neither_read_nor_written(isa: str) -> None:
+def test_what_lies_around_the_rows_is_never_read(isa: str) -> None:
     if reason_missing():
         pytest.skip(str(reason_missing()))
     # Rows amid NaNs, before, behind and between: a single one read would spread.
@@ -399,8 +411,8 @@ def test_bad_patterns_and_backends() -> None:
         window_sparse_attention(Q, Q, Q, AttentionPattern(1, [[3], [5]]))
     with pytest.raises(DtypeError, match="pattern: expected an AttentionPattern, got str"):
         window_sparse_attention(Q, Q, Q, "log2")  # type: ignore[arg-type]
+    starts = torch.tensor([0, 10])
     with pytest.raises(ArgumentError, match="lengths: expected None where cu_seqlens is given"):
-        starts = torch.tensor([0, 10])
         window_sparse_attention(J, J, J, LOG2, lengths=torch.tensor([1]), cu_seqlens=starts)
     double = Q.double()
     with pytest.raises(BackendError, match="'cpu' can't run: it computes in float32"):
