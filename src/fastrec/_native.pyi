@@ -105,11 +105,6 @@ class sparse_int8_linear:
     MAX_TILE_ROWS: ClassVar[int]
     @staticmethod
     def kernel_isa() -> str: ...
-    @staticmethod
-    def check_packed(
-        group_index: int, groups: int, panel_start: int, panels: int, inputs: int
-    ) -> str | None: ...
-
     class Prepared:
         def __init__(
             self,
@@ -124,11 +119,11 @@ class sparse_int8_linear:
             x_scale: float,
             x_zero_point: int,
             activation: int,
-            y_u8: bool,
+            y_dtype: int,
             y_scale: float,
             y_zero_point: int,
         ) -> None: ...
-        def run(self, x: int, x_f32: bool, rows: int, y: int) -> bool: ...
+        def run(self, x: int, x_dtype: int, elements: int, y: int) -> bool: ...
 
 View = tuple[int, int, int, int]
 """Address, and strides of batch, head and row in elements."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
-from fastrec.kernels import PackedWeight, registry, sparse_int8_linear
+from fastrec.kernels import (
+    PackedWeight,
+    available_isas,
+    force_isa,
+    registry,
+    sparse_int8_linear,
+)
+from fastrec.kernels.sparse_int8_linear import _CHECKED
 from fastrec.kernels.sparse_int8_linear.packed import MAX_INPUTS
 from fastrec.kernels.sparse_int8_linear.samples import compare, random_weight
 
@@ -21,7 +31,7 @@ def packed(outputs: int = 40, inputs: int = 24, density: float = 1.0) -> PackedW
     return random_weight(outputs, inputs, density, torch.Generator().manual_seed(0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(0, 40),
     outputs=st.integers(1, 100),
@@ -29,7 +39,9 @@ def packed(outputs: int = 40, inputs: int = 24, density: float = 1.0) -> PackedW
     density=st.floats(0, 1),
     zero_point=st.integers(0, 255),
     activation=st.sampled_from([None, "relu", "gelu"]),
-    quantised=st.booleans(),
+    out=st.sampled_from([None, "uint8", "bfloat16"]),
+    x_dtype=st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
+    isa=st.sampled_from(available_isas()),
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_agrees_with_the_reference(
@@ -39,16 +51,22 @@ def test_any_shape_agrees_with_the_reference(
     density: float,
     zero_point: int,
     activation: str | None,
-    quantised: bool,
+    out: str | None,
+    x_dtype: torch.dtype,
+    isa: str,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = random_weight(outputs, inputs, density, generator)
     x = torch.randint(0, 256, (rows, inputs), generator=generator, dtype=torch.uint8)
+    if x_dtype.is_floating_point:
+        x = ((x.float() - zero_point) * 0.04).to(x_dtype)
     kwargs: dict[str, Any] = {"x_scale": 0.03, "x_zero_point": zero_point, "activation": activation}
-    if quantised:
-        kwargs |= {"out": "uint8", "out_scale": 0.05, "out_zero_point": 100}
-    compare(sparse_int8_linear(x, weight, **kwargs), (x, weight), kwargs)
+    kwargs["out"] = out
+    if out == "uint8":
+        kwargs |= {"out_scale": 0.05, "out_zero_point": 100}
+    with force_isa(isa):
+        compare(sparse_int8_linear(x, weight, **kwargs), (x, weight), kwargs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +135,7 @@ def test_leading_dimensions_are_kept() -> None:
         (
             {"x_u8": torch.zeros(2, 24, dtype=torch.int32)},
             DtypeError,
-            "x: expected uint8 or float32",
+            "x: expected uint8, float32 or bfloat16",
         ),
         ({"x_u8": torch.full((2, 24), torch.nan)}, ArgumentError, "x: expected numbers, got a NaN"),
         ({"x_scale": float("nan")}, ArgumentError, "x_scale"),
@@ -208,6 +226,95 @@ def test_the_torch_op_passes_opcheck_and_compiles() -> None:
     torch.library.opcheck(op, (*args, "relu", None, None))
     kwargs = {"x_scale": 0.1, "x_zero_point": 7, "activation": "relu"}
     compare(op(*args, "relu", None, None), (x, weight), {**kwargs, "x_scale": scalars[0].item()})
+
+
+def test_prepared_handles_follow_the_tensors() -> None:
+    weight, x = packed(), torch.randint(0, 256, (5, 24), dtype=torch.uint8)
+    bias = torch.randn(40)
+
+    def agrees(**change: Any) -> None:
+        kwargs = {**SCALES, "bias": bias, **change}
+        for _ in range(2):
+            compare(sparse_int8_linear(x, weight, **kwargs), (x, weight), kwargs)
+
+    agrees()
+    agrees(out="bfloat16")
+    agrees(bias=torch.randn(80)[::2])
+    bias.add_(1)
+    agrees()
+    weight.scale.mul_(2)
+    agrees()
+    bias.set_(torch.randn(40))
+    agrees()
+    for zero_point in range(20):  # more epilogues than are kept
+        agrees(x_zero_point=zero_point)
+    bias[3] = torch.nan
+    with pytest.raises(ArgumentError, match="bias"):
+        sparse_int8_linear(x, weight, bias=bias, **SCALES)
+    again = copy.deepcopy(weight)
+    assert torch.equal(
+        sparse_int8_linear(x, again, **SCALES), sparse_int8_linear(x, weight, **SCALES)
+    )
+    pickle.loads(pickle.dumps(weight))
+
+
+def test_tensors_of_inference_mode() -> None:
+    with torch.inference_mode():
+        weight, x = packed(), torch.randint(0, 256, (5, 24), dtype=torch.uint8)
+        kwargs = {**SCALES, "bias": torch.zeros(40)}
+        for _ in range(2):
+            compare(sparse_int8_linear(x, weight, **kwargs), (x, weight), kwargs)
+            weight.scale.mul_(2)
+
+
+def test_the_public_function_compiles_whole() -> None:
+    weight, x = packed(density=0.5), torch.randint(0, 256, (5, 24), dtype=torch.uint8)
+    kwargs: dict[str, Any] = {**SCALES, "bias": torch.randn(40), "out": "bfloat16"}
+    compiled = torch.compile(
+        lambda x: sparse_int8_linear(x, weight, **kwargs), fullgraph=True, backend="aot_eager"
+    )
+    compare(compiled(x), (x, weight), kwargs)
+
+
+def test_the_torch_op_checks_a_weight_once_and_sees_changes() -> None:
+    weight, x = packed(), torch.randint(0, 256, (5, 24), dtype=torch.uint8)
+    scalars = (torch.tensor(0.1, dtype=torch.float64), torch.tensor(7, dtype=torch.int32))
+    parts = [weight.values, weight.group_index, weight.panel_start, weight.scale]
+
+    def agrees() -> None:
+        result = torch.ops.fastrec.sparse_int8_linear(x, *parts, None, *scalars, None, None, None)
+        now = PackedWeight.from_parts(*parts, 40, 24)
+        compare(result, (x, now), SCALES)
+
+    agrees()
+    agrees()
+    weight.values[0, 0] += 1
+    agrees()
+    parts[3] = weight.scale * 2
+    agrees()
+    before = len(_CHECKED)
+    del weight, parts[0]
+    gc.collect()
+    assert len(_CHECKED) == before - 1
+
+
+def test_bfloat16_input_quantises_as_its_float32_value() -> None:
+    x = (torch.randn(5, 24) * 3).bfloat16()
+    kwargs = {**SCALES, "out": "uint8", "out_scale": 0.5, "out_zero_point": 100}
+    assert torch.equal(
+        sparse_int8_linear(x, packed(), **kwargs), sparse_int8_linear(x.float(), packed(), **kwargs)
+    )
+
+
+def test_extreme_activations_do_not_saturate() -> None:
+    # Pairs of 255 * 127 or 255 * -128 exceed 16 bits: what vpmaddubsw would clip.
+    for value in (127, -128):
+        weight = PackedWeight.pack(torch.full((33, 70), value, dtype=torch.int8), torch.ones(33))
+        x = torch.full((13, 70), 255, dtype=torch.uint8)
+        for isa in available_isas():
+            with force_isa(isa):
+                result = sparse_int8_linear(x, weight, x_scale=1.0, x_zero_point=0)
+            assert bool((result == 255 * value * 70).all())
 
 
 def test_density_counts_kept_groups() -> None:

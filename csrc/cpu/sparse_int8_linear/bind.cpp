@@ -20,7 +20,7 @@ class Prepared {
  public:
   Prepared(uintptr_t values, uintptr_t group_index, uintptr_t panel_start, uintptr_t scale,
            uintptr_t sum, uintptr_t bias, int64_t outputs, int64_t inputs, float x_scale,
-           int32_t x_zero_point, int activation, bool y_u8, float y_scale, int32_t y_zero_point) {
+           int32_t x_zero_point, int activation, int y_dtype, float y_scale, int32_t y_zero_point) {
     call_.weight = {pointer<const int8_t>(values),
                     pointer<const int32_t>(group_index),
                     pointer<const int32_t>(panel_start),
@@ -31,15 +31,15 @@ class Prepared {
                     inputs};
     call_.x_quantisation = {x_scale, x_zero_point};
     call_.activation = static_cast<Activation>(activation);
-    call_.y_dtype = y_u8 ? Dtype::u8 : Dtype::f32;
+    call_.y_dtype = static_cast<Dtype>(y_dtype);
     call_.y_quantisation = {y_scale, y_zero_point};
   }
 
-  bool run(uintptr_t x, bool x_f32, int64_t rows, uintptr_t y) const {
+  bool run(uintptr_t x, int x_dtype, int64_t elements, uintptr_t y) const {
     Call call = call_;
     call.x = pointer<const void>(x);
-    call.x_dtype = x_f32 ? Dtype::f32 : Dtype::u8;
-    call.rows = rows;
+    call.x_dtype = static_cast<Dtype>(x_dtype);
+    call.rows = elements / call.weight.inputs;
     call.y = pointer<void>(y);
     py::gil_scoped_release nogil;
     return sparse_int8_linear::run(call);
@@ -58,22 +58,15 @@ void bind(py::module_& parent) {
   m.def(
       "kernel_isa", [] { return kIsaTable[static_cast<int>(select().isa)].name; },
       "Name of the ISA whose kernel runs now.");
-  m.def(
-      "check_packed",
-      [](uintptr_t group_index, int64_t groups, uintptr_t panel_start, int64_t panels,
-         int64_t inputs) {
-        return check_packed(pointer<const int32_t>(group_index), groups,
-                            pointer<const int32_t>(panel_start), panels, inputs);
-      },
-      "First broken rule of the packed format, or None.");
   py::class_<Prepared>(m, "Prepared")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-                    int64_t, float, int32_t, int, bool, float, int32_t>(),
+                    int64_t, float, int32_t, int, int, float, int32_t>(),
            py::arg("values"), py::arg("group_index"), py::arg("panel_start"), py::arg("scale"),
            py::arg("sum"), py::arg("bias"), py::arg("outputs"), py::arg("inputs"),
-           py::arg("x_scale"), py::arg("x_zero_point"), py::arg("activation"), py::arg("y_u8"),
+           py::arg("x_scale"), py::arg("x_zero_point"), py::arg("activation"), py::arg("y_dtype"),
            py::arg("y_scale"), py::arg("y_zero_point"))
-      .def("run", &Prepared::run, "False if an f32 input held a NaN.");
+      .def("run", &Prepared::run,
+           "`elements` of x and their dtype; false if a float input held a NaN.");
 }
 
 }  // namespace fastrec::sparse_int8_linear

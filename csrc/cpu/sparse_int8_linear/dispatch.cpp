@@ -12,7 +12,7 @@ namespace {
 // Newest first: the first one at or below the active ISA runs.
 constexpr const Kernel* kKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512vnni,
+    &kAvx512vnni, &kAvx512, &kAvxvnni, &kAvx2,
 #endif
     &kScalar,
 };
@@ -25,9 +25,45 @@ constexpr int64_t kChunksPerThread = 16;
 
 // Rows are cut into the fewest tiles, all of nearly the same height.
 struct Tiling {
-  int64_t rows, count;
+  Tiling(int64_t rows, int max_rows) : rows(rows), count((rows + max_rows - 1) / max_rows) {}
   int64_t row0(int64_t tile) const { return tile * rows / count; }
   int height(int64_t tile) const { return static_cast<int>(row0(tile + 1) - row0(tile)); }
+
+  int64_t rows, count;
+};
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// One allocation for all that a call needs beside its operands.
+struct Workspace {
+  Workspace(int64_t padded_outputs, int64_t tile_bytes)
+      : start(scratch<int32_t>(3 * padded_outputs + (tile_bytes + 3) / 4)),
+        scale(reinterpret_cast<float*>(start + padded_outputs)),
+        bias(scale + padded_outputs),
+        tiles(reinterpret_cast<uint8_t*>(bias + padded_outputs)) {}
+
+  Folded fold(const Call& call, int64_t padded_outputs) {
+    const Weight& weight = call.weight;
+    const int64_t outputs = weight.outputs;
+    for (int64_t n = 0; n < outputs; ++n) {
+      // Unsigned, because the product may wrap where the final sum does not.
+      start[n] = static_cast<int32_t>(0u - static_cast<uint32_t>(call.x_quantisation.zero_point) *
+                                               static_cast<uint32_t>(weight.sum[n]));
+      scale[n] = call.x_quantisation.scale * weight.scale[n];
+    }
+    if (weight.bias)
+      std::copy(weight.bias, weight.bias + outputs, bias);
+    else
+      std::fill(bias, bias + outputs, -0.0f);
+    std::fill(start + outputs, start + padded_outputs, 0);
+    std::fill(scale + outputs, scale + padded_outputs, 0.0f);
+    std::fill(bias + outputs, bias + padded_outputs, 0.0f);
+    return {start, scale, bias};
+  }
+
+  int32_t* start;
+  float *scale, *bias;
+  uint8_t* tiles;
 };
 
 }  // namespace
@@ -37,10 +73,12 @@ const Kernel& select() { return select_kernel(kKernels); }
 bool run(const Call& call) {
   if (call.rows == 0 || call.weight.outputs == 0) return true;
   const Kernel& kernel = select();
-  const Tiling tiling{call.rows, (call.rows + kMaxTileRows - 1) / kMaxTileRows};
-  const int64_t chunks = (call.weight.inputs + kTileChunk - 1) / kTileChunk;
-  const int64_t row_bytes = chunks * kTileChunk;
-  uint8_t* tiles = scratch<uint8_t>(call.rows * row_bytes);
+  const Tiling tiling(call.rows, kernel.max_rows);
+  const int64_t panels = (call.weight.outputs + kPanelOutputs - 1) / kPanelOutputs;
+  const int64_t row_bytes = round_up(call.weight.inputs, kTileChunk) * kernel.element_bytes;
+  Workspace work(panels * kPanelOutputs, call.rows * row_bytes);
+  const Folded folded = work.fold(call, panels * kPanelOutputs);
+  uint8_t* const tiles = work.tiles;
 
   std::atomic<bool> numbers{true};
   const bool pack_alone = call.rows * row_bytes < kParallelPackBytes;
@@ -52,7 +90,6 @@ bool run(const Call& call) {
   });
   if (!numbers.load(std::memory_order_relaxed)) return false;
 
-  const int64_t panels = (call.weight.outputs + kPanelOutputs - 1) / kPanelOutputs;
   const int64_t groups = call.weight.panel_start[panels];
   const bool alone = call.rows * groups * kGroupBytes < kParallelMultiplyAdds;
   const int threads = alone ? 1 : num_threads();
@@ -63,24 +100,12 @@ bool run(const Call& call) {
   parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t t = b % tiling.count;
-      kernel.block(call, {tiles + tiling.row0(t) * row_bytes, tiling.row0(t), tiling.height(t),
-                          b / tiling.count, t, tiling.count});
+      kernel.block(call, folded,
+                   {tiles + tiling.row0(t) * row_bytes, tiling.row0(t), tiling.height(t),
+                    b / tiling.count, t, tiling.count});
     }
   });
   return true;
-}
-
-const char* check_packed(const int32_t* group_index, int64_t groups, const int32_t* panel_start,
-                         int64_t panels, int64_t inputs) {
-  if (panel_start[0] != 0) return "panel_start must begin with 0";
-  for (int64_t p = 0; p < panels; ++p)
-    if (panel_start[p + 1] < panel_start[p]) return "panel_start must never fall";
-  if (panel_start[panels] != groups) return "panel_start must end with the number of groups";
-  const int32_t limit = static_cast<int32_t>((inputs + kGroupInputs - 1) / kGroupInputs);
-  for (int64_t g = 0; g < groups; ++g)
-    if (group_index[g] < 0 || group_index[g] >= limit)
-      return "group_index must lie in [0, ceil(K / 4))";
-  return nullptr;
 }
 
 }  // namespace fastrec::sparse_int8_linear

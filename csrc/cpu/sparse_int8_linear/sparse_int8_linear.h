@@ -1,13 +1,16 @@
-// sparse_int8_linear: y[m, n] = act(x_scale * w_scale[n] * (sum_k (x[m, k] - z) * w[n, k]) +
-// bias[n])
+// sparse_int8_linear:
+//   y[m, n] = act(x_scale * w_scale[n] * (sum_k (x[m, k] - z) * w[n, k]) + bias[n])
 //
-// x  u8 [M, K] with zero point z, or f32 [M, K] quantised on the way in:
+// x  u8 [M, K] with zero point z; or f32 or bf16 [M, K], quantised on the way in:
 //    u8 = clip(round_half_even(x * (1 / x_scale)) + z, 0, 255)
-// w  s8 [N, K], one scale per output, packed (below); y f32, or u8 = clip(round(y / scale) + zero,
-// 0, 255) Accumulator: i32, exact while K * 255 * 128 < 2^31, that is K <= kMaxInputs; callers
-// enforce it. Every step outside the accumulator is one IEEE fp32 operation in the order written
-// here, the same in every ISA file and in reference.py, so that all of them agree to the last bit
-// (GELU aside: its erf is approximated to 4.3e-7 here, the same in all ISA files).
+// w  s8 [N, K], one scale per output, packed (below)
+// y  f32; or bf16, the f32 result rounded half to even; or u8 = clip(round(y / scale) + zero, 0,
+//    255)
+// Accumulator: i32, exact while K * 255 * 128 < 2^31, that is K <= kMaxInputs; callers enforce it.
+// It begins with -z * sum_k w[n, k], so that intermediate sums may wrap; the final one does not.
+// Every step outside the accumulator is one IEEE fp32 operation in the order written here, the
+// same in every ISA file and in reference.py, so that all of them agree to the last bit (GELU
+// aside: its erf is approximated to 4.3e-7 here, the same in all ISA files).
 //
 // Packed weight: panels of 32 outputs; of each panel only the kept groups of 4 inputs are stored.
 //
@@ -19,10 +22,11 @@
 // A dense weight is the same format with every group kept. Outputs beyond N and inputs beyond K are
 // 0.
 //
-// Tiled activations: rows are cut into tiles of at most kMaxTileRows; a tile of R rows is stored as
-// [ceil(K / 32)][R][32] bytes, so that a group of 4 inputs of all rows lies within R * 32 bytes at
-// constant displacements. Inputs beyond K are 0. Kernels read nothing outside the tiles, the
-// values of their panel, and the first N entries of the per-output arrays.
+// Tiled activations: rows are cut into tiles of at most the kernel's max_rows; a tile of R rows is
+// stored as [ceil(K / 32)][R][32] elements (bytes, or 16 bits for a kernel without a dot product of
+// bytes), so that a group of 4 inputs of all rows lies within R * 32 elements at constant
+// displacements. Inputs beyond K are 0. Kernels read nothing outside the input's rows, the tiles,
+// the values of their panel, and the first N entries of the per-output arrays.
 #pragma once
 
 #include <cstdint>
@@ -34,12 +38,12 @@ namespace fastrec::sparse_int8_linear {
 inline constexpr int kPanelOutputs = 32;
 inline constexpr int kGroupInputs = 4;
 inline constexpr int kGroupBytes = kPanelOutputs * kGroupInputs;
-inline constexpr int kTileChunk = 32;    // inputs of one row that lie side by side in a tile
-inline constexpr int kMaxTileRows = 12;  // 24 accumulators + 2 weights + broadcasts <= 32 registers
+inline constexpr int kTileChunk = 32;         // inputs of one row that lie side by side in a tile
+inline constexpr int kMaxTileRows = 12;       // of any kernel
 inline constexpr int64_t kMaxInputs = 65793;  // floor((2^31 - 1) / (255 * 128))
 
 enum class Activation : int { none, relu, gelu };
-enum class Dtype : int { u8, f32 };
+enum class Dtype : int { u8, f32, bf16 };
 
 struct Weight {
   const int8_t* values;        // [groups][128]
@@ -68,33 +72,41 @@ struct Call {
   Quantisation y_quantisation;  // used where y is u8
 };
 
+// What a block needs of each output, made once a call; padded to whole panels.
+struct Folded {
+  const int32_t* start;  // -zero point * sum
+  const float* scale;    // x_scale * w_scale
+  const float* bias;     // -0 where there is none: adding it changes no value
+};
+
 // One block of work: the rows of one tile times the outputs of one panel.
 struct Block {
-  const uint8_t* tile;  // [ceil(K / 32)][rows][32]
+  const void* tile;  // [ceil(K / 32)][rows][32]
   int64_t row0;
-  int rows;  // 1..kMaxTileRows
+  int rows;  // 1..max_rows
   int64_t panel;
   int64_t tile_index, tiles;  // of how many this is which: each prefetches its share of a panel
 };
 
 struct Kernel {
   Isa isa;
-  // Quantises (if f32) and lays out one tile; false if an f32 input is not a number.
-  bool (*pack_tile)(const Call& call, int64_t row0, int rows, uint8_t* tile);
-  void (*block)(const Call& call, const Block& block);
+  int max_rows;       // of a tile
+  int element_bytes;  // of an activation in a tile
+  // Quantises (if x is float) and lays out one tile; false if an input is not a number.
+  bool (*pack_tile)(const Call& call, int64_t row0, int rows, void* tile);
+  void (*block)(const Call& call, const Folded& folded, const Block& block);
 };
 
 extern const Kernel kScalar;
+extern const Kernel kAvx2;
+extern const Kernel kAvxvnni;
+extern const Kernel kAvx512;
 extern const Kernel kAvx512vnni;
 
 // The kernel that runs under the active ISA.
 const Kernel& select();
 
-// False if an f32 input held a NaN; y is then unspecified.
+// False if a float input held a NaN; y is then unspecified.
 bool run(const Call& call);
-
-// Points at the first broken rule of the packed format, or null.
-const char* check_packed(const int32_t* group_index, int64_t groups, const int32_t* panel_start,
-                         int64_t panels, int64_t inputs);
 
 }  // namespace fastrec::sparse_int8_linear

@@ -16,6 +16,7 @@ from fastrec.kernels.sparse_int8_linear import (
     _cpu,
     check_epilogue,
     check_input,
+    check_numbers,
     check_quantisation,
 )
 from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight, ceil_div
@@ -24,13 +25,16 @@ from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_refe
 # Buffers that may be None, and buffers whose length depends on what was pruned.
 _OPTIONAL = ("bias", "out_scale", "out_zero_point")
 _RESIZABLE = ("values", "group_index", *_OPTIONAL)
+_BUFFERS = (*_RESIZABLE, "panel_start", "w_scale", "x_scale", "x_zero_point")
+# Others (fake tensors, functional wrappers) have no memory for a kernel to read.
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 class SparseInt8Linear(nn.Module):
     """y = act(x W^T + b) with u8 activations and block-sparse s8 weights; inference only.
 
-    Input float32 or uint8 [..., in_features]; output float32, or uint8 once
-    :meth:`set_output_quantization` was called (for a quantised consumer). Made by
+    Input uint8, float32 or bfloat16 [..., in_features]; output float32 (or bfloat16), or uint8
+    once :meth:`set_output_quantization` was called (for a quantised consumer). Made by
     :meth:`from_float`; a new instance holds the zero weight, ready for ``load_state_dict``.
 
     Args:
@@ -38,6 +42,11 @@ class SparseInt8Linear(nn.Module):
         out_features: N.
         bias: whether there is a bias, added before the activation.
         activation: None, "relu" or "gelu", fused into the kernel.
+        out: None for a float32 output, "bfloat16" for that; part of the architecture, as the
+            activation is, so not in the state dict.
+
+    Weights and scales are read when the layer first runs: replace its buffers, load a state dict
+    or call the setters to change them later, rather than writing to them in place.
     """
 
     values: torch.Tensor
@@ -49,6 +58,11 @@ class SparseInt8Linear(nn.Module):
     x_zero_point: torch.Tensor
     out_scale: torch.Tensor | None
     out_zero_point: torch.Tensor | None
+    # Made at the first call: the checked weight, what runs it, and what that borrows.
+    _packed: PackedWeight | None
+    _run: _cpu.Run | None
+    _bias_of_run: torch.Tensor | None
+    _out_dtype: torch.dtype
 
     def __init__(
         self,
@@ -56,8 +70,12 @@ class SparseInt8Linear(nn.Module):
         out_features: int,
         bias: bool = True,
         activation: str | None = None,
+        out: str | None = None,
     ) -> None:
         super().__init__()
+        if out not in (None, "bfloat16"):
+            raise ArgumentError("out", "None or 'bfloat16'", out)
+        self.out = out
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         panels = ceil_div(out_features, PANEL_OUTPUTS)
         self.register_buffer("values", torch.zeros(0, 128, dtype=torch.int8))
@@ -69,8 +87,7 @@ class SparseInt8Linear(nn.Module):
         self.register_buffer("x_zero_point", torch.tensor(0, dtype=torch.int32))
         self.register_buffer("out_scale", None)
         self.register_buffer("out_zero_point", None)
-        self._packed: PackedWeight | None = None
-        self._prepared: Any = None
+        self._forget()
 
     @classmethod
     def from_float(
@@ -82,6 +99,7 @@ class SparseInt8Linear(nn.Module):
         x_zero_point: int | None = None,
         activation: str | None = None,
         w_scale: torch.Tensor | None = None,
+        out: str | None = None,
     ) -> SparseInt8Linear:
         """Quantises a float layer; groups of 32 outputs x 4 inputs that are all zero are dropped.
 
@@ -91,6 +109,7 @@ class SparseInt8Linear(nn.Module):
             x_scale, x_zero_point: the input's quantisation, given.
             activation: None, "relu" or "gelu", to fuse.
             w_scale: float32 [N]; by default the largest |w| of each output / 127.
+            out: None for a float32 output, or "bfloat16".
 
         Raises:
             ArgumentError: neither or both of calibration and x_scale; NaNs; K too large.
@@ -109,7 +128,9 @@ class SparseInt8Linear(nn.Module):
         w_scale = w_scale.detach().float().cpu()
         quantised = torch.round(weight / w_scale[:, None]).clamp(-127, 127).to(torch.int8)
         packed = PackedWeight.pack(quantised, w_scale)
-        module = cls(linear.in_features, linear.out_features, linear.bias is not None, activation)
+        module = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, activation, out
+        )
         module.values, module.group_index = packed.values, packed.group_index
         module.panel_start, module.w_scale = packed.panel_start, packed.scale
         if linear.bias is not None:
@@ -122,14 +143,12 @@ class SparseInt8Linear(nn.Module):
         check_quantisation("x", scale, zero_point)
         self.x_scale = torch.tensor(scale, dtype=torch.float32)
         self.x_zero_point = torch.tensor(zero_point, dtype=torch.int32)
-        self._forget()
 
     def set_output_quantization(self, scale: float, zero_point: int) -> None:
         """Makes the output uint8: clip(round(y / scale) + zero_point, 0, 255)."""
         check_quantisation("out", scale, zero_point)
         self.out_scale = torch.tensor(scale, dtype=torch.float32)
         self.out_zero_point = torch.tensor(zero_point, dtype=torch.int32)
-        self._forget()
 
     @property
     def packed(self) -> PackedWeight:
@@ -155,26 +174,25 @@ class SparseInt8Linear(nn.Module):
         return self.packed.unpack().float() * self.w_scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x float32 or uint8 [..., K] -> float32 or uint8 [..., N].
+        """x uint8, float32 or bfloat16 [..., K] -> float32, bfloat16 or uint8 [..., N].
 
         Raises:
-            ShapeError, DtypeError: wrong last dimension or dtype.
+            ShapeError, DtypeError, DeviceError: wrong last dimension, dtype or device.
             ArgumentError: a NaN in a float input; a broken weight or scale after a bad load.
         """
-        if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, nn.Parameter):
+        if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
             return self._traced(x)
-        prepared = self._prepared
-        if prepared is None:
-            prepared = self._prepare(x.device.type)
-        check_input(x, self.in_features)
-        if prepared is _REFERENCE:
-            return self._reference(x)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        dtype = torch.float32 if self.out_scale is None else torch.uint8
-        out = torch.empty((*x.shape[:-1], self.out_features), dtype=dtype)
-        _cpu.run(prepared, x, out, self.in_features)
-        return out
+        run = self._run
+        if run is None:
+            run = self._prepare()
+        shape = x.shape
+        if not (
+            x.is_cpu and x.dtype in _cpu.DTYPE_CODES and shape and shape[-1] == self.in_features
+        ):
+            check_input(x, self.in_features, self.values.device)
+        if run is _reference:
+            return self._run_reference(x)
+        return _cpu.call(run, x, self.out_features, self._out_dtype)
 
     def _epilogue(self) -> dict[str, Any]:
         return {
@@ -182,11 +200,12 @@ class SparseInt8Linear(nn.Module):
             "x_zero_point": int(self.x_zero_point),
             "bias": self.bias,
             "activation": self.activation,
+            "out": self.out if self.out_scale is None else "uint8",
             "out_scale": None if self.out_scale is None else self.out_scale.item(),
             "out_zero_point": None if self.out_zero_point is None else int(self.out_zero_point),
         }
 
-    def _prepare(self, device: str) -> Any:
+    def _prepare(self) -> _cpu.Run:
         epilogue = self._epilogue()
         check_quantisation("x", epilogue["x_scale"], epilogue["x_zero_point"])
         check_epilogue(
@@ -196,17 +215,20 @@ class SparseInt8Linear(nn.Module):
             epilogue["out_scale"],
             epilogue["out_zero_point"],
         )
-        if BACKENDS.choose(Signature(device)) == "reference":
-            self._prepared = _REFERENCE
+        packed = self.packed
+        if BACKENDS.choose(Signature(self.values.device.type)) == "reference":
+            run: _cpu.Run = _reference
         else:
-            self._prepared = _cpu.prepare(self.packed, **epilogue)
-        return self._prepared
+            self._bias_of_run = None if self.bias is None else self.bias.contiguous()
+            run = _cpu.prepare(packed, **epilogue | {"bias": self._bias_of_run})
+        self._out_dtype = _cpu.OUT_DTYPES[epilogue["out"]]
+        self._run = run
+        return run
 
-    def _reference(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype is torch.float32 and bool(x.isnan().any()):
-            raise ArgumentError("x", "numbers", "a NaN")
-        out = None if self.out_scale is None else "uint8"
-        return sparse_int8_linear_reference(x, self.packed, out=out, **self._epilogue())
+    def _run_reference(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, self.in_features, self.values.device)
+        check_numbers(x)
+        return sparse_int8_linear_reference(x, self.packed, **self._epilogue())
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.fastrec.sparse_int8_linear(
@@ -221,10 +243,19 @@ class SparseInt8Linear(nn.Module):
             self.activation,
             self.out_scale,
             self.out_zero_point,
+            out=self.out,
         )
 
     def _forget(self) -> None:
-        self._packed = self._prepared = None
+        self._packed = None
+        self._run = None
+        self._bias_of_run = None
+        self._out_dtype = torch.float32
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _BUFFERS and "_run" in self.__dict__:
+            self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseInt8Linear:
         # .to(dtype) must not touch the scales' float32; devices other than the CPU have no kernel.
@@ -259,16 +290,16 @@ class SparseInt8Linear(nn.Module):
         self._forget()
         try:
             _ = self.packed
-            self._prepare(self.values.device.type)
+            self._prepare()
         except (ArgumentError, DtypeError, ShapeError) as error:
             error_msgs.append(f"{prefix}{error}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None, "_prepared": None}
+        return self.__dict__ | {"_packed": None, "_run": None, "_bias_of_run": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseInt8Linear:
         copy = SparseInt8Linear(
-            self.in_features, self.out_features, self.bias is not None, self.activation
+            self.in_features, self.out_features, self.bias is not None, self.activation, self.out
         )
         for name, buffer in self._buffers.items():
             # Through the memo, so that a caller may share the tensors between copies.
@@ -278,7 +309,7 @@ class SparseInt8Linear(nn.Module):
         return copy
 
     def extra_repr(self) -> str:
-        out = "float32" if self.out_scale is None else "uint8"
+        out = "uint8" if self.out_scale is not None else self.out or "float32"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, activation={self.activation}, "
@@ -286,7 +317,8 @@ class SparseInt8Linear(nn.Module):
         )
 
 
-_REFERENCE = object()
+def _reference(x: int, dtype: int, elements: int, result: int) -> bool:
+    raise AssertionError("stands for the reference, which takes tensors")
 
 
 def _affine_range(calibration: Iterable[torch.Tensor], inputs: int) -> tuple[float, int]:

@@ -10,6 +10,8 @@ weight is the same format with every group kept. Accumulators are exact int32. S
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
 import torch
 
@@ -55,12 +57,20 @@ def check_epilogue(
         check_quantisation("out", out_scale, out_zero_point)
 
 
-def check_input(x: torch.Tensor, inputs: int) -> None:
-    """Raises unless x is float32 or uint8 [..., K]."""
-    if x.dtype is not torch.uint8 and x.dtype is not torch.float32:
-        raise DtypeError("x", "uint8 or float32", x.dtype)
+def check_input(x: torch.Tensor, inputs: int, device: torch.device) -> None:
+    """Raises unless x is uint8, float32 or bfloat16 [..., K] on that device."""
+    if x.dtype not in _cpu.DTYPE_CODES:
+        raise DtypeError("x", "uint8, float32 or bfloat16", x.dtype)
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise ShapeError("x", f"shape [..., {inputs}]", list(x.shape))
+    if x.device != device:
+        raise DeviceError("x", f"the weight's device {device}", x.device)
+
+
+def check_numbers(x: torch.Tensor) -> None:
+    """Raises ArgumentError if a float x holds a NaN: what the compiled kernel does on its own."""
+    if x.is_floating_point() and bool(x.isnan().any()):
+        raise ArgumentError("x", "numbers", "a NaN")
 
 
 def sparse_int8_linear(
@@ -79,60 +89,103 @@ def sparse_int8_linear(
     """Quantised linear layer over a packed, possibly sparse, s8 weight.
 
     Args:
-        x_u8: uint8 [..., K]; or float32 [..., K], which the kernel quantises on the way in.
-        packed: the weight, N outputs x K inputs.
+        x_u8: uint8 [..., K]; or float32 or bfloat16 [..., K], which the kernel quantises on the
+            way in.
+        packed: the weight, N outputs x K inputs. It keeps the prepared kernel of its latest
+            epilogues, so that calls with the same scales and the same bias cost little.
         x_scale, x_zero_point: real input = (x_u8 - x_zero_point) * x_scale.
         bias: float32 [N], added before the activation.
         activation: None, "relu" or "gelu" (the erf form, to 4.3e-7 of erf).
-        out: None for float32, "uint8" to requantise with out_scale and out_zero_point.
+        out: None for float32, "bfloat16" for that rounded to nearest even, "uint8" to requantise
+            with out_scale and out_zero_point.
         backend: None picks the best once per signature; "cpu" or "reference" forces one.
 
     Returns:
-        float32 or uint8 [..., N]. Not differentiable: train through
+        float32, bfloat16 or uint8 [..., N]. Not differentiable: train through
         ``fastrec.quantize_(model, QAT(step="prepare"))``.
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument, a NaN in a float input.
         BackendError: the backend asked for can't run.
     """
-    if out not in (None, "uint8"):
-        raise ArgumentError("out", "None or 'uint8'", out)
-    if (out == "uint8") != (out_scale is not None):
-        raise ArgumentError("out_scale", "a number exactly where out='uint8'", out_scale)
-    check_quantisation("x", x_scale, x_zero_point)
-    check_epilogue(packed.outputs, bias, activation, out_scale, out_zero_point)
-    check_input(x_u8, packed.inputs)
-    if x_u8.device != packed.values.device:
-        raise DeviceError("x_u8", f"the weight's device {packed.values.device}", x_u8.device)
-    name = BACKENDS.choose(Signature(x_u8.device.type), backend)
-    if name == "reference":
-        if x_u8.dtype is torch.float32 and bool(x_u8.isnan().any()):
-            raise ArgumentError("x", "numbers", "a NaN")
-        return sparse_int8_linear_reference(
-            x_u8,
-            packed,
-            x_scale=x_scale,
-            x_zero_point=x_zero_point,
-            bias=bias,
-            activation=activation,
-            out=out,
-            out_scale=out_scale,
-            out_zero_point=out_zero_point,
-        )
-    bias = None if bias is None else bias.contiguous()
-    prepared = _cpu.prepare(
-        packed,
-        x_scale=x_scale,
-        x_zero_point=x_zero_point,
-        bias=bias,
-        activation=activation,
-        out_scale=out_scale,
-        out_zero_point=out_zero_point,
+    epilogue: dict[str, Any] = {
+        "x_scale": x_scale,
+        "x_zero_point": x_zero_point,
+        "bias": bias,
+        "activation": activation,
+        "out": out,
+        "out_scale": out_scale,
+        "out_zero_point": out_zero_point,
+    }
+    if torch.compiler.is_compiling():
+        return _traced(x_u8, packed, epilogue)
+    key = (x_scale, x_zero_point, id(bias), activation, out, out_scale, out_zero_point)
+    held = packed._handles.get(key) if backend is None or backend == "cpu" else None
+    if held is not None and held.versions == _versions(packed, bias):
+        run = held.run
+    else:
+        if out not in _cpu.OUT_DTYPES:
+            raise ArgumentError("out", "None, 'bfloat16' or 'uint8'", out)
+        if (out == "uint8") != (out_scale is not None):
+            raise ArgumentError("out_scale", "a number exactly where out='uint8'", out_scale)
+        check_quantisation("x", x_scale, x_zero_point)
+        check_epilogue(packed.outputs, bias, activation, out_scale, out_zero_point)
+        signature = Signature(x_u8.device.type, str(x_u8.dtype).removeprefix("torch."))
+        if BACKENDS.choose(signature, backend) == "reference":
+            check_input(x_u8, packed.inputs, packed.values.device)
+            check_numbers(x_u8)
+            return sparse_int8_linear_reference(x_u8, packed, **epilogue)
+        held = _Held(packed, epilogue)
+        run = held.run
+        if held.versions is not None and all(type(part) in _PLAIN for part in key):
+            if len(packed._handles) >= _MAX_HANDLES:
+                packed._handles.clear()
+            packed._handles[key] = held
+    check_input(x_u8, packed.inputs, packed.values.device)
+    return _cpu.call(run, x_u8, packed.outputs, _cpu.OUT_DTYPES[out])
+
+
+_MAX_HANDLES = 8
+_PLAIN = (float, int, str, type(None))
+
+
+class _Held:
+    """A prepared handle with what it borrows and the versions that it was made from."""
+
+    def __init__(self, packed: PackedWeight, epilogue: dict[str, Any]) -> None:
+        bias = epilogue["bias"]
+        self.versions = _versions(packed, bias)
+        # Both: the key holds the address of the one, the handle the memory of the other.
+        self.bias = bias
+        self.contiguous_bias = None if bias is None else bias.contiguous()
+        self.run = _cpu.prepare(packed, **epilogue | {"bias": self.contiguous_bias})
+
+
+def _versions(packed: PackedWeight, bias: torch.Tensor | None) -> tuple[Any, ...] | None:
+    parts = packed.versions()
+    if parts is None or bias is None:
+        return parts
+    return None if bias.is_inference() else (*parts, bias._version)
+
+
+def _traced(x: torch.Tensor, packed: PackedWeight, epilogue: dict[str, Any]) -> torch.Tensor:
+    def scalar(name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if epilogue[name] is None else torch.tensor(epilogue[name], dtype=dtype)
+
+    result: torch.Tensor = torch.ops.fastrec.sparse_int8_linear(
+        x,
+        packed.values,
+        packed.group_index,
+        packed.panel_start,
+        packed.scale,
+        epilogue["bias"],
+        scalar("x_scale", torch.float64),
+        scalar("x_zero_point", torch.int32),
+        epilogue["activation"],
+        scalar("out_scale", torch.float64),
+        scalar("out_zero_point", torch.int32),
+        out=epilogue["out"],
     )
-    result = torch.empty(
-        (*x_u8.shape[:-1], packed.outputs), dtype=torch.uint8 if out else torch.float32
-    )
-    _cpu.run(prepared, x_u8.contiguous(), result, packed.inputs)
     return result
 
 
@@ -143,7 +196,7 @@ _LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
 _LIBRARY.define(
     "sparse_int8_linear(Tensor x, Tensor values, Tensor group_index, Tensor panel_start, "
     "Tensor w_scale, Tensor? bias, Tensor x_scale, Tensor x_zero_point, str? activation, "
-    "Tensor? out_scale, Tensor? out_zero_point) -> Tensor"
+    "Tensor? out_scale, Tensor? out_zero_point, *, str? out=None) -> Tensor"
 )
 
 
@@ -159,37 +212,63 @@ def _op(
     activation: str | None,
     out_scale: torch.Tensor | None,
     out_zero_point: torch.Tensor | None,
+    *,
+    out: str | None = None,
 ) -> torch.Tensor:
-    packed = PackedWeight.from_parts(
-        values, group_index, panel_start, w_scale, len(w_scale), x.shape[-1]
-    )
     return sparse_int8_linear(
         x,
-        packed,
+        _packed_of(values, group_index, panel_start, w_scale, x.shape[-1]),
         x_scale=x_scale.item(),
         x_zero_point=int(x_zero_point),
         bias=bias,
         activation=activation,
-        out=None if out_scale is None else "uint8",
+        out=out if out_scale is None else "uint8",
         out_scale=None if out_scale is None else out_scale.item(),
         out_zero_point=None if out_zero_point is None else int(out_zero_point),
     )
 
 
-def _op_fake(
-    x: torch.Tensor,
+# Checking the parts of a weight costs more than a small layer, so that a compiled model does it
+# once: by the identity of `values`, until that dies. The entry holds aliases, which keep the memory
+# and not the tensor.
+_CHECKED: dict[int, tuple[tuple[Any, ...], PackedWeight]] = {}
+
+
+def _packed_of(
     values: torch.Tensor,
     group_index: torch.Tensor,
     panel_start: torch.Tensor,
     w_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor,
-    activation: str | None,
-    out_scale: torch.Tensor | None,
-    out_zero_point: torch.Tensor | None,
+    inputs: int,
+) -> PackedWeight:
+    parts = (values, group_index, panel_start, w_scale)
+    key: tuple[Any, ...] | None = None
+    if not any(part.is_inference() for part in parts):  # those count no versions
+        key = (inputs, *((id(part), part.data_ptr(), part._version) for part in parts))
+        known = _CHECKED.get(id(values))
+        if known is not None and known[0] == key:
+            return known[1]
+    packed = PackedWeight.from_parts(
+        values.detach(),
+        group_index.detach(),
+        panel_start.detach(),
+        w_scale.detach(),
+        len(w_scale),
+        inputs,
+    )
+    if key is not None:
+        if id(values) not in _CHECKED:
+            weakref.finalize(values, _CHECKED.pop, id(values), None).atexit = False
+        _CHECKED[id(values)] = key, packed
+    return packed
+
+
+def _op_fake(
+    x: torch.Tensor, *parts: torch.Tensor | str | None, out: str | None = None
 ) -> torch.Tensor:
-    dtype = torch.float32 if out_scale is None else torch.uint8
+    *_, w_scale, _bias, _x_scale, _x_zero_point, _activation, out_scale, _out_zero_point = parts
+    assert isinstance(w_scale, torch.Tensor)
+    dtype = _cpu.OUT_DTYPES[out] if out_scale is None else torch.uint8
     return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=dtype)
 
 

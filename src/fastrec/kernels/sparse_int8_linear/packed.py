@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,6 +41,24 @@ class PackedWeight:
     sum: torch.Tensor
     outputs: int
     inputs: int
+    # Compiled handles of the public function, by epilogue. They borrow the parts' memory.
+    _handles: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}}
+
+    def versions(self) -> tuple[int, ...] | None:
+        """What changes when a part is written to in place; None where torch does not count."""
+        try:
+            return (
+                self.values._version,
+                self.group_index._version,
+                self.panel_start._version,
+                self.scale._version,
+                self.sum._version,
+            )
+        except RuntimeError:  # tensors made in inference mode
+            return None
 
     @staticmethod
     def pack(weight_s8: torch.Tensor, scale: torch.Tensor) -> PackedWeight:

@@ -40,8 +40,8 @@ def sparse_int8_linear_reference(
 ) -> torch.Tensor:
     """Same arguments and result as :func:`fastrec.kernels.sparse_int8_linear`."""
     rows = x_u8.reshape(-1, packed.inputs)
-    if rows.dtype == torch.float32:
-        rows = quantise(rows, x_scale, x_zero_point)
+    if rows.is_floating_point():
+        rows = quantise(rows.float(), x_scale, x_zero_point)
     exact = accumulate(rows, packed.unpack(), x_zero_point)
     scale = torch.tensor(x_scale, dtype=torch.float32) * packed.scale
     value = exact.to(torch.float32) * scale
@@ -55,4 +55,6 @@ def sparse_int8_linear_reference(
         assert out_scale is not None
         assert out_zero_point is not None
         value = quantise(value, out_scale, out_zero_point)
+    elif out == "bfloat16":
+        value = value.bfloat16()
     return value.reshape(*x_u8.shape[:-1], packed.outputs)

@@ -56,9 +56,9 @@ def sample(
         if rows:
             x[0, 0], x[-1, -1] = 0, 255
         x_scale, x_zero_point = 0.037, 113
-        if x_dtype == torch.float32:
+        if x_dtype.is_floating_point:
             # Beyond the representable range on both sides, so that clipping is exercised.
-            x = torch.randn(rows, inputs, generator=generator) * 3
+            x = (torch.randn(rows, inputs, generator=generator) * 3).to(x_dtype)
         kwargs: dict[str, Any] = {
             "x_scale": x_scale,
             "x_zero_point": x_zero_point,
@@ -73,8 +73,8 @@ def sample(
         return (x, packed), kwargs
 
     kept = round(density * ceil_div(inputs, GROUP_INPUTS)) * ceil_div(outputs, PANEL_OUTPUTS)
-    in_bytes = rows * inputs * (1 if x_dtype == torch.uint8 else 4)
-    out_bytes = rows * outputs * (1 if out == "uint8" else 4)
+    in_bytes = rows * inputs * x_dtype.itemsize
+    out_bytes = rows * outputs * {"uint8": 1, "bfloat16": 2, None: 4}[out]
     return Sample(
         name=name,
         make=make,
@@ -86,9 +86,12 @@ def sample(
 
 
 def samples() -> Sequence[Sample]:
-    """Lane edges of rows (tiles of 12), outputs (panels of 32, lanes of 16) and inputs (groups of
-    4, chunks of 32), every epilogue, empty and all-dropped weights, and the bench shapes."""
-    cases = [sample(rows, 33, 36) for rows in (0, 1, 2, 11, 12, 13, 23, 24, 25, 50)]
+    """Lane edges of rows (tiles of 6 or 12), outputs (panels of 32, lanes of 16) and inputs (groups
+    of 4, taken in twos and fours for few rows; chunks of 32), every epilogue, empty and all-dropped
+    weights, and the bench shapes."""
+    cases = [sample(rows, 33, 36) for rows in (0, *range(1, 14), 23, 24, 25, 50)]
+    cases += [sample(rows, 20, inputs) for rows in (1, 2) for inputs in (1, 7, 8, 9, 13, 63, 65)]
+    cases += [sample(1, 40, 4096, density=0.3, out="uint8", activation="relu")]
     cases += [
         sample(5, outputs, 40, density=0.5) for outputs in (1, 15, 16, 17, 31, 32, 63, 64, 65)
     ]
@@ -96,8 +99,8 @@ def samples() -> Sequence[Sample]:
     cases += [
         sample(13, 40, 70, density=0.6, activation=activation, out=out, x_dtype=dtype, bias=bias)
         for activation in (None, "relu", "gelu")
-        for out in (None, "uint8")
-        for dtype in (torch.uint8, torch.float32)
+        for out in (None, "uint8", "bfloat16")
+        for dtype in (torch.uint8, torch.float32, torch.bfloat16)
         for bias in (True, False)
     ]
     cases += [sample(9, 70, 36, density=0.0, out="uint8"), sample(3, 32, 4096, density=0.25)]
@@ -105,6 +108,10 @@ def samples() -> Sequence[Sample]:
         sample(rows, 1024, 1024, density=density, activation="relu", out="uint8", bench=True)
         for rows in (50, 400)
         for density in (1.0, 0.6, 0.25)
+    ]
+    cases += [
+        sample(1, size, size, density=density, activation="relu", out="uint8", bench=True)
+        for size, density in ((1024, 1.0), (1024, 0.6), (2048, 1.0))
     ]
     return cases
 
@@ -115,7 +122,7 @@ def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     The kernel's erf is off by at most 4.3e-7 and its argument by one rounding (relative 2^-24,
     times |y| * erf'(y) <= 0.49); with the two roundings of v/2 * (1 + erf): |error| <= |v| *
     (2.15e-7 + 3 * 2^-24) < |v| * 4e-7. A uint8 output may differ by one where that error crosses
-    a tie.
+    a tie, and a bfloat16 one by one step: it lies between the bound's ends, rounded.
     """
     expected = sparse_int8_linear_reference(*args, **kwargs)
     assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
@@ -127,6 +134,10 @@ def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     value = sparse_int8_linear_reference(*args, **before)
     bound = value.abs().double() * 4e-7 + 1e-12
     exact = torch.nn.functional.gelu(value.double())
+    if kwargs.get("out") == "bfloat16":
+        low, high = (exact - bound).bfloat16(), (exact + bound).bfloat16()
+        assert bool(((actual >= low) & (actual <= high)).all()), "beyond the GELU bound"
+        return
     if kwargs.get("out") != "uint8":
         assert bool(((actual.double() - exact).abs() <= bound).all()), "beyond the GELU bound"
         return
