@@ -11,6 +11,7 @@
 #include "int8_embedding/bind.h"
 #include "padded_attention/bind.h"
 #include "parallel.h"
+#include "separable_projection/bind.h"
 #include "sparse_int8_linear/bind.h"
 #include "window_sparse_attention/bind.h"
 
@@ -95,6 +96,7 @@ PYBIND11_MODULE(_native, m) {
   grouped_linear::bind(m);
   int8_embedding::bind(m);
   padded_attention::bind(m);
+  separable_projection::bind(m);
   sparse_int8_linear::bind(m);
   window_sparse_attention::bind(m);
 }

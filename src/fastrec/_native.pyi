@@ -100,6 +100,70 @@ class padded_attention:
         scale: float,
     ) -> int: ...
 
+class separable_projection:
+    MAX_WIDTH: ClassVar[int]
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def forward(
+        x: int,
+        x_batch: int,
+        x_row: int,
+        depthwise: int,
+        pointwise: int,
+        bias: int,
+        y: int,
+        bf16: bool,
+        lengths: int,
+        batch: int,
+        length: int,
+        channels: int,
+        width: int,
+        before: int,
+        groups: int,
+        outputs: int,
+    ) -> int: ...
+    @staticmethod
+    def backward(
+        dy: int,
+        x: int,
+        x_batch: int,
+        x_row: int,
+        depthwise: int,
+        pointwise: int,
+        h: int,
+        dh: int,
+        dx: int,
+        ddepthwise: int,
+        dpointwise: int,
+        dbias: int,
+        bf16: bool,
+        lengths: int,
+        batch: int,
+        length: int,
+        channels: int,
+        width: int,
+        before: int,
+        groups: int,
+        outputs: int,
+    ) -> None: ...
+    @staticmethod
+    def depthwise_u8(
+        x: int,
+        zero_point: int,
+        depthwise: int,
+        scale: int,
+        inverse_out_scale: float,
+        out_zero_point: int,
+        h: int,
+        lengths: int,
+        batch: int,
+        length: int,
+        channels: int,
+        width: int,
+        before: int,
+    ) -> int: ...
+
 class sparse_int8_linear:
     MAX_INPUTS: ClassVar[int]
     MAX_TILE_ROWS: ClassVar[int]

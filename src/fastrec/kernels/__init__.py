@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastrec.kernels.grouped_linear import grouped_linear
     from fastrec.kernels.int8_embedding import int8_embedding
     from fastrec.kernels.padded_attention import padded_attention
+    from fastrec.kernels.separable_projection import separable_projection
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
     from fastrec.kernels.window_sparse_attention import window_sparse_attention
 
@@ -34,6 +35,7 @@ OP_IDS = (
     "grouped_linear",
     "int8_embedding",
     "padded_attention",
+    "separable_projection",
     "sparse_int8_linear",
     "window_sparse_attention",
 )
@@ -51,6 +53,7 @@ __all__ = [
     "num_threads",
     "padded_attention",
     "registry",
+    "separable_projection",
     "set_num_threads",
     "sparse_int8_linear",
     "window_sparse_attention",

@@ -172,8 +172,8 @@ def _backward(
     if name == "reference":
         dx, dweight, dbias = grouped_linear_backward_reference(dy, x, weight, shuffle=shuffle)
         return (
-            dx if wants_x else empty,
-            dweight if wants_weight else x.new_empty(0),
+            dx.contiguous() if wants_x else empty,
+            dweight.contiguous() if wants_weight else x.new_empty(0),
             dbias if wants_bias else x.new_empty(0),
         )
     dy, flat, weight = rows(dy), rows(x), weight.contiguous()
