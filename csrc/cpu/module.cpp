@@ -5,10 +5,12 @@
 #include <string>
 #include <vector>
 
+#include "activation_quantize/bind.h"
 #include "ceilings.h"
 #include "cpu_features.h"
 #include "grouped_linear/bind.h"
 #include "int8_embedding/bind.h"
+#include "layer_norm_quantize/bind.h"
 #include "padded_attention/bind.h"
 #include "parallel.h"
 #include "separable_projection/bind.h"
@@ -94,7 +96,9 @@ PYBIND11_MODULE(_native, m) {
         "10^9 bytes a second that one core reads from a buffer of that size.");
 
   grouped_linear::bind(m);
+  activation_quantize::bind(m);
   int8_embedding::bind(m);
+  layer_norm_quantize::bind(m);
   padded_attention::bind(m);
   separable_projection::bind(m);
   sparse_int8_linear::bind(m);

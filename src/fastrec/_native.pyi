@@ -73,6 +73,25 @@ class int8_embedding:
         ids: int, table: int, scale: int, out: int, count: int, rows: int, dims: int
     ) -> int: ...
 
+class layer_norm_quantize:
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def run(
+        x: int,
+        residual: int,
+        weight: int,
+        bias: int,
+        sum: int,
+        y: int,
+        y_u8: bool,
+        scale: float,
+        zero_point: int,
+        eps: float,
+        rows: int,
+        dims: int,
+    ) -> bool: ...
+
 class padded_attention:
     @staticmethod
     def kernel_isa() -> str: ...

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastrec.kernels._registry import OpSpec
     from fastrec.kernels.grouped_linear import grouped_linear
     from fastrec.kernels.int8_embedding import int8_embedding
+    from fastrec.kernels.layer_norm_quantize import layer_norm_quantize
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.separable_projection import separable_projection
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 OP_IDS = (
     "grouped_linear",
     "int8_embedding",
+    "layer_norm_quantize",
     "padded_attention",
     "separable_projection",
     "sparse_int8_linear",
@@ -50,6 +52,7 @@ __all__ = [
     "grouped_linear",
     "int8_embedding",
     "isa_names",
+    "layer_norm_quantize",
     "num_threads",
     "padded_attention",
     "registry",

@@ -1,0 +1,42 @@
+#include <algorithm>
+#include <atomic>
+
+#include "activation_quantize/activation_quantize.h"
+#include "cpu_features.h"
+#include "parallel.h"
+
+namespace fastrec::activation_quantize {
+namespace {
+
+constexpr const Kernel* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512,
+    &kAvx2,
+#endif
+    &kScalar,
+};
+
+// Elements that take a thread about 5 us; below four times that, one thread is as fast as two.
+constexpr int64_t kChunk = 32 * 1024;
+
+}  // namespace
+
+const Kernel& select() { return select_kernel(kKernels); }
+
+bool run(const Call& call) {
+  const Kernel& kernel = select();
+  const int threads = call.count < 4 * kChunk ? 1 : num_threads();
+  if (threads == 1) return kernel.elements(call, 0, call.count);
+  std::atomic<bool> numbers{true};
+  // In whole rows of channels, or in cache lines of the output.
+  const int64_t unit = call.x_type == Input::s32 ? call.channels : 64;
+  const int64_t units = (call.count + unit - 1) / unit;
+  parallel_for(units, std::max<int64_t>(1, kChunk / unit), threads,
+               [&](int64_t begin, int64_t end) {
+                 if (!kernel.elements(call, begin * unit, std::min(end * unit, call.count)))
+                   numbers.store(false, std::memory_order_relaxed);
+               });
+  return numbers.load(std::memory_order_relaxed);
+}
+
+}  // namespace fastrec::activation_quantize
