@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIR ?= bench/results
 NATIVE := $(shell find csrc/cpu -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test bench lint gpu-report clean
+.PHONY: setup demo test sanitize forced-isa bench lint gpu-report clean
 
 setup: $(VENV)/.installed
 
@@ -20,6 +20,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The compiled part's own tests: as shipped, and under address, undefined-behaviour and thread sanitizers.
+sanitize:
+	$(MAKE) -s -C csrc/cpu/tests -j2
+
+# What an older machine would run, end to end.
+forced-isa: setup
+	for isa in scalar avx2; do \
+	  FASTREC_FORCE_ISA=$$isa $(BIN)/python -m pytest -q tests/test_contract.py tests/nn || exit 1; \
+	done
 
 bench: setup
 	mkdir -p $(DIR)

@@ -3,7 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fastrec {
 
@@ -19,7 +24,15 @@ T* scratch(int64_t count) {
     capacity = bytes;
   }
   const auto address = reinterpret_cast<uintptr_t>(buffer.get());
-  return reinterpret_cast<T*>(address + (kLine - address % kLine) % kLine);
+  T* const memory = reinterpret_cast<T*>(address + (kLine - address % kLine) % kLine);
+#if defined(__SANITIZE_ADDRESS__)
+  // What an earlier call left, or lies beyond the elements asked for, is out of bounds.
+  ASAN_UNPOISON_MEMORY_REGION(buffer.get(), capacity);
+  std::memset(buffer.get(), 0xff, capacity);
+  const std::byte* end = reinterpret_cast<std::byte*>(memory + count);
+  ASAN_POISON_MEMORY_REGION(end, static_cast<size_t>(buffer.get() + capacity - end));
+#endif
+  return memory;
 }
 
 }  // namespace fastrec

@@ -1,0 +1,136 @@
+#include "sparse_int8_linear/sparse_int8_linear.h"
+
+#include <cmath>
+
+#include "check.h"
+
+namespace fastrec::tests {
+namespace {
+
+using namespace sparse_int8_linear;
+
+struct Case {
+  int64_t rows, outputs, inputs;
+  double density;
+  Activation activation = Activation::none;
+  Dtype x = Dtype::u8, y = Dtype::f32;
+  bool bias = true;
+};
+
+template <class T>
+std::vector<uint8_t> bytes_of(const std::vector<T>& values) {
+  const auto* begin = reinterpret_cast<const uint8_t*>(values.data());
+  return std::vector<uint8_t>(begin, begin + values.size() * sizeof(T));
+}
+
+size_t size_of(Dtype dtype) { return dtype == Dtype::u8 ? 1 : 4; }
+
+// A packed weight as random as its case; the extremes of s8 are among the values.
+struct Packed {
+  Packed(const Case& c, Random& random) {
+    const int64_t panels = (c.outputs + kPanelOutputs - 1) / kPanelOutputs;
+    const int64_t groups = (c.inputs + kGroupInputs - 1) / kGroupInputs;
+    sum.assign(static_cast<size_t>(c.outputs), 0);
+    start.push_back(0);
+    for (int64_t p = 0; p < panels; ++p) {
+      const auto dice = random.integers<int>(groups, 0, 999);
+      for (int64_t g = 0; g < groups; ++g) {
+        if (dice[g] >= 1000 * c.density) continue;
+        index.push_back(static_cast<int32_t>(g));
+        auto group = random.integers<int8_t>(kGroupBytes, -128, 127);
+        for (int i = 0; i < kGroupBytes; ++i) {
+          const int64_t n = p * kPanelOutputs + i / kGroupInputs;
+          if (n >= c.outputs || g * kGroupInputs + i % kGroupInputs >= c.inputs) group[i] = 0;
+          if (n < c.outputs) sum[n] += group[i];
+        }
+        values.insert(values.end(), group.begin(), group.end());
+      }
+      start.push_back(static_cast<int32_t>(index.size()));
+    }
+  }
+  std::vector<int8_t> values;
+  std::vector<int32_t> index, start, sum;
+};
+
+void compare(const Case& c) {
+  Random random(3);
+  const Packed packed(c, random);
+  const auto scale = random.floats(c.outputs), bias = random.floats(c.outputs, 3.0f);
+  std::vector<uint8_t> x = random.integers<uint8_t>(c.rows * c.inputs, 0, 255);
+  if (c.x == Dtype::f32) x = bytes_of(random.floats(c.rows * c.inputs, 9.0f));
+  const size_t elements = static_cast<size_t>(c.rows * c.outputs);
+  const auto run_at = [&](Place place) {
+    const Buffer<int8_t> values(packed.values, place);
+    const Buffer<int32_t> index(packed.index, place), start(packed.start, place),
+        sum(packed.sum, place);
+    const Buffer<float> scales(scale, place), biases(bias, place);
+    const Buffer<uint8_t> in(x, place);
+    Buffer<uint8_t> out(elements * size_of(c.y), place);
+    CHECK(!check_packed(index.data(), static_cast<int64_t>(index.size()), start.data(),
+                        static_cast<int64_t>(start.size()) - 1, c.inputs));
+    Call call{};
+    call.weight.values = values.data();
+    call.weight.group_index = index.data();
+    call.weight.panel_start = start.data();
+    call.weight.scale = scales.data();
+    call.weight.sum = sum.data();
+    call.weight.bias = c.bias ? biases.data() : nullptr;
+    call.weight.outputs = c.outputs;
+    call.weight.inputs = c.inputs;
+    call.x = in.data();
+    call.x_dtype = c.x;
+    call.x_quantisation = {0.05f, 113};
+    call.rows = c.rows;
+    call.activation = c.activation;
+    call.y = out.data();
+    call.y_dtype = c.y;
+    call.y_quantisation = {3.0f, 100};
+    CHECK(run(call));
+    return out.values();
+  };
+  std::vector<uint8_t> expected;
+  as_scalar([&] { expected = run_at(Place::heap); });
+  // Every instruction set takes the same IEEE steps, GELU's polynomial included.
+  for_every_setting("M" + std::to_string(c.rows) + " N" + std::to_string(c.outputs) + " K" +
+                        std::to_string(c.inputs) + " density " + std::to_string(c.density),
+                    [&](Place place) { CHECK(run_at(place) == expected); });
+}
+
+}  // namespace
+
+TEST(sparse_int8_linear_rows) {
+  for (const int64_t rows : {0, 1, 2, 5, 11, 12, 13, 23, 24, 25, 50}) compare({rows, 33, 36, 1.0});
+}
+
+TEST(sparse_int8_linear_outputs_and_inputs) {
+  for (const int64_t outputs : {1, 15, 16, 17, 31, 32, 33, 63, 64, 65})
+    for (const int64_t inputs : {1, 3, 4, 5, 31, 32, 33, 64, 65, 127}) {
+      compare({5, outputs, inputs, 0.5});
+      compare({1, outputs, inputs, 1.0, Activation::none, Dtype::u8, Dtype::u8});
+    }
+}
+
+TEST(sparse_int8_linear_epilogues) {
+  for (const Activation activation : {Activation::none, Activation::relu, Activation::gelu})
+    for (const Dtype in : {Dtype::u8, Dtype::f32})
+      for (const Dtype out : {Dtype::u8, Dtype::f32})
+        for (const bool bias : {true, false}) compare({13, 40, 70, 0.6, activation, in, out, bias});
+}
+
+TEST(sparse_int8_linear_densities_and_threads) {
+  compare({9, 70, 36, 0.0});
+  compare({3, 32, 4096, 0.25});
+  compare({50, 192, 256, 0.6});
+  compare({1, 513, 1024, 1.0});
+}
+
+TEST(sparse_int8_linear_a_wrong_pack_is_named) {
+  const std::vector<int32_t> index{0, 1}, start{0, 2};
+  CHECK(!check_packed(index.data(), 2, start.data(), 1, 8));
+  CHECK(check_packed(index.data(), 2, start.data(), 1, 4));
+  CHECK(check_packed(index.data(), 3, start.data(), 1, 8));
+  const std::vector<int32_t> falling{0, 2, 1};
+  CHECK(check_packed(index.data(), 1, falling.data(), 2, 8));
+}
+
+}  // namespace fastrec::tests
