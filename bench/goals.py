@@ -215,7 +215,7 @@ def declared(thread_counts: list[int]) -> list[Goal]:
             for density, at_least in ((1.0, 1.4), (0.6, 2.2), (0.25, 4.5)):
                 name = f"{linear} M={rows}, density {density:g} over the best dense INT8, {t}"
                 goals.append(Goal(name, faster(linear, n, square(rows, density), int8), at_least))
-    for shape in ((1024, 1024), (4096, 4096)):
+    for shape in ((1024, 1024), (2048, 2048)):
         one = labelled(rows=1, outputs=shape[0], inputs=shape[1], density=1.0)
         name = f"{linear} M=1, {shape[0]} x {shape[1]}: share of the read bandwidth, 1 thread"
         goals.append(Goal(name, share(linear, 1, one, "bandwidth"), 0.75))

@@ -18,9 +18,10 @@ Call = Callable[[], Any]
 WARM_CALLS = 3
 
 
-def named(**calls: Call | None) -> dict[str, Call]:
-    """The rivals that there are, by name ("_" reads as a blank)."""
-    return {name.replace("_", " "): call for name, call in calls.items() if call is not None}
+def named(calls: Mapping[str, Call | None] | None = None, **more: Call | None) -> dict[str, Call]:
+    """The rivals that there are, without the ones that are None ("_" reads as a blank)."""
+    given = {**(calls or {}), **{name.replace("_", " "): call for name, call in more.items()}}
+    return {name: call for name, call in given.items() if call is not None}
 
 
 def other_work(what: str, call: Call) -> Call:
@@ -155,3 +156,33 @@ def openvino_call(model: bytes | None, feed: Mapping[str, np.ndarray], threads: 
     ).create_infer_request()
     feed = dict(feed)
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
+
+
+def onnx_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, threads: int
+) -> dict[str, Call]:
+    """softmax(q k^T / sqrt(D) + bias) v as a graph for ONNX Runtime and OpenVINO."""
+    try:
+        from onnx import helper
+    except ImportError:
+        return {}
+    node = helper.make_node
+    feed = {name: x.contiguous().numpy() for name, x in (("q", q), ("k", k), ("v", v))}
+    constants = {"scale": np.float32(q.shape[-1] ** -0.5)}
+    nodes = [
+        node("Mul", ["q", "scale"], ["scaled"]),
+        node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        node("MatMul", ["scaled", "kt"], ["scores"]),
+    ]
+    if bias is not None:
+        constants["bias"] = bias.float().expand(1, 1, q.shape[2], k.shape[2]).numpy()
+        nodes.append(node("Add", ["scores", "bias"], ["seen"]))
+    nodes += [
+        node("Softmax", ["scores" if bias is None else "seen"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    model = onnx_model(nodes, feed, {"y": (np.float32, tuple(q.shape))}, constants)
+    return named(
+        onnxruntime=onnxruntime_call(model, feed, threads),
+        openvino=openvino_call(model, feed, threads),
+    )

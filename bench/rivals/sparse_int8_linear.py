@@ -1,4 +1,7 @@
-"""Rivals of ``sparse_int8_linear``: torch fp32, and INT8 of FBGEMM and ONNX Runtime."""
+"""Rivals of ``sparse_int8_linear``: INT8 of FBGEMM, oneDNN, ONNX Runtime and OpenVINO, and torch.
+
+All but FBGEMM's block-sparse layer compute every group, the dropped ones included.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,134 @@ import torch
 import torch.nn.functional as F
 
 from fastrec.nn import SparseInt8Linear
-from rivals._common import Call, onnx_model, onnxruntime_call
+from rivals._common import Call, named, onnx_model, onnxruntime_call, openvino_call
 
 
 def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
     x_u8, packed = args
-    scale, zero_point = kwargs["x_scale"], kwargs["x_zero_point"]
-    x = (x_u8.float() - zero_point) * scale
-    weight = packed.unpack()
-    real = weight.float() * packed.scale[:, None]
-    calls: dict[str, Call] = {"torch fp32": lambda: F.linear(x, real, kwargs["bias"]).relu_()}
+    x = (x_u8.float() - kwargs["x_zero_point"]) * kwargs["x_scale"]
+    real = packed.unpack().float() * packed.scale[:, None]
+    bias = kwargs["bias"]
+    half = (x.bfloat16(), real.bfloat16(), bias.bfloat16())
+    return {
+        "torch fp32": lambda: F.linear(x, real, bias).relu_(),
+        "torch bf16": lambda: F.linear(*half).relu_(),
+        **_torch_int8(x_u8, packed, kwargs),
+        **_onnx_int8(x_u8, packed, kwargs, threads),
+    }
 
-    quantised = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
-    per_channel = torch.quantize_per_channel(
-        real, packed.scale.double(), torch.zeros(packed.outputs, dtype=torch.int64), 0, torch.qint8
+
+def _torch_int8(x_u8: torch.Tensor, packed: Any, kwargs: dict[str, Any]) -> dict[str, Call]:
+    scale, zero_point, bias = kwargs["x_scale"], kwargs["x_zero_point"], kwargs["bias"]
+    out = kwargs["out_scale"], kwargs["out_zero_point"]
+    x = torch._make_per_tensor_quantized_tensor(x_u8, scale, zero_point)
+    no_zero_points = torch.zeros(packed.outputs, dtype=torch.int64)
+    weight = torch._make_per_channel_quantized_tensor(
+        packed.unpack(), packed.scale.double(), no_zero_points, 0
     )
-    prepacked = torch.ops.quantized.linear_prepack(per_channel, kwargs["bias"])
-    out_scale, out_zero_point = kwargs["out_scale"], kwargs["out_zero_point"]
-    calls["torch int8 (FBGEMM)"] = lambda: torch.ops.quantized.linear_relu(
-        quantised, prepacked, out_scale, out_zero_point
-    )
-    onnx = _qlinear_matmul(x_u8.numpy(), packed, weight, kwargs)
-    ort = onnxruntime_call(onnx, {"x": x_u8.numpy()}, threads)
-    return calls if ort is None else calls | {"onnxruntime int8": ort}
+    calls: dict[str, Call] = {}
+    before = torch.backends.quantized.engine
+    try:
+        for engine, name in (("fbgemm", "FBGEMM"), ("onednn", "oneDNN")):
+            if engine not in torch.backends.quantized.supported_engines:
+                continue
+            # The packed weight keeps the engine that it was packed for.
+            torch.backends.quantized.engine = engine
+            dense = torch.ops.quantized.linear_prepack(weight, bias)
+            calls[f"torch int8 ({name})"] = lambda dense=dense: torch.ops.quantized.linear_relu(
+                x, dense, *out
+            )
+        # What torch.export's quantiser lowers to.
+        lowered = torch.ops.onednn.qlinear_prepack(packed.unpack().t(), list(x_u8.shape))
+        calls["torch int8 (oneDNN, export)"] = lambda: torch.ops.onednn.qlinear_pointwise(
+            *(x_u8, scale, zero_point, lowered, packed.scale, no_zero_points.int(), bias),
+            *(*out, torch.uint8, "relu", [], ""),
+        )
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = "fbgemm"
+            # Its kernel adds pairs of products in saturating 16 bits: 8-bit inputs come out wrong,
+            # so it gets 7 bits, as torch's reduce_range says; x = 2 x7 - 1 or 2 x7.
+            x7 = torch._make_per_tensor_quantized_tensor(
+                ((x_u8.int() + 1) // 2).to(torch.uint8), 2 * scale, (zero_point + 1) // 2
+            )
+            sparse = torch.ops.sparse.qlinear_prepack(weight, bias, 1, 4)
+            calls["torch int8 block-sparse 1x4 (FBGEMM, 7-bit activations)"] = lambda: (
+                torch.ops.sparse.qlinear_relu(x7, sparse, *out)
+            )
+    finally:
+        torch.backends.quantized.engine = before
+    return calls
+
+
+def _onnx_int8(
+    x_u8: torch.Tensor, packed: Any, kwargs: dict[str, Any], threads: int
+) -> dict[str, Call]:
+    """QDQ graphs, which both runtimes fuse into one INT8 layer with bias, ReLU and requantisation.
+
+    OpenVINO also gets the input shifted to s8 with zero point 0 and the difference in the bias: the
+    same sums, and on some sizes its faster kernel (ONNX Runtime's is twenty times slower).
+    """
+    try:
+        from onnx import helper
+    except ImportError:
+        return {}
+    node = helper.make_node
+    scale, zero_point = kwargs["x_scale"], kwargs["x_zero_point"]
+    weight, bias, w_scale = packed.unpack(), kwargs["bias"], packed.scale
+    shift = (scale * w_scale) * (128 - zero_point) * weight.int().sum(1)
+    shared = {
+        "x_scale": np.float32(scale),
+        "w": weight.t().contiguous().numpy(),
+        "w_scale": w_scale.numpy(),
+        "w_zero": np.zeros(packed.outputs, np.int8),
+        "y_scale": np.float32(kwargs["out_scale"]),
+        "y_zero": np.uint8(kwargs["out_zero_point"]),
+    }
+    real = [
+        node("DequantizeLinear", ["x", "x_scale", "x_zero"], ["x_real"]),
+        node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["w_real"], axis=1),
+    ]
+    ending = [
+        node("Relu", ["sum"], ["positive"]),
+        node("QuantizeLinear", ["positive", "y_scale", "y_zero"], ["y"]),
+    ]
+    outputs = {"y": (np.uint8, (len(x_u8), packed.outputs))}
+
+    def added(x: np.ndarray, zero: Any, offset: torch.Tensor) -> bytes | None:
+        product = node("MatMul", ["x_real", "w_real"], ["product"])
+        nodes = [*real, product, node("Add", ["product", "b"], ["sum"]), *ending]
+        constants = shared | {"x_zero": zero, "b": offset.numpy()}
+        return onnx_model(nodes, {"x": x}, outputs, constants)
+
+    def gemm(x: np.ndarray) -> bytes | None:
+        """With the bias in integers, as ONNX Runtime's QGemm wants it."""
+        b_scale = scale * w_scale
+        constants = shared | {
+            "x_zero": np.uint8(zero_point),
+            "b": (bias / b_scale).round().to(torch.int32).numpy(),
+            "b_scale": b_scale.numpy(),
+            "b_zero": np.zeros(packed.outputs, np.int32),
+        }
+        b_real = node("DequantizeLinear", ["b", "b_scale", "b_zero"], ["b_real"], axis=0)
+        nodes = [*real, b_real, node("Gemm", ["x_real", "w_real", "b_real"], ["sum"]), *ending]
+        return onnx_model(nodes, {"x": x}, outputs, constants)
+
+    def matmul(x: np.ndarray) -> bytes | None:
+        """Without the bias, a little less work than ours: u8 output clips at zero point 0."""
+        names = ["x", "x_scale", "x_zero", "w", "w_scale", "w_zero", "y_scale", "y_zero"]
+        constants = shared | {"x_zero": np.uint8(zero_point)}
+        return onnx_model([node("QLinearMatMul", names, ["y"])], {"x": x}, outputs, constants)
+
+    u8, s8 = x_u8.numpy(), (x_u8.int() - 128).to(torch.int8).numpy()
+    calls = {
+        "onnxruntime int8": onnxruntime_call(gemm(u8), {"x": u8}, threads),
+        "onnxruntime int8, no bias": onnxruntime_call(matmul(u8), {"x": u8}, threads),
+        "openvino int8": openvino_call(added(u8, np.uint8(zero_point), bias), {"x": u8}, threads),
+        "openvino int8, s8 input": openvino_call(
+            added(s8, np.int8(0), bias + shift), {"x": s8}, threads
+        ),
+    }
+    return named(calls)
 
 
 def prepared(args: Any, kwargs: dict[str, Any]) -> Call:
@@ -43,31 +151,6 @@ def prepared(args: Any, kwargs: dict[str, Any]) -> Call:
     layer.set_input_quantization(kwargs["x_scale"], kwargs["x_zero_point"])
     layer.set_output_quantization(kwargs["out_scale"], kwargs["out_zero_point"])
     return lambda: layer(x)
-
-
-def _qlinear_matmul(
-    x: np.ndarray, packed: Any, weight: torch.Tensor, kwargs: dict[str, Any]
-) -> bytes | None:
-    """u8 x s8 with per-channel scales; the u8 output clips at zero point 0, which is the ReLU.
-
-    The bias is left out: a little less work than ours does.
-    """
-    try:
-        from onnx import helper
-    except ImportError:
-        return None
-    constants = {
-        "x_scale": np.float32(kwargs["x_scale"]),
-        "x_zero": np.uint8(kwargs["x_zero_point"]),
-        "w": np.ascontiguousarray(weight.numpy().T),
-        "w_scale": packed.scale.numpy(),
-        "w_zero": np.zeros(packed.outputs, np.int8),
-        "y_scale": np.float32(kwargs["out_scale"]),
-        "y_zero": np.uint8(kwargs["out_zero_point"]),
-    }
-    node = helper.make_node("QLinearMatMul", ["x", *constants], ["y"])
-    outputs = {"y": (np.uint8, (x.shape[0], packed.outputs))}
-    return onnx_model([node], {"x": x}, outputs, constants)
 
 
 def value(output: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:

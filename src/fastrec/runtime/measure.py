@@ -105,16 +105,15 @@ def ratio(a: Samples, b: Samples, *, resamples: int = 1000, seed: int = 0) -> In
     return Interval(float(np.median(a.ns) / np.median(b.ns)), float(low), float(high))
 
 
-def measured_spin_s(call: Callable[[], Any], *, look_s: float = 0.06) -> float:
+def measured_spin_s(call: Callable[[], Any], *, looks: int = 3, look_s: float = 0.06) -> float:
     """How long a call's worker threads keep spinning after it, in seconds of wall time.
 
     Read from the CPU time of the whole process while this thread sleeps for ``look_s`` (longer than
-    the slowest pool known, ONNX Runtime's 40 ms); the longest of three looks, half as much again
+    the slowest pool known, ONNX Runtime's 40 ms); the longest of the looks, half as much again
     because spinning threads that share a core take longer.
     """
     burnt = 0.0
-    for _ in range(3):
-        call()
+    for _ in range(looks):
         call()
         before = time.process_time()
         time.sleep(look_s)
@@ -130,7 +129,7 @@ def interleaved(
     rounds: int = 20,
     calls: int | Mapping[str, int] = 5,
     warmup: int = 3,
-    warm_s: float = 0.0,
+    warm_s: float | Mapping[str, float | None] = 0.0,
     settle_s: float | None = None,
     seconds_budget: float | None = None,
     seed: int = 0,
@@ -148,7 +147,8 @@ def interleaved(
             each engine its own number (fewer for one that takes long).
         warmup: uncounted calls per engine before the first round.
         warm_s: an engine's turn begins with uncounted calls for this long, at least one: they wake
-            its own threads and bring its data back into the caches.
+            its own threads and bring its data back into the caches. A mapping gives each engine
+            its own; None there leaves them out, for calls so long that it does not show.
         settle_s: pause before each turn in seconds; None means the ``spin_s`` that the engine timed
             before states, or 50 ms where it states none.
         seconds_budget: stop after the round in which this much time is spent; at least one is
@@ -194,10 +194,12 @@ def interleaved(
             engine = engines[name]
             pause(previous)
             first, times = r * counts[name], []
-            awake = clock() + int(warm_s * 1e9)
-            engine(*inputs[first % len(inputs)])
-            while clock() < awake:
+            warm = warm_s[name] if isinstance(warm_s, Mapping) else warm_s
+            if warm is not None:
+                awake = clock() + int(warm * 1e9)
                 engine(*inputs[first % len(inputs)])
+                while clock() < awake:
+                    engine(*inputs[first % len(inputs)])
             for j in range(counts[name]):
                 request = inputs[(first + j) % len(inputs)]
                 start = clock()
