@@ -73,6 +73,24 @@ class int8_embedding:
         ids: int, table: int, scale: int, out: int, count: int, rows: int, dims: int
     ) -> int: ...
 
+class activation_quantize:
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def run(
+        x: int,
+        x_type: int,
+        x_scale: int,
+        bias: int,
+        activation: int,
+        y: int,
+        y_type: int,
+        scale: float,
+        zero_point: int,
+        count: int,
+        channels: int,
+    ) -> bool: ...
+
 class layer_norm_quantize:
     @staticmethod
     def kernel_isa() -> str: ...

@@ -23,6 +23,7 @@ from fastrec.kernels._compiled import (
 
 if TYPE_CHECKING:
     from fastrec.kernels._registry import OpSpec
+    from fastrec.kernels.activation_quantize import activation_quantize
     from fastrec.kernels.grouped_linear import grouped_linear
     from fastrec.kernels.int8_embedding import int8_embedding
     from fastrec.kernels.layer_norm_quantize import layer_norm_quantize
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # One line per op.
 OP_IDS = (
+    "activation_quantize",
     "grouped_linear",
     "int8_embedding",
     "layer_norm_quantize",
@@ -45,6 +47,7 @@ OP_IDS = (
 __all__ = [
     "OP_IDS",
     "PackedWeight",
+    "activation_quantize",
     "active_isa",
     "available_isas",
     "call_threads",
