@@ -9,23 +9,24 @@ namespace py = pybind11;
 namespace fastrec::window_sparse_attention {
 namespace {
 
+// Tuples of integers, whose casts one by one would cost as much as the rest of the call.
+int64_t number(const py::tuple& t, int i) {
+  return PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), i));
+}
+
 // (address, batch stride, head stride, row stride)
 View view(const py::tuple& t) {
-  const auto number = [&](size_t i) { return t[i].cast<int64_t>(); };
-  return {reinterpret_cast<void*>(t[0].cast<uintptr_t>()), number(1), number(2), number(3)};
+  return {reinterpret_cast<void*>(number(t, 0)), number(t, 1), number(t, 2), number(t, 3)};
 }
 
 // (dtype, B, H, rows, D, address of lengths, address of cu_seqlens)
 Shape shape(const py::tuple& t) {
-  const auto number = [&](size_t i) { return t[i].cast<int64_t>(); };
-  const auto address = [&](size_t i) {
-    return reinterpret_cast<const int64_t*>(t[i].cast<uintptr_t>());
-  };
-  return {static_cast<Dtype>(number(0)),
-          number(1),
-          number(2),
-          number(3),
-          number(4),
+  const auto address = [&](int i) { return reinterpret_cast<const int64_t*>(number(t, i)); };
+  return {static_cast<Dtype>(number(t, 0)),
+          number(t, 1),
+          number(t, 2),
+          number(t, 3),
+          number(t, 4),
           address(5),
           address(6)};
 }

@@ -45,6 +45,8 @@ _LIBRARY.define(
 
 def choose(q: torch.Tensor, backend: str | None) -> str:
     """The backend for this tensor."""
+    if backend is None and q.is_cpu and q.dtype in _cpu.DTYPES and BACKENDS.cpu_is_compiled:
+        return "cpu"
     return BACKENDS.choose(Signature(q.device.type, DTYPE_NAMES[q.dtype]), backend)
 
 
