@@ -24,6 +24,7 @@ from fastrec.kernels.window_sparse_attention.samples import compare, samples
 __all__ = ["SPEC", "AttentionPattern", "window_sparse_attention"]
 
 MAX_DIMS = 256
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _check(
@@ -141,10 +142,11 @@ def window_sparse_attention(
     compiling = torch.compiler.is_compiling()
     offsets = encode(pattern) if compiling else encode_cached(pattern)
     args = (q, k, v, pattern.window, offsets, pattern.causal, lengths, cu_seqlens, scale, backend)
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    # Subclasses (fake tensors, functorch's wrappers) have no address to hand out.
-    if compiling or recorded or type(q) is not torch.Tensor:
+    # Subclasses and functorch's wrappers have no address to hand out.
+    if compiling or type(q) not in _PLAIN or torch._C._are_functorch_transforms_active():
         out, lse = torch.ops.fastrec.window_sparse_attention(*args)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _torch_op.Eager.apply(*args)
     else:
         out, lse = _torch_op.forward(*args, with_lse=return_lse)
     return (out, lse) if return_lse else out

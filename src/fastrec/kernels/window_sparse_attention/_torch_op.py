@@ -164,6 +164,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.save_for_backward(q, k, v, *output, lengths, cu_seqlens)
     ctx.pattern, ctx.scale, ctx.backend = (window, offsets, causal), scale, backend
     ctx.set_materialize_grads(False)
+    ctx.eager = False
 
 
 def _gradients(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> Any:
@@ -172,21 +173,25 @@ def _gradients(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None)
     if d_out is not None or d_lse is not None:
         if d_out is None:
             d_out = torch.zeros_like(out)
-        grads = torch.ops.fastrec.window_sparse_attention_backward(
-            d_out,
-            d_lse,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *ctx.pattern,
-            lengths,
-            cu_seqlens,
-            ctx.scale,
-            ctx.backend,
-        )
+        # Recording a second derivative is for the op, which refuses it where it is asked for.
+        op = torch.ops.fastrec.window_sparse_attention_backward
+        run = _backward if ctx.eager and not torch.is_grad_enabled() else op
+        rest = (*ctx.pattern, lengths, cu_seqlens, ctx.scale, ctx.backend)
+        grads = run(d_out, d_lse, q, k, v, out, lse, *rest)
     return *grads, *(None,) * 7
+
+
+class Eager(torch.autograd.Function):
+    """The op with gradients and without the dispatcher, which costs several times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.eager = True
+        return output
+
+    backward = staticmethod(_gradients)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
