@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "activation_quantize/bind.h"
+#include "attention_map_kl/bind.h"
 #include "ceilings.h"
 #include "cpu_features.h"
 #include "grouped_linear/bind.h"
@@ -16,6 +17,7 @@
 #include "separable_projection/bind.h"
 #include "sparse_int8_linear/bind.h"
 #include "window_sparse_attention/bind.h"
+#include "window_sparse_attention_int8/bind.h"
 
 namespace py = pybind11;
 using namespace fastrec;
@@ -97,10 +99,12 @@ PYBIND11_MODULE(_native, m) {
 
   grouped_linear::bind(m);
   activation_quantize::bind(m);
+  attention_map_kl::bind(m);
   int8_embedding::bind(m);
   layer_norm_quantize::bind(m);
   padded_attention::bind(m);
   separable_projection::bind(m);
   sparse_int8_linear::bind(m);
   window_sparse_attention::bind(m);
+  window_sparse_attention_int8::bind(m);
 }

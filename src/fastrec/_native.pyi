@@ -262,3 +262,63 @@ class window_sparse_attention:
             dv: View,
             delta: View,
         ) -> int: ...
+
+class window_sparse_attention_int8:
+    MAX_KEYS: ClassVar[int]
+    MAX_DIMS: ClassVar[int]
+    NOT_FINITE: ClassVar[int]
+    BAD_SCALE: ClassVar[int]
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def run(
+        q: tuple[int, int, int, int],
+        q_u8: bool,
+        q_zero_point: int,
+        k: tuple[int, int, int, int],
+        v: tuple[int, int, int, int],
+        v_f32: bool,
+        v_scale: int,
+        exponent_scale: float,
+        out: int,
+        out_u8: bool,
+        out_scale: float,
+        out_zero_point: int,
+        lengths: int,
+        window: int,
+        causal: bool,
+        distances: int,
+        starts: int,
+        batch: int,
+        heads: int,
+        length: int,
+        dims: int,
+    ) -> int: ...
+
+Map = tuple[int, int, int, int, int]
+"""Address, strides of batch, head and row in floats, and dims."""
+
+class attention_map_kl:
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def run(
+        teacher_q: Map,
+        teacher_k: Map,
+        student_q: Map,
+        student_k: Map,
+        teacher_scale: float,
+        student_scale: float,
+        teacher_causal: bool,
+        kl: int,
+        dq: int,
+        dk: int,
+        lengths: int,
+        window: int,
+        causal: bool,
+        distances: int,
+        starts: int,
+        batch: int,
+        heads: int,
+        length: int,
+    ) -> int: ...

@@ -24,6 +24,7 @@ from fastrec.kernels._compiled import (
 if TYPE_CHECKING:
     from fastrec.kernels._registry import OpSpec
     from fastrec.kernels.activation_quantize import activation_quantize
+    from fastrec.kernels.attention_map_kl import attention_map_kl
     from fastrec.kernels.grouped_linear import grouped_linear
     from fastrec.kernels.int8_embedding import int8_embedding
     from fastrec.kernels.layer_norm_quantize import layer_norm_quantize
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from fastrec.kernels.separable_projection import separable_projection
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
     from fastrec.kernels.window_sparse_attention import window_sparse_attention
+    from fastrec.kernels.window_sparse_attention_int8 import window_sparse_attention_int8
 
 # One line per op.
 OP_IDS = (
     "activation_quantize",
+    "attention_map_kl",
     "grouped_linear",
     "int8_embedding",
     "layer_norm_quantize",
@@ -42,6 +45,7 @@ OP_IDS = (
     "separable_projection",
     "sparse_int8_linear",
     "window_sparse_attention",
+    "window_sparse_attention_int8",
 )
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "PackedWeight",
     "activation_quantize",
     "active_isa",
+    "attention_map_kl",
     "available_isas",
     "call_threads",
     "force_isa",
@@ -63,6 +68,7 @@ __all__ = [
     "set_num_threads",
     "sparse_int8_linear",
     "window_sparse_attention",
+    "window_sparse_attention_int8",
 ]
 
 

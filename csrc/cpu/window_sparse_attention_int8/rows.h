@@ -1,0 +1,61 @@
+// Addresses and the output rule shared by the kernels; compiled for the baseline.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "window_sparse_attention_int8/window_sparse_attention_int8.h"
+
+namespace fastrec::window_sparse_attention_int8 {
+namespace {
+
+template <class T>
+const T* head_of(const Rows& rows, int64_t batch, int64_t head) {
+  return static_cast<const T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+}
+
+// The largest |v| of the valid rows; negative where one is not finite.
+inline float largest_value(const Call& call, int64_t batch, int64_t head) {
+  const float* v = head_of<float>(call.v, batch, head);
+  constexpr int kLanes = 16;
+  float lanes[kLanes] = {};
+  bool finite = true;
+  for (int64_t j = 0; j < call.keys(batch); ++j) {
+    const float* row = v + j * call.v.row_stride;
+    float difference = 0.0f;  // x - x is 0 for every finite x, NaN otherwise
+    int64_t d = 0;
+    for (; d + kLanes <= call.dims; d += kLanes)
+      for (int i = 0; i < kLanes; ++i) lanes[i] = std::max(lanes[i], std::fabs(row[d + i]));
+    for (; d < call.dims; ++d) lanes[0] = std::max(lanes[0], std::fabs(row[d]));
+    for (d = 0; d < call.dims; ++d) difference += row[d] - row[d];
+    finite &= difference == 0.0f;
+  }
+  return finite ? *std::max_element(lanes, lanes + kLanes) : -1.0f;
+}
+
+// 127 / largest; 0 for a head of zeros, and for one so small that the quotient overflows.
+inline float inverse_scale(float largest) {
+  const float inverse = 127.0f / largest;
+  return std::isfinite(inverse) ? inverse : 0.0f;
+}
+
+// Writes row i of a head; value(d) is its float.
+template <class Value>
+inline void store_row(const Call& call, int64_t batch, int64_t head, int64_t i, Value value) {
+  const int64_t at = ((batch * call.heads + head) * call.length + i) * call.dims;
+  if (!call.out_u8) {
+    float* to = static_cast<float*>(call.out) + at;
+    for (int64_t d = 0; d < call.dims; ++d) to[d] = value(d);
+    return;
+  }
+  uint8_t* to = static_cast<uint8_t*>(call.out) + at;
+  const float inverse = 1.0f / call.out_scale;
+  const auto zero = static_cast<float>(call.out_zero_point);
+  for (int64_t d = 0; d < call.dims; ++d) {
+    const float clipped = std::min(std::max(value(d) * inverse, -zero), 255.0f - zero);
+    to[d] = static_cast<uint8_t>(std::nearbyint(clipped) + zero);
+  }
+}
+
+}  // namespace
+}  // namespace fastrec::window_sparse_attention_int8

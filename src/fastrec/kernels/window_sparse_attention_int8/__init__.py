@@ -1,0 +1,371 @@
+"""``window_sparse_attention_int8``: attention over a pattern in 8-bit integers, inference only.
+
+Scores are exact int32 sums, softmax weights are requantised to 8 bits (255 for the largest score of
+a row), and the weighted sum of int8 values is exact again. Every float step is one fp32 operation
+in a fixed order, so that all instruction sets and the reference agree to the last bit; see
+``csrc/cpu/window_sparse_attention_int8/window_sparse_attention_int8.h``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from fastrec.kernels import _compiled
+from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._far import check_pattern, decoded, encoded, far_table
+from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
+from fastrec.kernels.window_sparse_attention_int8.reference import (
+    exponent_scale_of,
+    window_sparse_attention_int8_reference,
+)
+from fastrec.kernels.window_sparse_attention_int8.samples import compare, samples
+
+__all__ = ["SPEC", "window_sparse_attention_int8"]
+
+BACKENDS = Backends("window_sparse_attention_int8", {"cpu": cpu_can_run, "reference": always})
+MAX_KEYS, MAX_DIMS = 65_536, 256
+_DTYPES = {
+    "q": (torch.uint8, torch.int8),
+    "k": (torch.int8,),
+    "v": (torch.float32, torch.int8),
+}
+
+
+def _check_tensors(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor | None,
+    v_scale: float | torch.Tensor | None,
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in _DTYPES[name]:
+            raise DtypeError(name, " or ".join(map(str, _DTYPES[name])), tensor.dtype)
+        if tensor.dim() != 4:
+            raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
+        if tensor.shape != q.shape:
+            raise ShapeError(name, f"q's shape {list(q.shape)}", list(tensor.shape))
+        if tensor.device != q.device:
+            raise DeviceError(name, f"q's device {q.device}", tensor.device)
+    batch, heads, _, dims = q.shape
+    if heads == 0 or not 1 <= dims <= MAX_DIMS:
+        raise ShapeError("q", f"at least one head and 1 to {MAX_DIMS} dimensions", list(q.shape))
+    if lengths is not None:
+        if lengths.dtype is not torch.int64:
+            raise DtypeError("lengths", "int64", lengths.dtype)
+        if lengths.shape != (batch,):
+            raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
+        if lengths.device != q.device:
+            raise DeviceError("lengths", f"q's device {q.device}", lengths.device)
+    if v.dtype is torch.float32:
+        if v_scale is not None:
+            raise ArgumentError("v_scale", "None with a float v, which brings its own", "a scale")
+    elif isinstance(v_scale, torch.Tensor):
+        if v_scale.dtype is not torch.float32:
+            raise DtypeError("v_scale", "float32", v_scale.dtype)
+        if v_scale.shape != (batch, heads):
+            raise ShapeError("v_scale", f"shape [{batch}, {heads}]", list(v_scale.shape))
+        if v_scale.device != q.device:
+            raise DeviceError("v_scale", f"q's device {q.device}", v_scale.device)
+    elif v_scale is None:
+        raise ArgumentError("v_scale", "a positive number or float32 [B, H] with int8 v", None)
+
+
+def _check_scale(name: str, value: Any, *, zero: bool = False) -> None:
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or value < 0 or (value == 0 and not zero):
+        raise ArgumentError(name, f"a finite number {'>=' if zero else '>'} 0", value)
+
+
+def _check_zero_points(q: int, out_scale: float | None, out: int | None) -> None:
+    if out_scale is not None:
+        _check_scale("out_scale", out_scale)
+    for name, value in (("q_zero_point", q), ("out_zero_point", out)):
+        if value is not None and (not isinstance(value, int) or not 0 <= value <= 255):
+            raise ArgumentError(name, "an integer in [0, 255]", value)
+
+
+def _exponent_scale(q_scale: float, k_scale: float, scale: float | None, dims: int) -> float:
+    _check_scale("q_scale", q_scale)
+    _check_scale("k_scale", k_scale)
+    if scale is not None:
+        _check_scale("scale", scale, zero=True)
+    exponent_scale = exponent_scale_of(q_scale, k_scale, dims**-0.5 if scale is None else scale)
+    if exponent_scale > 1e30:  # 2^24 times it must stay a float32
+        raise ArgumentError("q_scale", "q_scale * k_scale * scale below 6.9e29", q_scale)
+    return exponent_scale
+
+
+def window_sparse_attention_int8(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: AttentionPattern,
+    *,
+    q_scale: float,
+    k_scale: float,
+    q_zero_point: int | None = None,
+    v_scale: float | torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+    out: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention over ``pattern`` in 8-bit integers.
+
+    The real numbers meant are ``q_scale * (q - q_zero_point)`` and ``k_scale * k``. Weights have 8
+    bits relative to the largest of their row: one below 1 / 510 of it counts as 0.
+
+    Args:
+        q: uint8 or int8 [B, H, L, D], D at most 256.
+        k: int8 [B, H, L, D], zero point 0.
+        v: float32 [B, H, L, D], which is brought to int8 by the largest valid |v| of each (batch,
+            head): the dynamic range of the paper's Value branch; or int8 with ``v_scale``.
+        pattern: who sees whom; a query sees at most 65,536 keys (its sums are int32).
+        q_scale, k_scale: step sizes, > 0.
+        q_zero_point: of a uint8 q, default 128; int8 has none.
+        v_scale: of an int8 v: a number or float32 [B, H].
+        lengths: int64 [B], keys at or beyond it are not seen and never read; None means L.
+        scale: factor of the scores, >= 0; None means D ** -0.5.
+        out: None for float32, "uint8" to requantise with ``out_scale`` and ``out_zero_point``.
+        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+
+    Returns:
+        [B, H, L, D], contiguous, float32 or uint8; a query without keys gives 0. Not
+        differentiable.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument, or NaN or infinity among
+            the valid values.
+        BackendError: the backend asked for can't run.
+    """
+    _check_tensors(q, k, v, lengths, v_scale)
+    batch, heads = q.shape[:2]
+    check_pattern(pattern, heads)
+    if q.dtype is torch.uint8:
+        q_zero_point = 128 if q_zero_point is None else q_zero_point
+    elif q_zero_point not in (None, 0):
+        raise ArgumentError("q_zero_point", "None with an int8 q", q_zero_point)
+    if out not in (None, "uint8"):
+        raise ArgumentError("out", "None or 'uint8'", repr(out))
+    if out is not None:
+        if out_scale is None or out_zero_point is None:
+            name = "out_scale" if out_scale is None else "out_zero_point"
+            raise ArgumentError(name, "a number with out='uint8'", None)
+    elif out_scale is not None or out_zero_point is not None:
+        name, got = (
+            ("out_scale", out_scale)
+            if out_scale is not None
+            else ("out_zero_point", out_zero_point)
+        )
+        raise ArgumentError(name, "given with out='uint8' only", got)
+    if v_scale is not None and not isinstance(v_scale, torch.Tensor):
+        v_scale = torch.full((batch, heads), float(v_scale), device=q.device)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastrec.window_sparse_attention_int8(
+            q,
+            k,
+            v,
+            encoded(pattern),
+            q_scale,
+            k_scale,
+            q_zero_point or 0,
+            v_scale=v_scale,
+            lengths=lengths,
+            scale=scale,
+            out_scale=out_scale,
+            out_zero_point=out_zero_point,
+        )
+    call = _run if BACKENDS.choose(Signature(q.device.type), backend) == "cpu" else _reference
+    return call(
+        q, k, v, pattern, q_scale, k_scale, q_zero_point or 0, v_scale, lengths, scale, out_scale,
+        out_zero_point,
+    )  # fmt: skip
+
+
+def _length_error(lengths: torch.Tensor, position: int, length: int) -> ArgumentError:
+    return ArgumentError("lengths", f"values in [0, {length}]", int(lengths[position]))
+
+
+def _keys_error(keys: int) -> ArgumentError:
+    return ArgumentError("pattern", f"at most {MAX_KEYS} keys a query", keys)
+
+
+def _values_error() -> ArgumentError:
+    return ArgumentError("v", "finite numbers", "NaN or infinity")
+
+
+def _scales_error() -> ArgumentError:
+    return ArgumentError("v_scale", "finite numbers >= 0", "another")
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: AttentionPattern,
+    q_scale: float,
+    k_scale: float,
+    q_zero_point: int,
+    v_scale: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    scale: float | None,
+    out_scale: float | None,
+    out_zero_point: int | None,
+) -> torch.Tensor:
+    _check_zero_points(q_zero_point, out_scale, out_zero_point)
+    _exponent_scale(q_scale, k_scale, scale, q.shape[3])
+    length = q.shape[2]
+    if lengths is not None:
+        outside = ((lengths < 0) | (lengths > length)).nonzero()
+        if len(outside):
+            raise _length_error(lengths, int(outside[0]), length)
+    keys = far_table(pattern, length, q.shape[1]).keys
+    if keys > MAX_KEYS:
+        raise _keys_error(keys)
+    if v_scale is not None and not bool((v_scale.isfinite() & (v_scale >= 0)).all()):
+        raise _scales_error()
+    if v.dtype is torch.float32:
+        for b in range(len(v)):
+            if not bool(v[b, :, : None if lengths is None else int(lengths[b])].isfinite().all()):
+                raise _values_error()
+    return window_sparse_attention_int8_reference(
+        q,
+        k,
+        v,
+        pattern,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        scale=scale,
+        q_zero_point=q_zero_point,
+        v_scale=v_scale,
+        lengths=lengths,
+        out=None if out_scale is None else "uint8",
+        out_scale=out_scale,
+        out_zero_point=out_zero_point,
+    )
+
+
+def _strided(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """The tensor, copied where the dimensions of a row do not follow each other; its address."""
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    batch, head, row, _ = x.stride()
+    return x, (x.data_ptr(), batch, head, row)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: AttentionPattern,
+    q_scale: float,
+    k_scale: float,
+    q_zero_point: int,
+    v_scale: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    scale: float | None,
+    out_scale: float | None,
+    out_zero_point: int | None,
+) -> torch.Tensor:
+    batch, heads, length, dims = q.shape
+    _check_zero_points(q_zero_point, out_scale, out_zero_point)
+    exponent_scale = _exponent_scale(q_scale, k_scale, scale, dims)
+    table = far_table(pattern, length, heads)
+    if table.keys > MAX_KEYS:
+        raise _keys_error(table.keys)
+    q, q_rows = _strided(q)
+    k, k_rows = _strided(k)
+    v, v_rows = _strided(v)
+    v_scale = None if v_scale is None else v_scale.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
+    result = torch.empty(q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
+    native = _compiled.native().window_sparse_attention_int8
+    status = native.run(
+        q_rows,
+        q.dtype is torch.uint8,
+        q_zero_point,
+        k_rows,
+        v_rows,
+        v.dtype is torch.float32,
+        0 if v_scale is None else v_scale.data_ptr(),
+        exponent_scale,
+        result.data_ptr(),
+        out_scale is not None,
+        1.0 if out_scale is None else out_scale,
+        out_zero_point or 0,
+        0 if lengths is None else lengths.data_ptr(),
+        min(pattern.window, length),
+        pattern.causal,
+        table.distances.data_ptr(),
+        table.starts.data_ptr(),
+        batch,
+        heads,
+        length,
+        dims,
+    )
+    if status == native.NOT_FINITE:
+        raise _values_error()
+    if status == native.BAD_SCALE:
+        raise _scales_error()
+    if status >= 0:
+        assert lengths is not None
+        raise _length_error(lengths, status, length)
+    return result
+
+
+_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
+_LIBRARY.define(
+    "window_sparse_attention_int8(Tensor q, Tensor k, Tensor v, str pattern, float q_scale, "
+    "float k_scale, int q_zero_point, *, Tensor? v_scale=None, Tensor? lengths=None, "
+    "float? scale=None, float? out_scale=None, int? out_zero_point=None) -> Tensor"
+)
+
+
+def _torch_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: str,
+    q_scale: float,
+    k_scale: float,
+    q_zero_point: int,
+    *,
+    v_scale: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    scale: float | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int | None = None,
+) -> torch.Tensor:
+    call = _run if BACKENDS.choose(Signature(q.device.type)) == "cpu" else _reference
+    return call(
+        q, k, v, decoded(pattern), q_scale, k_scale, q_zero_point, v_scale, lengths, scale,
+        out_scale, out_zero_point,
+    )  # fmt: skip
+
+
+_LIBRARY.impl("window_sparse_attention_int8", _torch_op, "CPU")
+
+
+def _fake(q: torch.Tensor, *args: Any, out_scale: float | None = None, **kwargs: Any) -> Any:
+    return q.new_empty(q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
+
+
+torch.library.register_fake("fastrec::window_sparse_attention_int8", _fake, lib=_LIBRARY)
+
+SPEC = OpSpec(
+    op_id="window_sparse_attention_int8",
+    summary="window and sparse attention in exact 8-bit integer arithmetic",
+    function=window_sparse_attention_int8,
+    reference=window_sparse_attention_int8_reference,
+    backends=BACKENDS,
+    samples=samples,
+    compare=compare,
+)
