@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from fastrec import AttentionPattern, kernels
 from fastrec.errors import ArgumentError, BackendError, DtypeError, ShapeError
 from fastrec.kernels import window_sparse_attention
-from fastrec.kernels._compiled import reason_missing
+from fastrec.kernels._compiled import native, reason_missing
 from fastrec.kernels.window_sparse_attention import SPEC
 from fastrec.kernels.window_sparse_attention._spec import decode, encode
 from fastrec.kernels.window_sparse_attention.reference import window_sparse_attention_reference
@@ -234,6 +237,47 @@ def test_what_lies_around_the_rows_is_never_read(isa: str) -> None:
         args = (q, k, v, pattern)
         SPEC.compare(window_sparse_attention(*args, **kwargs), args, kwargs)
         check_gradients((q, k, v), pattern, kwargs)
+
+
+def test_a_hundred_thousand_rows() -> None:
+    """A buffer of L x L would be 40 GB."""
+    q, k, v = draw(3, 1, 1, 100_000, 8)
+    pattern = AttentionPattern(2, "log2")
+    args = (q, k, v, pattern)
+    SPEC.compare(window_sparse_attention(*args), args, {})
+    q.requires_grad_()
+    (dq,) = torch.autograd.grad(window_sparse_attention(q, k, v, pattern).sum(), q)
+    # The gradient of a row depends on its own keys alone: the last one's, on a short copy of them.
+    rows = [99_999 - d for d in (0, 1, 2, *pattern.distances(100_000))]
+    last = q.detach()[0, 0, -1].double().requires_grad_()
+    weights = (k[0, 0, rows].double() @ last * 8**-0.5).softmax(0)
+    (expected,) = torch.autograd.grad((weights @ v[0, 0, rows].double()).sum(), last)
+    torch.testing.assert_close(dq[0, 0, -1].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+@pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
+def test_hot_loops_touch_no_stack() -> None:
+    """gcc may spill accumulators into the loop, which runs three times slower yet stays correct."""
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native().__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = re.findall(
+        r"^[0-9a-f]+ <(\S*23window_sparse_attention12_GLOBAL__N_111near_scoresILi(\d+)E\S*)>:\n"
+        r"(.*?)\n\n",
+        text,
+        re.M | re.S,
+    )
+    assert sorted(int(keys) for _, keys, _ in found) == [2, 4, 6, 8, 16, 24]
+    for name, keys, body in found:
+        lines = body.splitlines()
+        hot = [i for i, line in enumerate(lines) if "vfmadd" in line]
+        assert len(hot) >= int(keys), name
+        loop = lines[hot[0] : hot[-1] + 1]
+        assert not [line for line in loop if "rsp" in line or "rbp" in line], name
 
 
 def test_extreme_scores_stay_finite() -> None:
