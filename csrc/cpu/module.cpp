@@ -11,6 +11,7 @@
 #include "cpu_features.h"
 #include "grouped_linear/bind.h"
 #include "int8_embedding/bind.h"
+#include "int8_embedding_sum/bind.h"
 #include "layer_norm_quantize/bind.h"
 #include "padded_attention/bind.h"
 #include "parallel.h"
@@ -101,6 +102,7 @@ PYBIND11_MODULE(_native, m) {
   activation_quantize::bind(m);
   attention_map_kl::bind(m);
   int8_embedding::bind(m);
+  int8_embedding_sum::bind(m);
   layer_norm_quantize::bind(m);
   padded_attention::bind(m);
   separable_projection::bind(m);
