@@ -9,6 +9,7 @@
 #include "attention_map_kl/bind.h"
 #include "ceilings.h"
 #include "cpu_features.h"
+#include "engine/bind.h"
 #include "grouped_linear/bind.h"
 #include "int8_embedding/bind.h"
 #include "int8_embedding_sum/bind.h"
@@ -98,9 +99,10 @@ PYBIND11_MODULE(_native, m) {
         py::call_guard<py::gil_scoped_release>(),
         "10^9 bytes a second that one core reads from a buffer of that size.");
 
-  grouped_linear::bind(m);
   activation_quantize::bind(m);
   attention_map_kl::bind(m);
+  engine::bind(m);
+  grouped_linear::bind(m);
   int8_embedding::bind(m);
   int8_embedding_sum::bind(m);
   layer_norm_quantize::bind(m);

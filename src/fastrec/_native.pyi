@@ -28,6 +28,24 @@ def bf16_peak_gflops(seconds: float) -> float: ...
 def vpdpbusd_peak_gops(seconds: float) -> float: ...
 def read_bandwidth_gbs(buffer_bytes: int, seconds: float) -> float: ...
 
+class engine:
+    MAX_SYMBOLS: ClassVar[int]
+    MAX_DIMS: ClassVar[int]
+    MAX_OPERANDS: ClassVar[int]
+    MAX_REGISTERS: ClassVar[int]
+    MAP_OPS: ClassVar[list[str]]
+
+    class Executor:
+        def __init__(
+            self,
+            constants: list[int],
+            slots: list[list[list[int]]],
+            steps: list[tuple[str, list[tuple[object, ...]], list[int], list[float]]],
+        ) -> None: ...
+        def run(
+            self, symbols: list[int], inputs: list[int], output: int, step_ns: int = 0
+        ) -> tuple[int, int, int]: ...
+
 class grouped_linear:
     @staticmethod
     def kernel_isa(bf16: bool = False) -> str: ...

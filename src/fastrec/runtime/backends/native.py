@@ -1,8 +1,8 @@
-"""fastrec's own kernels, op by op: the model's forward, whose fastrec.nn modules run on them.
+"""fastrec's own kernels: the whole model as one native call, or op by op within torch's forward.
 
-The whole-model executor, which needs no torch, is a later version. What remains in torch (norms,
-float layers) shares the cores with the kernels' pool, so its thread count is measured, and so is
-whether attention runs on ``padded_attention``.
+The plan (``fastrec.runtime.plan``) runs without Python or torch; a model that holds an op it lacks,
+or another dtype than float32 and int8, runs op by op, and ``describe()`` says which op it was. Both
+are measured, and so are torch's share of the threads and its attention where torch takes part.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from fastrec.runtime.backends._torch import (
     reason_no_torch,
     torch_versions,
 )
-from fastrec.runtime.choose import fastest
+from fastrec.runtime.choose import choice, fastest
 from fastrec.runtime.engine import BuildOptions, Engine
 from fastrec.runtime.model_spec import quantised_module
 from fastrec.runtime.onnx_export import evaluated
+from fastrec.runtime.plan.engine import PlanEngine
+from fastrec.runtime.plan.lower import lower, plan_spec
+from fastrec.runtime.plan.passes import optimise
 from fastrec.runtime.threads import with_torch_threads
 
 PRECISIONS = ("fp32", "int8")
+PLAN = "one plan"
 
 
 def can_run() -> str | None:
@@ -50,8 +54,9 @@ def versions() -> dict[str, str]:
 def build(
     model: nn.Module, example_inputs: tuple[torch.Tensor, ...], options: BuildOptions
 ) -> Engine:
-    """The model as it is; settings: ``torch_threads``."""
-    options.allow("torch_threads")
+    """The model as it is; settings: ``executor`` (``plan`` or ``torch``), ``torch_threads``."""
+    options.allow("executor", "torch_threads")
+    executor = options.setting("executor", ("plan", "torch"))
     quantised = quantised_module(model)
     if options.precision == "int8" and quantised is None:
         raise BackendError(
@@ -60,6 +65,11 @@ def build(
         )
     if options.precision == "fp32" and quantised is not None:
         raise BackendError(f"native runs a model as it is, and {quantised} is int8")
+    plan, refusal = (
+        (None, None) if executor == "torch" else _planned(model, example_inputs, options)
+    )
+    if executor == "plan" and plan is None:
+        raise BackendError(str(refusal))
     shares = sorted({1, options.threads})
     if "torch_threads" in options.settings:
         shares = [int(options.settings["torch_threads"])]
@@ -76,11 +86,16 @@ def build(
         return lambda *inputs: with_torch_threads(threads, forward, *inputs)
 
     names = {f"{name}, torch_threads={n}": (name, n) for name in models for n in shares}
-    best, rows = fastest(
-        {label: at(forwards[name], n) for label, (name, n) in names.items()},
-        example_inputs,
-        settle_s=SPIN_S,
-    )
+    calls = {label: at(forwards[name], n) for label, (name, n) in names.items()}
+    if plan is not None:
+        calls = {PLAN: plan} if executor == "plan" else {PLAN: plan, **calls}
+    best, rows = fastest(calls, example_inputs, settle_s=SPIN_S)
+    if refusal is not None:
+        rows.append(choice(PLAN, False, None, str(refusal)))
+    if best == PLAN:
+        assert plan is not None
+        plan._rows = [*plan.profile([t.numpy() for t in example_inputs]), *rows]
+        return plan
     attention, torch_threads = names[best]
     return TorchEngine(
         forwards[attention],
@@ -92,6 +107,29 @@ def build(
         rows=[*_module_rows(models[attention], example_inputs), *rows],
         versions=versions(),
     )
+
+
+def _planned(
+    model: nn.Module, example_inputs: tuple[torch.Tensor, ...], options: BuildOptions
+) -> tuple[PlanEngine | None, BackendError | None]:
+    """The model as one plan, or why it can't be."""
+    if (reason := reason_missing()) is not None:
+        return None, BackendError(reason)
+    try:
+        plan = lower(model, example_inputs, options.spec)
+    except BackendError as error:
+        return None, error
+    optimise(plan)
+    engine = PlanEngine(
+        plan,
+        backend="native",
+        precision="fp32" if quantised_module(model) is None else "int8",
+        threads=options.threads,
+        spec=plan_spec(options.spec, plan, example_inputs),
+        rows=[],
+        versions=versions(),
+    )
+    return engine, None
 
 
 def _with_kernel_threads(forward: Forward, threads: int) -> Forward:

@@ -1,0 +1,36 @@
+// Runs a plan. No lock, Python or (once a size has been seen) allocation inside a call; any number
+// of callers at once, each with an arena of its own.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "engine/plan.h"
+
+namespace fastrec::engine {
+
+class Executor {
+ public:
+  explicit Executor(Plan plan);
+  ~Executor();
+
+  const Plan& plan() const { return plan_; }
+
+  // Inputs and the output are contiguous, of the sizes that the symbols say; the caller has checked
+  // them. Where `step_ns` is not null it receives the time of each step.
+  Status run(const Symbols& symbols, const std::byte* const* inputs, std::byte* output,
+             int64_t* step_ns = nullptr);
+
+ private:
+  struct Arena;
+  Arena* take();
+  void give(Arena* arena);
+
+  Plan plan_;
+  // Arenas that no call uses, as a stack without a lock: a taken one is marked in its own flag.
+  static constexpr int kKeptArenas = 64;
+  std::atomic<Arena*> kept_[kKeptArenas] = {};
+};
+
+}  // namespace fastrec::engine

@@ -1,0 +1,281 @@
+// map: an elementwise program over broadcast operands, interpreted a block at a time, so that a
+// chain of any length reads and writes memory once.
+//
+// operands  the inputs, expanded to the result's dims (stride 0 where they are broadcast), then the
+//           result
+// integers  four an instruction: MapOp, then registers a, b, c. Registers 0 .. inputs - 1 are the
+//           inputs, each instruction appends one; the last one is the result.
+//           number and integer: a = position in `numbers`; index: a = dimension
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "engine/map_ops.h"
+#include "engine/steps.h"
+#include "parallel.h"
+
+namespace fastrec::engine {
+namespace {
+
+constexpr int kBlock = 128;  // elements: 24 registers fit the first-level cache
+constexpr int64_t kParallelElements = 32'768;
+constexpr int kInstruction = 4;
+
+union Register {
+  float f32[kBlock];
+  int64_t i64[kBlock];
+};
+
+// Operands with as few dims as their strides allow; the result is operand `count - 1`.
+struct Loop {
+  int dims = 0, count;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxRegisters + 1][kMaxDims];
+};
+
+Loop collapse(const Tensor* operands, int count, bool keep_dims) {
+  const Tensor& result = operands[count - 1];
+  Loop loop;
+  loop.count = count;
+  for (int d = 0; d < result.dims; ++d) {
+    const int last = loop.dims - 1;
+    bool merges = !keep_dims && loop.dims > 0;
+    for (int o = 0; merges && o < count; ++o)
+      merges = loop.strides[o][last] == operands[o].strides[d] * result.sizes[d];
+    if (!merges) {
+      loop.sizes[loop.dims] = 1;
+      ++loop.dims;
+    }
+    const int into = loop.dims - 1;
+    loop.sizes[into] *= result.sizes[d];
+    for (int o = 0; o < count; ++o) loop.strides[o][into] = operands[o].strides[d];
+  }
+  if (loop.dims == 0) {
+    loop.dims = 1;
+    loop.sizes[0] = 1;
+    for (int o = 0; o < count; ++o) loop.strides[o][0] = 0;
+  }
+  return loop;
+}
+
+template <class To, class From>
+void load(To* to, const From* from, int64_t stride, int n) {
+  if (stride == 1)
+    for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+  else
+    for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i * stride]);
+}
+
+void load(Register& to, const Tensor& from, int64_t at, int64_t stride, int n) {
+  switch (from.dtype) {
+    case Dtype::f32:
+      return load(to.f32, from.as<float>() + at, stride, n);
+    case Dtype::i64:
+      return load(to.i64, from.as<int64_t>() + at, stride, n);
+    case Dtype::i32:
+      return load(to.i64, from.as<int32_t>() + at, stride, n);
+    case Dtype::u8:
+    case Dtype::b8:
+      return load(to.i64, from.as<uint8_t>() + at, stride, n);
+    case Dtype::s8:
+      return load(to.i64, from.as<int8_t>() + at, stride, n);
+  }
+}
+
+void store(const Register& from, const Tensor& to, int64_t at, int64_t stride, int n) {
+  switch (to.dtype) {
+    case Dtype::f32:
+      for (int i = 0; i < n; ++i) to.as<float>()[at + i * stride] = from.f32[i];
+      return;
+    case Dtype::i64:
+      for (int i = 0; i < n; ++i) to.as<int64_t>()[at + i * stride] = from.i64[i];
+      return;
+    default:  // the front end makes no other results than these and bool
+      for (int i = 0; i < n; ++i) to.as<uint8_t>()[at + i * stride] = from.i64[i] != 0;
+  }
+}
+
+// Whole blocks are computed, whatever n: what lies beyond is never stored.
+#define FASTREC_EACH(field, expression) \
+  for (int i = 0; i < kBlock; ++i) to.field[i] = (expression)
+
+void execute(MapOp op, Register& to, const Register& a, const Register& b, const Register& c) {
+  switch (op) {
+    case MapOp::add_f32:
+      FASTREC_EACH(f32, a.f32[i] + b.f32[i]);
+      return;
+    case MapOp::sub_f32:
+      FASTREC_EACH(f32, a.f32[i] - b.f32[i]);
+      return;
+    case MapOp::mul_f32:
+      FASTREC_EACH(f32, a.f32[i] * b.f32[i]);
+      return;
+    case MapOp::div_f32:
+      FASTREC_EACH(f32, a.f32[i] / b.f32[i]);
+      return;
+    // As torch: a NaN on either side wins.
+    case MapOp::max_f32:
+      FASTREC_EACH(f32, a.f32[i] > b.f32[i] || a.f32[i] != a.f32[i] ? a.f32[i] : b.f32[i]);
+      return;
+    case MapOp::min_f32:
+      FASTREC_EACH(f32, a.f32[i] < b.f32[i] || a.f32[i] != a.f32[i] ? a.f32[i] : b.f32[i]);
+      return;
+    case MapOp::neg_f32:
+      FASTREC_EACH(f32, -a.f32[i]);
+      return;
+    case MapOp::abs_f32:
+      FASTREC_EACH(f32, std::fabs(a.f32[i]));
+      return;
+    case MapOp::exp_f32:
+      FASTREC_EACH(f32, std::exp(a.f32[i]));
+      return;
+    case MapOp::log_f32:
+      FASTREC_EACH(f32, std::log(a.f32[i]));
+      return;
+    case MapOp::sqrt_f32:
+      FASTREC_EACH(f32, std::sqrt(a.f32[i]));
+      return;
+    case MapOp::rsqrt_f32:
+      FASTREC_EACH(f32, 1.0f / std::sqrt(a.f32[i]));
+      return;
+    case MapOp::tanh_f32:
+      FASTREC_EACH(f32, std::tanh(a.f32[i]));
+      return;
+    case MapOp::sigmoid_f32:
+      FASTREC_EACH(f32, 1.0f / (1.0f + std::exp(-a.f32[i])));
+      return;
+    case MapOp::relu_f32:
+      FASTREC_EACH(f32, a.f32[i] < 0.0f ? 0.0f : a.f32[i]);
+      return;
+    case MapOp::gelu_f32:
+      FASTREC_EACH(f32, 0.5f * a.f32[i] * (1.0f + std::erf(a.f32[i] * 0.70710678118654752f)));
+      return;
+    case MapOp::silu_f32:
+      FASTREC_EACH(f32, a.f32[i] / (1.0f + std::exp(-a.f32[i])));
+      return;
+    case MapOp::lt_f32:
+      FASTREC_EACH(i64, a.f32[i] < b.f32[i]);
+      return;
+    case MapOp::le_f32:
+      FASTREC_EACH(i64, a.f32[i] <= b.f32[i]);
+      return;
+    case MapOp::eq_f32:
+      FASTREC_EACH(i64, a.f32[i] == b.f32[i]);
+      return;
+    case MapOp::where_f32:
+      FASTREC_EACH(f32, a.i64[i] ? b.f32[i] : c.f32[i]);
+      return;
+    case MapOp::add_i64:
+      FASTREC_EACH(i64, a.i64[i] + b.i64[i]);
+      return;
+    case MapOp::sub_i64:
+      FASTREC_EACH(i64, a.i64[i] - b.i64[i]);
+      return;
+    case MapOp::mul_i64:
+      FASTREC_EACH(i64, a.i64[i] * b.i64[i]);
+      return;
+    case MapOp::max_i64:
+      FASTREC_EACH(i64, std::max(a.i64[i], b.i64[i]));
+      return;
+    case MapOp::min_i64:
+      FASTREC_EACH(i64, std::min(a.i64[i], b.i64[i]));
+      return;
+    case MapOp::lt_i64:
+      FASTREC_EACH(i64, a.i64[i] < b.i64[i]);
+      return;
+    case MapOp::le_i64:
+      FASTREC_EACH(i64, a.i64[i] <= b.i64[i]);
+      return;
+    case MapOp::eq_i64:
+      FASTREC_EACH(i64, a.i64[i] == b.i64[i]);
+      return;
+    case MapOp::where_i64:
+      FASTREC_EACH(i64, a.i64[i] ? b.i64[i] : c.i64[i]);
+      return;
+    case MapOp::and_i64:
+      FASTREC_EACH(i64, a.i64[i] & b.i64[i]);
+      return;
+    case MapOp::or_i64:
+      FASTREC_EACH(i64, a.i64[i] | b.i64[i]);
+      return;
+    case MapOp::not_i64:
+      FASTREC_EACH(i64, !a.i64[i]);
+      return;
+    case MapOp::to_f32:
+      FASTREC_EACH(f32, static_cast<float>(a.i64[i]));
+      return;
+    case MapOp::number:
+    case MapOp::integer:
+    case MapOp::index:
+      return;  // filled by the caller
+  }
+}
+
+}  // namespace
+
+Status run_map(const Step& step, const Tensor* operands) {
+  const int inputs = static_cast<int>(step.operands.size()) - 1;
+  const int instructions = static_cast<int>(step.integers.size()) / kInstruction;
+  bool has_index = false;
+  for (int p = 0; p < instructions; ++p)
+    has_index |= step.integers[p * kInstruction] == static_cast<int64_t>(MapOp::index);
+  const Loop loop = collapse(operands, inputs + 1, has_index);
+  const Tensor& result = operands[inputs];
+  const int inner = loop.dims - 1;
+  const int64_t width = loop.sizes[inner];
+  int64_t rows = 1;
+  for (int d = 0; d < inner; ++d) rows *= loop.sizes[d];
+  // A row may be long (a contiguous tensor is one row): blocks of rows are what threads share.
+  const int64_t blocks_a_row = (width + kBlock - 1) / kBlock;
+  const int64_t blocks = rows * blocks_a_row;
+  const int64_t grain = std::max<int64_t>(1, kParallelElements / 4 / kBlock);
+  const int threads = rows * width < kParallelElements ? 1 : num_threads();
+
+  parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
+    Register registers[kMaxRegisters];
+    // Constants are filled once, not once a block.
+    for (int p = 0; p < instructions; ++p) {
+      const int64_t* instruction = step.integers.data() + p * kInstruction;
+      Register& to = registers[inputs + p];
+      if (static_cast<MapOp>(instruction[0]) == MapOp::number)
+        std::fill_n(to.f32, kBlock, static_cast<float>(step.numbers[instruction[1]]));
+      if (static_cast<MapOp>(instruction[0]) == MapOp::integer)
+        std::fill_n(to.i64, kBlock, static_cast<int64_t>(step.numbers[instruction[1]]));
+    }
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t at = block % blocks_a_row * kBlock;
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, width - at));
+      int64_t position[kMaxDims];
+      int64_t row = block / blocks_a_row;
+      for (int d = inner - 1; d >= 0; --d) {
+        position[d] = row % loop.sizes[d];
+        row /= loop.sizes[d];
+      }
+      position[inner] = at;
+      const auto start = [&](int o) {
+        int64_t offset = 0;
+        for (int d = 0; d < loop.dims; ++d) offset += position[d] * loop.strides[o][d];
+        return offset;
+      };
+      for (int o = 0; o < inputs; ++o)
+        load(registers[o], operands[o], start(o), loop.strides[o][inner], n);
+      for (int p = 0; p < instructions; ++p) {
+        const int64_t* instruction = step.integers.data() + p * kInstruction;
+        const MapOp op = static_cast<MapOp>(instruction[0]);
+        Register& to = registers[inputs + p];
+        if (op == MapOp::index) {
+          const bool along = instruction[1] == inner;
+          for (int i = 0; i < n; ++i) to.i64[i] = position[instruction[1]] + (along ? i : 0);
+        } else {
+          execute(op, to, registers[instruction[1]], registers[instruction[2]],
+                  registers[instruction[3]]);
+        }
+      }
+      store(registers[inputs + instructions - 1], result, start(inputs),
+            loop.strides[inputs][inner], n);
+    }
+  });
+  return {};
+}
+
+}  // namespace fastrec::engine

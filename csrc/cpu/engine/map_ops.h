@@ -1,0 +1,63 @@
+// The instructions of `map` steps, one table for C++ and Python.
+#pragma once
+
+// X(name, registers read). Registers hold float or int64 (comparisons and bool: 0 or 1).
+// "number" and "integer" are constants, "index" is the position along a dimension.
+#define FASTREC_MAP_OPS(X) \
+  X(number, 0)             \
+  X(integer, 0)            \
+  X(index, 0)              \
+  X(add_f32, 2)            \
+  X(sub_f32, 2)            \
+  X(mul_f32, 2)            \
+  X(div_f32, 2)            \
+  X(max_f32, 2)            \
+  X(min_f32, 2)            \
+  X(neg_f32, 1)            \
+  X(abs_f32, 1)            \
+  X(exp_f32, 1)            \
+  X(log_f32, 1)            \
+  X(sqrt_f32, 1)           \
+  X(rsqrt_f32, 1)          \
+  X(tanh_f32, 1)           \
+  X(sigmoid_f32, 1)        \
+  X(relu_f32, 1)           \
+  X(gelu_f32, 1)           \
+  X(silu_f32, 1)           \
+  X(lt_f32, 2)             \
+  X(le_f32, 2)             \
+  X(eq_f32, 2)             \
+  X(where_f32, 3)          \
+  X(add_i64, 2)            \
+  X(sub_i64, 2)            \
+  X(mul_i64, 2)            \
+  X(max_i64, 2)            \
+  X(min_i64, 2)            \
+  X(lt_i64, 2)             \
+  X(le_i64, 2)             \
+  X(eq_i64, 2)             \
+  X(where_i64, 3)          \
+  X(and_i64, 2)            \
+  X(or_i64, 2)             \
+  X(not_i64, 1)            \
+  X(to_f32, 1)
+
+namespace fastrec::engine {
+
+enum class MapOp : int {
+#define FASTREC_MAP_ENUM(name, reads) name,
+  FASTREC_MAP_OPS(FASTREC_MAP_ENUM)
+#undef FASTREC_MAP_ENUM
+};
+
+inline constexpr const char* kMapOpNames[] = {
+#define FASTREC_MAP_NAME(name, reads) #name,
+    FASTREC_MAP_OPS(FASTREC_MAP_NAME)
+#undef FASTREC_MAP_NAME
+};
+inline constexpr int kMapOps = sizeof(kMapOpNames) / sizeof(*kMapOpNames);
+
+// Inputs and instructions of one step together.
+inline constexpr int kMaxRegisters = 24;
+
+}  // namespace fastrec::engine

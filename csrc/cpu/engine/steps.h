@@ -1,0 +1,16 @@
+// The kinds of steps; what each takes is written above its function's definition.
+#pragma once
+
+#include "engine/plan.h"
+
+namespace fastrec::engine {
+
+Status run_map(const Step& step, const Tensor* operands);
+Status run_gather(const Step& step, const Tensor* operands);
+Status run_layer_norm(const Step& step, const Tensor* operands);
+Status run_linear(const Step& step, const Tensor* operands);
+std::shared_ptr<void> prepare_linear(const Step& step, const Tensor* operands);
+Status run_linear_int8(const Step& step, const Tensor* operands);
+Status run_attention(const Step& step, const Tensor* operands);
+
+}  // namespace fastrec::engine

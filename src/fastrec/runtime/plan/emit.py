@@ -1,0 +1,51 @@
+"""A plan as the compiled executor takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastrec.kernels import _compiled
+from fastrec.runtime.plan.ir import DTYPES, SPACES, Buffer, Plan, Step, View
+from fastrec.runtime.plan.memory import assign_slots
+
+ITEMSIZE = {name: np.dtype(name).itemsize for name in DTYPES}
+
+
+def executor(plan: Plan) -> tuple[Any, list[np.ndarray]]:
+    """The native executor, and the constants that it borrows: keep them as long as it lives."""
+    native = _compiled.native().engine
+    symbols = [*plan.symbols, *([""] * (native.MAX_SYMBOLS - len(plan.symbols)))]
+    plan.output.buffer.space = "output"
+    slots = [[size.powers(symbols) for size in users] for users in assign_slots(plan, ITEMSIZE)]
+    constants: dict[Buffer, int] = {}
+    codes = {name: code for code, name in enumerate(native.MAP_OPS)}
+
+    def operand(view: View) -> tuple[Any, ...]:
+        buffer = view.buffer
+        index = buffer.index
+        if buffer.space == "constant":
+            index = constants.setdefault(buffer, len(constants))
+        return (
+            SPACES.index(buffer.space),
+            index,
+            DTYPES.index(buffer.dtype),
+            view.offset,
+            [size.powers(symbols) for size in view.shape],
+            [stride.powers(symbols) for stride in view.strides],
+        )
+
+    def encoded(step: Step) -> tuple[Any, ...]:
+        integers, numbers = list(step.integers), list(step.numbers)
+        for name, *operands in step.program:
+            if name in ("number", "integer"):
+                numbers.append(float(operands[0]))
+                operands = [len(numbers) - 1]
+            integers += [codes[name], *operands, *([0] * (3 - len(operands)))]
+        views = [*step.inputs, *step.outputs]
+        return (step.kind, [operand(v) for v in views], integers, numbers)
+
+    steps = [encoded(step) for step in plan.steps]
+    data = [np.ascontiguousarray(b.data) for b in constants]
+    return native.Executor([a.ctypes.data for a in data], slots, steps), data
