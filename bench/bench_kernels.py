@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,7 @@ def main(
     resumed = len(journal.done)
     seconds = QUICK_CEILING_S if quick else CEILING_S
     ceilings = {count: Ceilings(count, seconds) for count in counts}
+    took: dict[str, float] = {}
     work = list(cases(wanted, counts, quick))
     with Progress(
         TextColumn("{task.description}"),
@@ -97,12 +99,16 @@ def main(
         for case in work:
             if case.key not in journal.done:
                 progress.update(task, description=case.key)
-                journal.add(case.key, measure(case, ceilings[case.threads], settings))
+                start = time.perf_counter()
+                rows = measure(case, ceilings[case.threads], settings)
+                took[case.key] = time.perf_counter() - start
+                journal.add(case.key, rows)
             progress.advance(task)
     rows = [row for case in work for row in journal.done[case.key]]
     report = {
         "machine": machine,
         "settings": head["settings"] | {"quick": quick, "cases_resumed": resumed},
+        "seconds": {key: round(seconds, 2) for key, seconds in took.items()},
         "ceilings": {
             count: {"peaks": found.peaks, "levels": found.levels}
             for count, found in ceilings.items()
