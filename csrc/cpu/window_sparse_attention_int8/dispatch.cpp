@@ -13,7 +13,7 @@ namespace {
 constexpr const Kernel* kKernels[] = {
 #if defined(__x86_64__)
     &kAvx512vnni,
-
+    &kAvx2,
 #endif
     &kScalar,
 };
