@@ -36,7 +36,7 @@ class Settings:
 
     rounds: int = 25
     least_rounds: int = 5
-    case_s: float = 1.5
+    case_s: float = 1.0
     turn_s: float = 0.01
     most_calls: int = 50
     warm_s: float = 0.002
