@@ -9,9 +9,18 @@ namespace fastrec::grouped_linear {
 namespace {
 
 // Newest first: the first one at or below the active ISA runs.
-constexpr const Kernel* kKernels[] = {
+constexpr const Kernel* kF32Kernels[] = {
 #if defined(__x86_64__)
     &kAvx512,
+    &kAvx2,
+#endif
+    &kScalar,
+};
+constexpr const Kernel* kBf16Kernels[] = {
+#if defined(__x86_64__)
+    &kAvx512bf16,
+    &kAvx512,
+    &kAvx2,
 #endif
     &kScalar,
 };
@@ -63,7 +72,9 @@ void project(const Kernel& kernel, const Matrix& a, int64_t inputs, const Panels
 
 }  // namespace
 
-const Kernel& select(Dtype) { return select_kernel(kKernels); }
+const Kernel& select(Dtype dtype) {
+  return dtype == Dtype::f32 ? select_kernel(kF32Kernels) : select_kernel(kBf16Kernels);
+}
 
 void multiply_tile(const Kernel& kernel, const float* tile, int rows, const Panels& panels,
                    int64_t group, int64_t panel, const Matrix& c, int64_t row0) {

@@ -5,6 +5,10 @@
 #include "grouped_linear/bf16.h"
 #include "grouped_linear/grouped_linear.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 namespace fastrec::grouped_linear {
 namespace {
 
@@ -34,7 +38,28 @@ void pack_f32(const T* weight, const Group& group, int64_t column0, int64_t coun
     }
     return;
   }
-  for (int64_t k0 = 0; k0 < group.depth; k0 += kBlock) {
+  int64_t done = 0;
+#if defined(__x86_64__)
+  // SSE, which every x86-64 has: a call of few rows is mostly this.
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (count == kPanelColumns) {
+      for (; done + 4 <= group.depth; done += 4)
+        for (int64_t n = 0; n < kPanelColumns; n += 4) {
+          const float* corner = from + n * group.column_stride + done;
+          __m128 a = _mm_loadu_ps(corner), b = _mm_loadu_ps(corner + group.column_stride);
+          __m128 c = _mm_loadu_ps(corner + 2 * group.column_stride);
+          __m128 d = _mm_loadu_ps(corner + 3 * group.column_stride);
+          _MM_TRANSPOSE4_PS(a, b, c, d);
+          float* const to = panel + done * kPanelColumns + n;
+          _mm_storeu_ps(to, a);
+          _mm_storeu_ps(to + kPanelColumns, b);
+          _mm_storeu_ps(to + 2 * kPanelColumns, c);
+          _mm_storeu_ps(to + 3 * kPanelColumns, d);
+        }
+    }
+  }
+#endif
+  for (int64_t k0 = done; k0 < group.depth; k0 += kBlock) {
     const int64_t last = std::min(k0 + kBlock, group.depth);
     for (int64_t n = 0; n < kPanelColumns; ++n) {
       const T* row = from + n * group.column_stride;

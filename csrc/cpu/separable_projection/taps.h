@@ -9,6 +9,9 @@
 
 #include "separable_projection/separable_projection.h"
 
+// Rows overlap from one step to the next: gcc would keep them, and spill the sums instead.
+#define FASTREC_OPAQUE(pointer) __asm__("" : "+r"(pointer))
+
 namespace fastrec::separable_projection {
 namespace {
 
@@ -19,6 +22,7 @@ FASTREC_VEC __attribute__((noinline)) void convolve_block(const float* x, const 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sum[r] = zeros();
   for (int j = 0; j < width; ++j, x += kLine, taps += kLine) {
+    FASTREC_OPAQUE(x);
     const Floats tap = load(taps);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum[r] = fma(tap, load(x + r * kLine), sum[r]);
@@ -34,6 +38,7 @@ FASTREC_VEC __attribute__((noinline)) void correlate_block(const float* gradient
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) sum[t] = zeros();
   for (int64_t r = 0; r < rows; ++r, gradient += kLine, x += kLine) {
+    FASTREC_OPAQUE(x);
     const Floats dh = load(gradient);
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sum[t] = fma(dh, load(x + t * kLine), sum[t]);

@@ -44,6 +44,14 @@ def floats_can_run(signature: Signature) -> str | None:
 BACKENDS = Backends("grouped_linear", {"cpu": floats_can_run, "reference": always})
 
 
+def chosen(backends: Backends, x: torch.Tensor, backend: str | None) -> str:
+    """The backend for x, of an op that takes :func:`floats_can_run`."""
+    compiled = x.dtype is torch.float32 or x.dtype is torch.bfloat16
+    if backend is None and compiled and x.device.type == "cpu" and backends.cpu_is_compiled:
+        return "cpu"
+    return backends.choose(Signature(x.device.type, DTYPES[x.dtype]), backend)
+
+
 def check_projection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raises unless x, weight [G, O, I] and bias [G * O] agree but for x's shape."""
     if x.dtype not in DTYPES:
@@ -132,8 +140,7 @@ def _forward(
     backend: str | None,
 ) -> torch.Tensor:
     _check(x, weight, bias)
-    name = BACKENDS.choose(Signature(x.device.type, DTYPES[x.dtype]), backend)
-    if name == "reference":
+    if chosen(BACKENDS, x, backend) == "reference":
         return grouped_linear_reference(x, weight, bias, shuffle=shuffle)
     groups, outputs, inputs = weight.shape
     flat, weight = rows(x), weight.contiguous()
@@ -168,8 +175,7 @@ def _backward(
     """(dx, dweight, dbias), those not wanted empty."""
     groups, outputs, inputs = weight.shape
     empty = x.new_empty(0)
-    name = BACKENDS.choose(Signature(x.device.type, DTYPES[x.dtype]), backend)
-    if name == "reference":
+    if chosen(BACKENDS, x, backend) == "reference":
         dx, dweight, dbias = grouped_linear_backward_reference(dy, x, weight, shuffle=shuffle)
         return (
             dx.contiguous() if wants_x else empty,

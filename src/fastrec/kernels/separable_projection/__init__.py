@@ -16,12 +16,11 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
-from fastrec.kernels._compiled import Signature
 from fastrec.kernels._registry import Backends, OpSpec, always
 from fastrec.kernels.grouped_linear import (
-    DTYPES,
     bypasses_dispatcher,
     check_projection,
+    chosen,
     floats_can_run,
 )
 from fastrec.kernels.separable_projection.int8 import separable_projection_int8
@@ -122,8 +121,7 @@ def _forward(
     backend: str | None = None,
 ) -> torch.Tensor:
     _check(x, depthwise, pointwise, bias, lengths, causal)
-    name = BACKENDS.choose(Signature(x.device.type, DTYPES[x.dtype]), backend)
-    if name == "reference":
+    if chosen(BACKENDS, x, backend) == "reference":
         check_values(lengths, x.shape[1])
         return separable_projection_reference(
             x, depthwise, pointwise, bias, lengths=lengths, causal=causal
@@ -169,8 +167,7 @@ def _backward(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, ddepthwise, dpointwise, dbias), those not wanted empty. The forward checked lengths."""
-    name = BACKENDS.choose(Signature(x.device.type, DTYPES[x.dtype]), backend)
-    if name == "reference":
+    if chosen(BACKENDS, x, backend) == "reference":
         grads = separable_projection_backward_reference(
             dy, x, depthwise, pointwise, lengths=lengths, causal=causal
         )
