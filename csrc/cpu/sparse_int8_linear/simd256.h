@@ -42,25 +42,30 @@ struct Simd256 {
   FASTREC_LINEAR_INLINE static Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
   FASTREC_LINEAR_INLINE static Int round(Float v) { return _mm256_cvtps_epi32(v); }
 
-  // Eight int32 in 0..65535 as uint16.
-  FASTREC_LINEAR_INLINE static __m128i narrow(Int v) {
-    return _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  }
   FASTREC_LINEAR_INLINE static void store_f32(float* to, Float v) { _mm256_storeu_ps(to, v); }
   FASTREC_LINEAR_INLINE static void store_bf16(uint16_t* to, Float v) {
     // Round half to even on the upper 16 bits.
     const Int bits = _mm256_castps_si256(v);
     const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set(1));
     const Int rounded = add(add(bits, set(0x7fff)), odd);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow(_mm256_srli_epi32(rounded, 16)));
+    const Int upper = _mm256_srli_epi32(rounded, 16);
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(to),
+        _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
   }
-  FASTREC_LINEAR_INLINE static void store_u8(uint8_t* to, Int v) {
-    const __m128i words = narrow(v);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+  // 32 int32 plus the zero point, saturated to 0..255; v's lanes are put in order in the end,
+  // because packing works within 128 bits.
+  FASTREC_LINEAR_INLINE static void store_saturated(uint8_t* to, const Int* v, Int zero_point) {
+    const Int first = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero_point);
+    const Int second = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero_point);
+    const Int order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order));
   }
-  FASTREC_LINEAR_INLINE static void store_element(uint8_t* to, Int v) { store_u8(to, v); }
-  FASTREC_LINEAR_INLINE static void store_element(uint16_t* to, Int v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow(v));
+  FASTREC_LINEAR_INLINE static void store_saturated(uint16_t* to, const Int* v, Int zero_point) {
+    alignas(32) uint8_t bytes[32];
+    store_saturated(bytes, v, zero_point);
+    copy_chunk(bytes, to);
   }
   FASTREC_LINEAR_INLINE static void copy_chunk(const uint8_t* from, uint8_t* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), load(from));

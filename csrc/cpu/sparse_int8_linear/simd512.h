@@ -47,12 +47,19 @@ struct Simd512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
-  FASTREC_LINEAR_INLINE static void store_u8(uint8_t* to, Int v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
+  // 32 int32 plus the zero point, saturated to 0..255; v's lanes are put in order in the end,
+  // because packing works within 128 bits.
+  FASTREC_LINEAR_INLINE static void store_saturated(uint8_t* to, const Int* v, Int zero_point) {
+    const Int words = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero_point);
+    const Int bytes = _mm512_packus_epi16(words, words);
+    const Int order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)));
   }
-  FASTREC_LINEAR_INLINE static void store_element(uint8_t* to, Int v) { store_u8(to, v); }
-  FASTREC_LINEAR_INLINE static void store_element(uint16_t* to, Int v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(v));
+  FASTREC_LINEAR_INLINE static void store_saturated(uint16_t* to, const Int* v, Int zero_point) {
+    alignas(32) uint8_t bytes[32];
+    store_saturated(bytes, v, zero_point);
+    copy_chunk(bytes, to);
   }
   FASTREC_LINEAR_INLINE static void copy_chunk(const uint8_t* from, uint8_t* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),

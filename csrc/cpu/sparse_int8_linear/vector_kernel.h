@@ -101,23 +101,30 @@ constexpr Accumulate<Simd> accumulate_of(std::integer_sequence<int, R...>, int r
 
 template <class Simd>
 struct Requantise {
-  typename Simd::Float inverse_scale, low, high;
-  typename Simd::Int zero_point;
+  typename Simd::Float inverse_scale, high;
+  typename Simd::Int zero_point;  // int16 lanes
 };
 
 template <class Simd>
 FASTREC_LINEAR_INLINE Requantise<Simd> requantise_of(Quantisation q) {
-  return {Simd::set(1.0f / q.scale), Simd::set(static_cast<float>(-q.zero_point)),
-          Simd::set(static_cast<float>(255 - q.zero_point)), Simd::set(q.zero_point)};
+  return {Simd::set(1.0f / q.scale), Simd::set(static_cast<float>(255 - q.zero_point)),
+          Simd::set(q.zero_point * 0x10001)};
 }
 
-// int32 in 0..255; a value that can't be negative needs no lower bound.
-template <class Simd, bool non_negative>
-FASTREC_LINEAR_INLINE typename Simd::Int quantise(typename Simd::Float value,
-                                                  const Requantise<Simd>& to) {
-  typename Simd::Float scaled = Simd::mul(value, to.inverse_scale);
-  if constexpr (!non_negative) scaled = Simd::max(scaled, to.low);
-  return Simd::add(Simd::round(Simd::min(scaled, to.high)), to.zero_point);
+// Registers that hold 32 values: a panel's outputs, or a chunk's inputs.
+template <class Simd>
+constexpr int kParts = 32 / Simd::kLanes;
+
+// 32 bytes or words. Bounded above before the conversion, which turns what exceeds int32 into its
+// smallest number; below by saturation after the zero point is added. A NaN becomes 0.
+template <class Simd, class To>
+FASTREC_LINEAR_INLINE void quantise(const typename Simd::Float* value, const Requantise<Simd>& to,
+                                    To* out) {
+  typename Simd::Int rounded[kParts<Simd>];
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts<Simd>; ++i)
+    rounded[i] = Simd::round(Simd::min(to.high, Simd::mul(value[i], to.inverse_scale)));
+  Simd::store_saturated(out, rounded, to.zero_point);
 }
 
 template <class Simd>
@@ -139,45 +146,49 @@ FASTREC_LINEAR_INLINE typename Simd::Float gelu(typename Simd::Float value) {
   return Simd::fmadd(half, erf, half);
 }
 
-// Stores `count` of a register's lanes. Fewer than all go through memory: masked stores are many
-// times slower than plain ones on some CPUs (AMD Zen 4), and AVX2 has none for bytes.
-template <class Simd, Dtype y_dtype, bool non_negative>
-FASTREC_LINEAR_INLINE void store(void* y, int64_t at, int count, typename Simd::Float value,
-                                 const Requantise<Simd>& to) {
-  constexpr int kBytes = y_dtype == Dtype::u8 ? 1 : y_dtype == Dtype::bf16 ? 2 : 4;
-  char* target = static_cast<char*>(y) + at * kBytes;
-  char part[Simd::kLanes * kBytes];
-  char* where = count == Simd::kLanes ? target : part;
-  if constexpr (y_dtype == Dtype::f32)
-    Simd::store_f32(reinterpret_cast<float*>(where), value);
-  else if constexpr (y_dtype == Dtype::bf16)
-    Simd::store_bf16(reinterpret_cast<uint16_t*>(where), value);
-  else
-    Simd::store_u8(reinterpret_cast<uint8_t*>(where), quantise<Simd, non_negative>(value, to));
-  if (count < Simd::kLanes) std::memcpy(target, part, static_cast<size_t>(count) * kBytes);
-}
-
 template <class Simd, Activation activation, Dtype y_dtype>
 FASTREC_LINEAR_TARGET void epilogue(const Call& call, const Folded& folded, const Block& block,
                                     const int32_t* acc) {
   using Float = typename Simd::Float;
+  constexpr int kBytes = y_dtype == Dtype::u8 ? 1 : y_dtype == Dtype::bf16 ? 2 : 4;
   const Requantise<Simd> to = requantise_of<Simd>(call.y_quantisation);
   const Float zero = Simd::set(0.0f);
-  for (int lane0 = 0; lane0 < kPanelOutputs; lane0 += Simd::kLanes) {
-    const int64_t n0 = block.panel * kPanelOutputs + lane0;
-    const int64_t left = call.weight.outputs - n0;
-    if (left <= 0) return;
-    const int count = static_cast<int>(std::min<int64_t>(left, Simd::kLanes));
-    const Float scale = Simd::load_f32(folded.scale + n0);
-    const Float bias = Simd::load_f32(folded.bias + n0);
-    for (int r = 0; r < block.rows; ++r) {
-      const auto exact = Simd::load(acc + r * kPanelOutputs + lane0);
-      Float value = Simd::add(Simd::mul(Simd::to_float(exact), scale), bias);
-      if constexpr (activation == Activation::relu) value = Simd::max(value, zero);
-      if constexpr (activation == Activation::gelu) value = gelu<Simd>(value);
-      store<Simd, y_dtype, activation == Activation::relu>(
-          call.y, (block.row0 + r) * call.weight.outputs + n0, count, value, to);
+  const int64_t n0 = block.panel * kPanelOutputs;
+  Float scale[kParts<Simd>], bias[kParts<Simd>];
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts<Simd>; ++i) {
+    scale[i] = Simd::load_f32(folded.scale + n0 + i * Simd::kLanes);
+    bias[i] = Simd::load_f32(folded.bias + n0 + i * Simd::kLanes);
+  }
+  // A panel that reaches beyond N goes through memory: masked stores are many times slower than
+  // plain ones on some CPUs (AMD Zen 4), and AVX2 has none for bytes.
+  const int64_t left = std::min<int64_t>(call.weight.outputs - n0, kPanelOutputs);
+  const int64_t row_bytes = call.weight.outputs * kBytes;
+  char part[kPanelOutputs * kBytes];
+  char* y = static_cast<char*>(call.y) + block.row0 * row_bytes + n0 * kBytes;
+  const int32_t* const end = acc + block.rows * kPanelOutputs;
+  for (; acc < end; acc += kPanelOutputs, y += row_bytes) {
+    Float value[kParts<Simd>];
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts<Simd>; ++i) {
+      value[i] = Simd::to_float(Simd::load(acc + i * Simd::kLanes));
+      value[i] = Simd::add(Simd::mul(value[i], scale[i]), bias[i]);
+      if constexpr (activation == Activation::relu) value[i] = Simd::max(value[i], zero);
+      if constexpr (activation == Activation::gelu) value[i] = gelu<Simd>(value[i]);
     }
+    char* const where = left == kPanelOutputs ? y : part;
+    if constexpr (y_dtype == Dtype::u8) {
+      quantise<Simd>(value, to, reinterpret_cast<uint8_t*>(where));
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts<Simd>; ++i) {
+        if constexpr (y_dtype == Dtype::bf16)
+          Simd::store_bf16(reinterpret_cast<uint16_t*>(where) + i * Simd::kLanes, value[i]);
+        else
+          Simd::store_f32(reinterpret_cast<float*>(where) + i * Simd::kLanes, value[i]);
+      }
+    }
+    if (left < kPanelOutputs) std::memcpy(y, part, static_cast<size_t>(left) * kBytes);
   }
 }
 
@@ -235,16 +246,16 @@ FASTREC_LINEAR_INLINE void pack_chunk(const void* chunk, typename Simd::Element*
   if constexpr (x_dtype == Dtype::u8) {
     Simd::copy_chunk(static_cast<const uint8_t*>(chunk), tile);
   } else {
+    typename Simd::Float x[kParts<Simd>];
 #pragma GCC unroll 4
-    for (int k = 0; k < kTileChunk; k += Simd::kLanes) {
-      typename Simd::Float x;
+    for (int i = 0; i < kParts<Simd>; ++i) {
       if constexpr (x_dtype == Dtype::f32)
-        x = Simd::load_f32(static_cast<const float*>(chunk) + k);
+        x[i] = Simd::load_f32(static_cast<const float*>(chunk) + i * Simd::kLanes);
       else
-        x = Simd::load_bf16(static_cast<const uint16_t*>(chunk) + k);
-      Simd::note_not_numbers(not_numbers, x);
-      Simd::store_element(tile + k, quantise<Simd, false>(x, to));
+        x[i] = Simd::load_bf16(static_cast<const uint16_t*>(chunk) + i * Simd::kLanes);
+      Simd::note_not_numbers(not_numbers, x[i]);
     }
+    quantise<Simd>(x, to, tile);
   }
 }
 

@@ -16,7 +16,6 @@ ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2}
 DTYPE_CODES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2}
 OUT_DTYPES = {None: torch.float32, "uint8": torch.uint8, "bfloat16": torch.bfloat16}
 
-CPU = torch.device("cpu")
 # (address of x, code of its dtype, elements of x, address of the result) -> False for a NaN in x.
 Run = Callable[[int, int, int, int], bool]
 
@@ -61,7 +60,10 @@ def call(run: Run, x: torch.Tensor, outputs: int, dtype: torch.dtype) -> torch.T
     """Runs a prepared weight on a checked x [..., K]; returns [..., outputs] of ``dtype``."""
     if not x.is_contiguous():
         x = x.contiguous()
-    result = torch.empty((*x.shape[:-1], outputs), dtype=dtype, device=CPU)
+    shape = (*x.shape[:-1], outputs)
+    result = torch.empty(shape, dtype=dtype)
+    if not result.is_cpu:  # the caller's default device; naming ours always costs a microsecond
+        result = torch.empty(shape, dtype=dtype, device="cpu")
     if not run(x.data_ptr(), DTYPE_CODES[x.dtype], x.numel(), result.data_ptr()):
         raise ArgumentError("x", "numbers", "a NaN")
     return result
