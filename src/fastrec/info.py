@@ -7,7 +7,7 @@ import importlib.util
 import json
 import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,8 +15,11 @@ from rich.table import Table
 
 import fastrec
 from fastrec import kernels
-from fastrec.errors import BackendError
-from fastrec.kernels._compiled import reason_missing
+from fastrec.errors import ArgumentError, BackendError
+from fastrec.kernels._compiled import Signature, reason_missing
+
+if TYPE_CHECKING:
+    from fastrec.kernels._registry import OpSpec
 
 # Optional packages by the extra that brings them.
 EXTRAS = {
@@ -62,8 +65,6 @@ def _ops() -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None:
         why = "torch is not installed (fastrec[torch])"
         return {op_id: {"why": why} for op_id in kernels.OP_IDS}
-    from fastrec.kernels._compiled import Signature
-
     ops = {}
     for op_id, spec in kernels.registry().items():
         backends = {
@@ -101,13 +102,42 @@ def info(
 
 
 def explain(
-    model: Annotated[Path, typer.Argument(help="Folder written by fastrec.save.")],
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder written by fastrec.save; not with --op.")
+    ] = None,
+    op: Annotated[
+        str | None, typer.Option("--op", metavar="ID", help="One op: which kernels it has here.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
 ) -> None:
-    """Show for each module of a saved model which kernel runs it and why."""
+    """Show which kernel runs each module of a saved model, or an op, and why."""
+    if (model is None) == (op is None):
+        raise ArgumentError("explain", "either a model's folder or --op", "both or neither")
+    if op is not None:
+        rows = explain_op(op)
+        table = Table("backend", "instruction set", "runs", "why")
+        for row in rows:
+            table.add_row(row["backend"], row["isa"], row["runs"], row["why"])
+    else:
+        assert model is not None
+        rows = _explain_model(model)
+        table = Table("module", "op", "kernel", "density", "MACs", "us", "why")
+        for row in rows:
+            if "module" not in row:
+                continue
+            density = "" if row["density"] is None else f"{row['density']:.2f}"
+            macs = "" if row["macs"] is None else f"{row['macs']:,}"
+            us = "" if row.get("us") is None else f"{row['us']:.1f}"
+            table.add_row(row["module"], row["op"], row["kernel"], density, macs, us, row["why"])
+    Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _explain_model(path: Path) -> list[dict[str, Any]]:
     import torch
 
-    loaded = fastrec.load(model)
+    loaded = fastrec.load(path)
     config: Any = getattr(loaded, "config", None)
     if not hasattr(config, "history_length"):
         raise BackendError(f"explain: expected a saved Ranker, got {type(loaded).__name__}")
@@ -115,13 +145,47 @@ def explain(
     length = torch.tensor([config.history_length])
     candidates = torch.ones(1, 50, dtype=torch.int64)
     inputs = (history, history, history, length, candidates, candidates)
-    rows = fastrec.compile(loaded, inputs, backend="native").describe()
-    modules = [row for row in rows if "module" in row]
-    table = Table("module", "op", "kernel", "density", "MACs", "why")
-    for row in modules:
-        density = "" if row["density"] is None else f"{row['density']:.2f}"
-        macs = "" if row["macs"] is None else f"{row['macs']:,}"
-        table.add_row(row["module"], row["op"], row["kernel"], density, macs, row["why"])
-    Console().print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    described: list[dict[str, Any]] = fastrec.compile(loaded, inputs, backend="native").describe()
+    return described
+
+
+def explain_op(op_id: str) -> list[dict[str, str]]:
+    """One row a backend, and for the compiled one a row an instruction set: what would run, and
+    why or why not. ``runs`` is the instruction set of the kernel, "yes" or "no"; the choice for a
+    float32 CPU tensor is marked.
+
+    Raises:
+        ArgumentError: there is no op of that name.
+    """
+    if op_id not in kernels.OP_IDS:
+        raise ArgumentError("op", f"one of {', '.join(kernels.OP_IDS)}", op_id)
+    spec = kernels.registry()[op_id]
+    chosen = spec.backends.choose(Signature("cpu"))
+    rows = []
+    for backend, can_run in spec.backends.can_run.items():
+        reason = can_run(Signature("cpu"))
+        if backend == "cpu" and reason is None:
+            rows += _isa_rows(spec, chosen == "cpu")
+        else:
+            mark = "chosen" if backend == chosen else "slower; the definition"
+            runs = "yes" if reason is None else "no"
+            rows.append({"backend": backend, "isa": "", "runs": runs, "why": reason or mark})
+    return rows
+
+
+def _isa_rows(spec: OpSpec, chosen: bool) -> list[dict[str, str]]:
+    """What the compiled backend runs under each instruction set as a ceiling, newest first."""
+    active, present = kernels.active_isa(), kernels.available_isas()
+    newest = present[-1]
+    rows = []
+    for name in reversed(kernels.isa_names()):
+        if name not in present:
+            runs, why = "no", "this CPU or its system lacks it"
+        else:
+            with kernels.force_isa(name):
+                runs = spec.kernel_isa()
+            why = "has a kernel of its own" if runs == name else f"the {runs} kernel is the newest"
+        if name == active and chosen:
+            why = "chosen: " + ("the newest here" if name == newest else "forced") + f"; {why}"
+        rows.append({"backend": "cpu", "isa": name, "runs": runs, "why": why})
+    return rows
