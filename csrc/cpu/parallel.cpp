@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/types.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -115,6 +117,20 @@ class alignas(64) Worker {
     ticket_.notify_one();
   }
 
+  // Linux likes to place a woken thread on its waker's core, where it would wait for the waker to
+  // finish: this worker may use any core of the caller but the one that the caller is on. (A caller
+  // bound to that one core leaves no other: then nothing is changed.)
+  void keep_off(int cpu) {
+    const pid_t thread = thread_.load(std::memory_order_relaxed);
+    if (cpu < 0 || cpu == kept_off_ || thread == 0) return;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    CPU_CLR(cpu, &allowed);
+    if (CPU_COUNT(&allowed) == 0) return;
+    sched_setaffinity(thread, sizeof(allowed), &allowed);
+    kept_off_ = cpu;
+  }
+
   bool parked() const { return parked_.load(std::memory_order_relaxed); }
 
   // Takes the job back if it was not begun, else waits for its end.
@@ -135,6 +151,7 @@ class alignas(64) Worker {
 
   void loop() {
     inside_body = true;
+    thread_.store(gettid(), std::memory_order_relaxed);
     for (;;) {
       uint32_t seen = ticket_.load(std::memory_order_acquire);
       if ((seen & kState) != kPosted) {
@@ -152,6 +169,8 @@ class alignas(64) Worker {
 
   std::atomic<uint32_t> ticket_{kIdle};
   std::atomic<bool> parked_{false};
+  std::atomic<pid_t> thread_{0};
+  int kept_off_ = -1;  // who holds the pool reads and writes it
   Job* job_ = nullptr;
 };
 
@@ -171,7 +190,11 @@ class Pool {
     while (awake < helpers && !workers_[awake]->parked()) ++awake;
     // With workers asleep the first chunk tells what the whole takes one thread.
     if (awake < helpers && !worth_waking(job, chunks)) helpers = awake;
-    for (int i = 0; i < helpers; ++i) workers_[i]->post(&job);
+    const int cpu = helpers > 0 ? sched_getcpu() : -1;
+    for (int i = 0; i < helpers; ++i) {
+      workers_[i]->keep_off(cpu);
+      workers_[i]->post(&job);
+    }
     job.work(0);
     for (int i = 0; i < helpers; ++i) workers_[i]->finish();
   }
