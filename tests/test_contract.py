@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,68 @@ def test_agrees_with_reference(spec: OpSpec, backend: str, isa: str, sample: Sam
     with kernels.force_isa(isa):
         assert kernels.isa_names().index(spec.kernel_isa()) <= kernels.isa_names().index(isa)
         spec.compare(spec.function(*args, **kwargs, backend=backend), args, kwargs)
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """The arguments with every tensor changed, those in lists too."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(part, change) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(part, change) for part in value)
+    return value
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    mapped(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    return all(
+        a.dtype is b.dtype
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+        and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(tensors(one), tensors(other), strict=True)
+    )
+
+
+def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, none next to another."""
+    wide = torch.full((*tensor.shape, 2), 1, dtype=tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def leave_behind(number: float, like: Any) -> None:
+    """Frees memory of the result's size, full of the number: most likely the next result's."""
+    junk = [torch.full_like(t, number) for t in tensors(like) for _ in range(3)]
+    del junk
+
+
+@pytest.mark.parametrize("isa", [] if reason_missing() else kernels.available_isas())
+@pytest.mark.parametrize("op_id", SPECS)
+def test_inputs_and_outputs_are_whole(op_id: str, isa: str) -> None:
+    """Strided inputs give the same bits, inputs stay as they are, outputs hold no old memory."""
+    spec = SPECS[op_id]
+    with kernels.force_isa(isa):
+        for sample in spec.samples():
+            if sample.macs > SMALL_MACS // 40:
+                continue
+            args, kwargs = sample.make()
+            before = mapped((args, kwargs), torch.clone)
+            result = spec.function(*args, **kwargs)
+            assert same_bits((args, kwargs), before), f"{sample.name}: an input was written to"
+            for number in (float("nan"), 7.0):
+                if number == number or all(t.is_floating_point() for t in tensors(result)):
+                    leave_behind(number, result)
+                again = spec.function(*args, **kwargs)
+                assert same_bits(again, result), f"{sample.name}: old memory in the output"
+            apart_args, apart_kwargs = mapped((args, kwargs), with_gaps)
+            apart = spec.function(*apart_args, **apart_kwargs)
+            assert same_bits(apart, result), f"{sample.name}: strides change the result"
 
 
 @pytest.mark.parametrize("op_id", SPECS)

