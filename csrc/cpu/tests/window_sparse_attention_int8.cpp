@@ -1,0 +1,164 @@
+#include "window_sparse_attention_int8/window_sparse_attention_int8.h"
+
+#include "attention_inputs.h"
+#include "check.h"
+
+namespace fastrec::tests {
+namespace {
+
+namespace op = window_sparse_attention_int8;
+
+struct Case {
+  Sizes sizes;
+  Seen seen;
+  bool q_u8 = true, v_f32 = false, out_u8 = false;
+  bool together = false;
+  std::vector<int64_t> lengths = {};
+};
+
+std::vector<uint8_t> bytes_of(const std::vector<float>& values) {
+  std::vector<uint8_t> bytes(values.size() * sizeof(float));
+  if (!bytes.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+  return bytes;
+}
+
+std::string name(const Case& c) {
+  return text_of(c.sizes) + " " + c.seen.text() + (c.q_u8 ? " q u8" : " q s8") +
+         (c.v_f32 ? " v f32" : " v s8") + (c.out_u8 ? " out u8" : " out f32") +
+         (c.together ? " together" : "") + (c.lengths.empty() ? "" : " lengths");
+}
+
+// q, k and v as they lie in memory.
+struct Inputs {
+  explicit Inputs(const Case& c) {
+    Random random(13);
+    const size_t count = c.sizes.elements();
+    q = random.integers<uint8_t>(count, 0, 255);
+    k = random.integers<uint8_t>(count, 0, 255);
+    spoil_beyond<uint8_t>(c.lengths, c.sizes, c.together, 0x80, &k);
+    if (c.v_f32) {
+      std::vector<float> values = random.floats(count, 5.0f);
+      spoil_beyond(c.lengths, c.sizes, c.together, NAN, &values);
+      v = bytes_of(values);
+    } else {
+      v = random.integers<uint8_t>(count, 0, 255);
+      v_scale = random.floats(c.sizes.batch * c.sizes.heads);
+      for (float& scale : v_scale) scale = std::abs(scale);
+    }
+  }
+  std::vector<uint8_t> q, k, v;
+  std::vector<float> v_scale;
+};
+
+// What run() returned, and the bytes it wrote.
+struct Outcome {
+  int64_t code;
+  std::vector<uint8_t> out;
+};
+
+Outcome run_at(const Case& c, const Inputs& inputs, Place place) {
+  const Buffer<uint8_t> q(inputs.q, place), k(inputs.k, place), v(inputs.v, place);
+  const Buffer<float> v_scale(inputs.v_scale, place);
+  const Buffer<int64_t> lengths(c.lengths, place), distances(c.seen.flat(), place),
+      starts(c.seen.starts(), place);
+  Buffer<uint8_t> out(c.sizes.elements() * (c.out_u8 ? 1 : 4), place);
+  const Strides at(c.sizes, c.together);
+  const auto rows = [&](const Buffer<uint8_t>& buffer) {
+    return op::Rows{buffer.data(), at.batch, at.head, at.row};
+  };
+  op::Call call{};
+  call.q = rows(q);
+  call.k = rows(k);
+  call.v = rows(v);
+  call.q_u8 = c.q_u8;
+  call.v_f32 = c.v_f32;
+  call.out_u8 = c.out_u8;
+  call.q_zero_point = c.q_u8 ? 117 : 0;
+  call.exponent_scale = 3e-4f / std::sqrt(static_cast<float>(c.sizes.dims));
+  call.v_scale = c.v_f32 ? nullptr : v_scale.data();
+  call.out = out.data();
+  call.out_scale = 0.04f;
+  call.out_zero_point = 120;
+  call.lengths = c.lengths.empty() ? nullptr : lengths.data();
+  call.pattern = {c.seen.window, c.seen.causal, distances.data(), starts.data()};
+  call.batch = c.sizes.batch;
+  call.heads = c.sizes.heads;
+  call.length = c.sizes.rows;
+  call.dims = c.sizes.dims;
+  const int64_t code = op::run(call);
+  return {code, out.values()};
+}
+
+// All instruction sets agree to the last bit.
+void compare(const Case& c) {
+  const Inputs inputs(c);
+  Outcome expected;
+  as_scalar([&] { expected = run_at(c, inputs, Place::heap); });
+  for_every_setting(name(c), [&](Place place) {
+    const Outcome actual = run_at(c, inputs, place);
+    CHECK(actual.code == op::kDone);
+    CHECK(actual.out == expected.out);
+  });
+}
+
+}  // namespace
+
+TEST(window_sparse_attention_int8_rows) {
+  for (const bool causal : {false, true})
+    for (const Seen& seen : patterns_of_two_heads(causal))
+      for (const int64_t rows : {0, 1, 7, 8, 9, 15, 16, 17, 33, 65})
+        compare({{1, 2, rows, 16}, seen, rows % 2 == 0, rows % 3 == 0, rows % 4 == 1, causal});
+}
+
+TEST(window_sparse_attention_int8_dims) {
+  const Seen seen{2, false, {{5, 16, 30}, {3}}};
+  for (const int64_t dims : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256})
+    for (const bool v_f32 : {false, true})
+      compare({{1, 2, 19, dims}, seen, dims % 2 == 0, v_f32, dims % 3 == 0, v_f32});
+}
+
+TEST(window_sparse_attention_int8_dtypes_and_lengths) {
+  for (const bool causal : {false, true})
+    for (const bool q_u8 : {false, true})
+      for (const bool v_f32 : {false, true})
+        for (const bool out_u8 : {false, true})
+          for (const bool together : {false, true})
+            compare({{5, 2, 35, 20},
+                     {3, causal, {{4, 9, 33}, {16, 18}}},
+                     q_u8,
+                     v_f32,
+                     out_u8,
+                     together,
+                     {0, 1, 16, 17, 35}});
+}
+
+TEST(window_sparse_attention_int8_parts_and_threads) {
+  compare({{1, 2, 300, 32}, {4, false, {{20, 130, 299}, {5}}}, true, true, true, true});
+  compare({{2, 2, 130, 48}, {40, true, {{60, 128}, {}}}, false, false, false, false, {129, 40}});
+}
+
+TEST(window_sparse_attention_int8_says_what_is_wrong) {
+  const Case floats{{2, 1, 20, 9}, {2, false, {{7}}}, true, true, false, false, {20, 6}};
+  for (const float bad : {NAN, INFINITY, -INFINITY})
+    for (const int64_t row : {0, 19, 20, 25}) {
+      Inputs inputs(floats);
+      std::memcpy(&inputs.v[(row * 9 + 8) * sizeof(float)], &bad, sizeof(bad));
+      for_every_setting("v not finite", [&](Place place) {
+        CHECK(run_at(floats, inputs, place).code == op::kNotFinite);
+      });
+    }
+  const Case bytes{{2, 1, 20, 9}, {2, false, {{7}}}};
+  for (const float bad : {NAN, INFINITY, -1.0f}) {
+    Inputs inputs(bytes);
+    inputs.v_scale[1] = bad;
+    CHECK(run_at(bytes, inputs, Place::before_guard).code == op::kBadScale);
+  }
+  const Inputs inputs(bytes);
+  for (const int64_t bad : {int64_t{-1}, int64_t{21}, INT64_MAX}) {
+    Case wrong = bytes;
+    wrong.lengths = {20, bad};
+    CHECK(run_at(wrong, inputs, Place::before_guard).code == 1);
+  }
+}
+
+}  // namespace fastrec::tests
