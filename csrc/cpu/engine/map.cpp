@@ -95,6 +95,10 @@ void store(const Register& from, const Tensor& to, int64_t at, int64_t stride, i
   }
 }
 
+// Integers wrap, as in torch.
+int64_t wrap(uint64_t value) { return static_cast<int64_t>(value); }
+uint64_t bits(int64_t value) { return static_cast<uint64_t>(value); }
+
 // Whole blocks are computed, whatever n: what lies beyond is never stored.
 #define FASTREC_EACH(field, expression) \
   for (int i = 0; i < kBlock; ++i) to.field[i] = (expression)
@@ -166,13 +170,13 @@ void execute(MapOp op, Register& to, const Register& a, const Register& b, const
       FASTREC_EACH(f32, a.i64[i] ? b.f32[i] : c.f32[i]);
       return;
     case MapOp::add_i64:
-      FASTREC_EACH(i64, a.i64[i] + b.i64[i]);
+      FASTREC_EACH(i64, wrap(bits(a.i64[i]) + bits(b.i64[i])));
       return;
     case MapOp::sub_i64:
-      FASTREC_EACH(i64, a.i64[i] - b.i64[i]);
+      FASTREC_EACH(i64, wrap(bits(a.i64[i]) - bits(b.i64[i])));
       return;
     case MapOp::mul_i64:
-      FASTREC_EACH(i64, a.i64[i] * b.i64[i]);
+      FASTREC_EACH(i64, wrap(bits(a.i64[i]) * bits(b.i64[i])));
       return;
     case MapOp::max_i64:
       FASTREC_EACH(i64, std::max(a.i64[i], b.i64[i]));
