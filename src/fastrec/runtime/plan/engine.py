@@ -11,16 +11,11 @@ from fastrec import kernels
 from fastrec.errors import ArgumentError, IdRangeError
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.plan.emit import executor
-from fastrec.runtime.plan.ir import Plan, Step, product
+from fastrec.runtime.plan.ir import Plan, Step
+from fastrec.runtime.plan.profile import profile
 
 # csrc/cpu/engine/plan.h: Fault.
 _ID_OUT_OF_RANGE, _NOT_A_NUMBER = 1, 2
-# Step kind -> the op whose kernel it calls.
-_KERNELS = {
-    "attention": "padded_attention",
-    "linear_int8": "sparse_int8_linear",
-}
-_PROFILED_CALLS = 5
 
 
 class PlanEngine(Engine):
@@ -91,55 +86,10 @@ class PlanEngine(Engine):
 
         Runs the plan a few times on ``arrays``, one request of the model's inputs.
         """
-        best = np.full(len(self._plan.steps), np.iinfo(np.int64).max)
-        for _ in range(_PROFILED_CALLS):
-            taken = np.zeros_like(best)
-            self._call(arrays, taken)
-            best = np.minimum(best, taken)
-        sizes = {
-            symbol: arrays[i].shape[d]
-            for symbol, (i, d) in zip(self._plan.symbols, self._sizes, strict=True)
-        }
-        return [_row(s, int(ns), sizes) for s, ns in zip(self._plan.steps, best, strict=True)]
+        return profile(self, arrays)
 
     def close(self) -> None:
         """Free the executor and the constants."""
         if not self._closed:
             del self._executor, self._constants
         super().close()
-
-
-def _row(step: Step, nanoseconds: int, sizes: dict[str, int]) -> dict[str, Any]:
-    op = _KERNELS.get(step.kind)
-    constants = {v.buffer for v in step.inputs if v.buffer.data is not None}
-    if step.kind == "gather" and len(step.inputs) == 3:
-        op = "int8_embedding"
-    native = kernels._compiled.native()
-    isa = getattr(native, op).kernel_isa() if op else None
-    row: dict[str, Any] = {
-        "module": step.module,
-        "op": op or step.kind,
-        "kernel": f"cpu/{isa}" if isa else "cpu",
-        "density": None,
-        "bytes": sum(b.data.nbytes for b in constants if b.data is not None),
-        "macs": None,
-        "us": nanoseconds / 1e3,
-        "why": "a step of the plan, run without Python",
-    }
-    results = product(step.output.shape).at(sizes)
-    if step.kind == "linear":
-        row["density"], row["macs"] = 1.0, results * step.inputs[0].shape[-1].at(sizes)
-    elif step.kind == "linear_int8":
-        outputs, inputs = step.integers[:2]
-        values = step.inputs[1].buffer.data
-        assert values is not None
-        density = len(values) / (ceil_div(outputs, 32) * ceil_div(inputs, 4))
-        row["density"], row["macs"] = round(density, 4), round(results * inputs * density)
-    elif step.kind == "attention":
-        row["macs"] = 2 * results * step.inputs[1].shape[2].at(sizes)
-    return row
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
