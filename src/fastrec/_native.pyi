@@ -41,9 +41,11 @@ class engine:
             constants: list[int],
             slots: list[list[list[int]]],
             steps: list[tuple[str, list[tuple[object, ...]], list[int], list[float]]],
+            whole: engine.Executor | None = None,
+            origins: list[int] = ...,
         ) -> None: ...
         def run(
-            self, symbols: list[int], inputs: list[int], output: int, step_ns: int = 0
+            self, symbols: list[int], inputs: list[int], outputs: list[int], step_ns: int = 0
         ) -> tuple[int, int, int]: ...
 
 class grouped_linear:

@@ -33,7 +33,8 @@ std::vector<Extent> extents(const std::vector<PyExtent>& from) {
 }
 
 Plan make_plan(const std::vector<uintptr_t>& constants,
-               const std::vector<std::vector<PyExtent>>& slots, const std::vector<PyStep>& steps) {
+               const std::vector<std::vector<PyExtent>>& slots, const std::vector<PyStep>& steps,
+               const Executor* whole, const std::vector<int64_t>& origins) {
   Plan plan;
   for (uintptr_t address : constants)
     plan.constants.push_back(reinterpret_cast<const std::byte*>(address));
@@ -48,22 +49,26 @@ Plan make_plan(const std::vector<uintptr_t>& constants,
                                extents(sizes), extents(strides)});
     }
     if (step.operands.size() > kMaxOperands) throw std::invalid_argument("too many operands");
+    const size_t position = plan.steps.size();
+    if (whole && position < origins.size() && origins[position] >= 0)
+      step.prepared = whole->plan().steps.at(origins[position]).prepared;
     plan.steps.push_back(std::move(step));
   }
   return plan;
 }
 
 py::tuple run(Executor& executor, const std::vector<int64_t>& sizes,
-              const std::vector<uintptr_t>& inputs, uintptr_t output, uintptr_t step_ns) {
+              const std::vector<uintptr_t>& inputs, const std::vector<uintptr_t>& outputs,
+              uintptr_t step_ns) {
   Symbols symbols{};
   std::copy(sizes.begin(), sizes.begin() + std::min<size_t>(sizes.size(), kMaxSymbols),
             symbols.begin());
   Status status;
   {
     py::gil_scoped_release nogil;
-    status =
-        executor.run(symbols, reinterpret_cast<const std::byte* const*>(inputs.data()),
-                     reinterpret_cast<std::byte*>(output), reinterpret_cast<int64_t*>(step_ns));
+    status = executor.run(symbols, reinterpret_cast<const std::byte* const*>(inputs.data()),
+                          reinterpret_cast<std::byte* const*>(outputs.data()),
+                          reinterpret_cast<int64_t*>(step_ns));
   }
   return py::make_tuple(static_cast<int>(status.fault), status.step, status.value);
 }
@@ -80,12 +85,16 @@ void bind(py::module_& parent) {
   py::class_<Executor>(m, "Executor")
       .def(py::init([](const std::vector<uintptr_t>& constants,
                        const std::vector<std::vector<PyExtent>>& slots,
-                       const std::vector<PyStep>& steps) {
-             return std::make_unique<Executor>(make_plan(constants, slots, steps));
+                       const std::vector<PyStep>& steps, const Executor* whole,
+                       const std::vector<int64_t>& origins) {
+             return std::make_unique<Executor>(make_plan(constants, slots, steps, whole, origins));
            }),
-           py::arg("constants"), py::arg("slots"), py::arg("steps"),
-           "Borrows the constants: the caller keeps them alive and has checked the plan.")
-      .def("run", run, py::arg("symbols"), py::arg("inputs"), py::arg("output"),
+           py::arg("constants"), py::arg("slots"), py::arg("steps"), py::arg("whole") = nullptr,
+           py::arg("origins") = std::vector<int64_t>{},
+           "Borrows the constants: the caller keeps them alive and has checked the plan. A part of "
+           "a "
+           "plan shares what its `whole` has prepared: of step origins[i] for step i, -1 for none.")
+      .def("run", run, py::arg("symbols"), py::arg("inputs"), py::arg("outputs"),
            py::arg("step_ns") = 0, "(fault, step, value); fault 0 is success.");
 }
 

@@ -24,8 +24,6 @@ int64_t bytes_of(Dtype dtype) {
 namespace {
 
 constexpr int64_t kLine = 64;
-// Vector kernels may read a register's width from the last element on.
-constexpr int64_t kSlack = 64;
 
 int64_t round_up(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -72,7 +70,7 @@ struct Executor::Arena {
 Executor::Executor(Plan plan) : plan_(std::move(plan)) {
   for (Step& step : plan_.steps) {
     const Prepare prepare = find_kind(step.kind)->prepare;
-    if (!prepare) continue;
+    if (!prepare || step.prepared) continue;
     Tensor tensors[kMaxOperands];
     for (size_t o = 0; o < step.operands.size(); ++o) {
       const Operand& operand = step.operands[o];
@@ -103,8 +101,8 @@ void Executor::give(Arena* arena) {
   delete arena;
 }
 
-Status Executor::run(const Symbols& symbols, const std::byte* const* inputs, std::byte* output,
-                     int64_t* step_ns) {
+Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
+                     std::byte* const* outputs, int64_t* step_ns) {
   Arena* arena = take();
   arena->lay_out(plan_, symbols);
   std::byte* const base = arena->base();
@@ -126,7 +124,7 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs, std
           data = base + arena->slot_begin[operand.index];
           break;
         case Space::output:
-          data = output;
+          data = outputs[operand.index];
           break;
       }
       tensors[o] = resolve(operand, data, symbols);

@@ -10,6 +10,9 @@
 
 namespace fastrec::engine {
 
+// Bytes behind an output or input that vector kernels may read: a register's width.
+inline constexpr int64_t kSlack = 64;
+
 class Executor {
  public:
   explicit Executor(Plan plan);
@@ -17,9 +20,10 @@ class Executor {
 
   const Plan& plan() const { return plan_; }
 
-  // Inputs and the output are contiguous, of the sizes that the symbols say; the caller has checked
-  // them. Where `step_ns` is not null it receives the time of each step.
-  Status run(const Symbols& symbols, const std::byte* const* inputs, std::byte* output,
+  // Inputs and outputs are contiguous, of the sizes that the symbols say; the caller has checked
+  // them. An output that steps read again has the arena's slack behind it (kSlack). Where `step_ns`
+  // is not null it receives the time of each step.
+  Status run(const Symbols& symbols, const std::byte* const* inputs, std::byte* const* outputs,
              int64_t* step_ns = nullptr);
 
  private:

@@ -41,7 +41,7 @@ enum class Space : int { input, constant, arena, output };
 
 struct Operand {
   Space space;
-  int index;  // of the input, constant or arena slot
+  int index;  // of the input, constant, arena slot or output
   Dtype dtype;
   int64_t offset;  // elements
   std::vector<Extent> sizes, strides;
@@ -85,7 +85,7 @@ struct Step {
   std::vector<Operand> operands;  // the result last
   std::vector<int64_t> integers;  // parameters, in the order each kind documents
   std::vector<double> numbers;
-  std::shared_ptr<void> prepared;
+  std::shared_ptr<void> prepared;  // may be another plan's, for a step on the same constants
 };
 
 struct Slot {

@@ -181,7 +181,8 @@ struct Placed {
                reinterpret_cast<const std::byte*>(noises.data()),
                reinterpret_cast<const std::byte*>(valid.data())} {}
   Status run(Executor& executor, int64_t* step_ns = nullptr) {
-    return executor.run(symbols, inputs, reinterpret_cast<std::byte*>(out.data()), step_ns);
+    std::byte* const outputs[] = {reinterpret_cast<std::byte*>(out.data())};
+    return executor.run(symbols, inputs, outputs, step_ns);
   }
 
   Symbols symbols;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,18 @@ from fastrec.runtime.plan.memory import assign_slots
 ITEMSIZE = {name: np.dtype(name).itemsize for name in DTYPES}
 
 
-def executor(plan: Plan) -> tuple[Any, list[np.ndarray]]:
-    """The native executor, and the constants that it borrows: keep them as long as it lives."""
+def executor(
+    plan: Plan, whole: Any = None, origins: Sequence[int] = ()
+) -> tuple[Any, list[np.ndarray]]:
+    """The native executor, and the constants that it borrows: keep them as long as it lives.
+
+    A part of a plan shares the packed weights of ``whole``, its executor: step i those of step
+    ``origins[i]``, or of none where that is -1.
+    """
     native = _compiled.native().engine
     symbols = [*plan.symbols, *([""] * (native.MAX_SYMBOLS - len(plan.symbols)))]
-    plan.output.buffer.space = "output"
+    for index, view in enumerate((plan.output, *plan.more_outputs)):
+        view.buffer.space, view.buffer.index = "output", index
     slots = [[size.powers(symbols) for size in users] for users in assign_slots(plan, ITEMSIZE)]
     constants: dict[Buffer, int] = {}
     codes = {name: code for code, name in enumerate(native.MAP_OPS)}
@@ -48,4 +56,4 @@ def executor(plan: Plan) -> tuple[Any, list[np.ndarray]]:
 
     steps = [encoded(step) for step in plan.steps]
     data = [np.ascontiguousarray(b.data) for b in constants]
-    return native.Executor([a.ctypes.data for a in data], slots, steps), data
+    return native.Executor([a.ctypes.data for a in data], slots, steps, whole, list(origins)), data

@@ -66,7 +66,7 @@ class PlanEngine(Engine):
         fault, step, value = self._executor.run(
             sizes,
             [a.ctypes.data for a in arrays],
-            out.ctypes.data,
+            [out.ctypes.data],
             0 if step_ns is None else step_ns.ctypes.data,
         )
         if fault:

@@ -226,12 +226,16 @@ class Step:
 
 @dataclass
 class Plan:
-    """Steps in order; ``symbols`` are the free sizes, ``inputs`` and ``output`` buffers."""
+    """Steps in order; ``symbols`` are the free sizes, ``inputs`` and ``output`` buffers.
+
+    ``more_outputs`` are whole buffers that a part of a plan hands on beside its output.
+    """
 
     symbols: tuple[str, ...]
     inputs: list[Buffer]
     steps: list[Step]
     output: View
+    more_outputs: list[View] = field(default_factory=list)
 
     def readers(self) -> dict[Buffer, list[Step]]:
         """Which steps read a buffer."""
