@@ -67,6 +67,17 @@ struct Executor::Arena {
   }
 };
 
+// An arena for the time of a call, given back however the call ends: an allocation may throw.
+struct Executor::Lent {
+  explicit Lent(Executor& executor) : executor(executor), arena(executor.take()) {}
+  Lent(const Lent&) = delete;
+  ~Lent() { executor.give(arena); }
+  Arena* operator->() const { return arena; }
+
+  Executor& executor;
+  Arena* const arena;
+};
+
 Executor::Executor(Plan plan) : plan_(std::move(plan)) {
   for (Step& step : plan_.steps) {
     const Prepare prepare = find_kind(step.kind)->prepare;
@@ -103,7 +114,7 @@ void Executor::give(Arena* arena) {
 
 Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
                      std::byte* const* outputs, int64_t* step_ns) {
-  Arena* arena = take();
+  const Lent arena(*this);
   arena->lay_out(plan_, symbols);
   std::byte* const base = arena->base();
   Tensor tensors[kMaxOperands];
@@ -136,7 +147,6 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
       step_ns[s] = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
     if (status.fault != Fault::none) status.step = static_cast<int>(s);
   }
-  give(arena);
   return status;
 }
 

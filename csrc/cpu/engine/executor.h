@@ -28,6 +28,7 @@ class Executor {
 
  private:
   struct Arena;
+  struct Lent;
   Arena* take();
   void give(Arena* arena);
 

@@ -358,6 +358,23 @@ TEST(engine_allocates_nothing_for_a_size_that_it_has_seen) {
     CHECK(allocations == before);
   });
 }
+
+TEST(engine_keeps_its_arena_where_memory_runs_out) {
+  const Model model(Place::heap);
+  Executor executor(model.plan(false));
+  Placed placed(Request(1, 3, 79), false, Place::heap);
+  CHECK(placed.run(executor).fault == Fault::none);
+  bool refused = false;
+  try {  // petabytes: no step is run
+    executor.run({int64_t{1} << 44, 1}, placed.inputs, nullptr);
+  } catch (const std::bad_alloc&) {
+    refused = true;
+  }
+  CHECK(refused);
+  const int64_t before = allocations;
+  CHECK(placed.run(executor).fault == Fault::none);
+  CHECK(allocations == before);
+}
 #endif
 
 }  // namespace fastrec::tests
