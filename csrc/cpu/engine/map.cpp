@@ -4,11 +4,14 @@
 // operands  the inputs, expanded to the result's dims (stride 0 where they are broadcast), then the
 //           result
 // integers  four an instruction: MapOp, then registers a, b, c. Registers 0 .. inputs - 1 are the
-//           inputs, each instruction appends one; the last one is the result.
+//           inputs, each instruction appends one; the last one is the result (without
+//           instructions: a copy).
 //           number and integer: a = position in `numbers`; index: a = dimension
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "engine/map_ops.h"
 #include "engine/steps.h"
@@ -215,7 +218,37 @@ void execute(MapOp op, Register& to, const Register& a, const Register& b, const
   }
 }
 
+[[noreturn]] void refuse(int instruction, const std::string& why) {
+  throw std::invalid_argument("map: instruction " + std::to_string(instruction) + " " + why);
+}
+
 }  // namespace
+
+std::shared_ptr<void> check_map(const Step& step, const Tensor*) {
+  const size_t size = step.integers.size();
+  const int inputs = static_cast<int>(step.operands.size()) - 1;
+  const int instructions = static_cast<int>(size) / kInstruction;
+  if (size % kInstruction || inputs < 0 || inputs + instructions == 0)
+    throw std::invalid_argument("map: half an instruction, or nothing to compute");
+  if (inputs + instructions > kMaxRegisters)
+    refuse(instructions - 1, "has no register: there are " + std::to_string(kMaxRegisters));
+  for (int p = 0; p < instructions; ++p) {
+    const int64_t* instruction = step.integers.data() + p * kInstruction;
+    if (instruction[0] < 0 || instruction[0] >= kMapOps) refuse(p, "is unknown");
+    const int reads = kMapOpReads[instruction[0]];
+    int64_t there[] = {1, 1, 1};  // what is not read is 0
+    std::fill_n(there, reads, inputs + p);
+    if (instruction[0] == static_cast<int64_t>(MapOp::index))
+      there[0] = static_cast<int64_t>(step.operands.back().sizes.size());
+    else if (reads == 0)
+      there[0] = static_cast<int64_t>(step.numbers.size());
+    for (int o = 0; o < kInstruction - 1; ++o)
+      if (instruction[1 + o] < 0 || instruction[1 + o] >= there[o])
+        refuse(p, std::string("(") + kMapOpNames[instruction[0]] + ") reads " +
+                      std::to_string(instruction[1 + o]) + " of " + std::to_string(there[o]));
+  }
+  return nullptr;
+}
 
 Status run_map(const Step& step, const Tensor* operands) {
   const int inputs = static_cast<int>(step.operands.size()) - 1;

@@ -55,6 +55,11 @@ inline constexpr const char* kMapOpNames[] = {
     FASTREC_MAP_OPS(FASTREC_MAP_NAME)
 #undef FASTREC_MAP_NAME
 };
+inline constexpr int kMapOpReads[] = {
+#define FASTREC_MAP_READS(name, reads) reads,
+    FASTREC_MAP_OPS(FASTREC_MAP_READS)
+#undef FASTREC_MAP_READS
+};
 inline constexpr int kMapOps = sizeof(kMapOpNames) / sizeof(*kMapOpNames);
 
 // Inputs and instructions of one step together.

@@ -76,7 +76,8 @@ struct Status {
 };
 
 using Run = Status (*)(const Step& step, const Tensor* operands);
-// Work that depends on constants alone, done once; operands that are not constant have no address.
+// Checks, and work that depends on constants alone, done once; operands that are not constant have
+// no address.
 using Prepare = std::shared_ptr<void> (*)(const Step& step, const Tensor* operands);
 
 struct Step {

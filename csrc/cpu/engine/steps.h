@@ -6,6 +6,9 @@
 namespace fastrec::engine {
 
 Status run_map(const Step& step, const Tensor* operands);
+// A `Prepare` that keeps nothing; throws std::invalid_argument for a program that `run_map` must
+// not see.
+std::shared_ptr<void> check_map(const Step& step, const Tensor* operands);
 Status run_gather(const Step& step, const Tensor* operands);
 Status run_layer_norm(const Step& step, const Tensor* operands);
 Status run_linear(const Step& step, const Tensor* operands);

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <new>
+#include <stdexcept>
 #include <thread>
 
 #include "check.h"
@@ -334,6 +335,37 @@ TEST(engine_is_usable_after_a_fault) {
     check_fault(answer(executor, bad, true, place).status, Fault::not_a_number, last, 0);
     check_usable();
   });
+}
+
+TEST(engine_refuses_programs_that_read_what_is_not_there) {
+  const Model model(Place::heap);
+  const auto refused = [&](const std::vector<int64_t>& program) {
+    Plan plan = model.plan(false);
+    plan.steps[map].integers = program;
+    try {
+      Executor executor(std::move(plan));
+      return false;
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+  };
+  const int64_t add = op("add_f32"), number = op("number"), index = op("index");
+  // Three inputs and one constant, a result of three dimensions.
+  CHECK(!refused({add, 0, 2, 0, number, 0, 0, 0, index, 2, 0, 0, op("where_f32"), 5, 4, 3}));
+  CHECK(!refused({}));  // a copy
+  CHECK(refused({add, 0, 2}));
+  CHECK(refused({kMapOps, 0, 0, 0}));
+  CHECK(refused({-1, 0, 0, 0}));
+  CHECK(refused({add, 0, 3, 0}));  // its own register
+  CHECK(refused({add, -1, 0, 0}));
+  CHECK(refused({add, 0, 1, 2}));  // a third one
+  CHECK(refused({number, 1, 0, 0}));
+  CHECK(refused({index, 3, 0, 0}));
+  std::vector<int64_t> longest;
+  for (int p = 0; p < kMaxRegisters - 3; ++p) longest.insert(longest.end(), {add, 0, 1, 0});
+  CHECK(!refused(longest));
+  longest.insert(longest.end(), {add, 0, 1, 0});
+  CHECK(refused(longest));
 }
 
 TEST(engine_times_each_step) {
