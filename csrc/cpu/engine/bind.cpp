@@ -81,6 +81,7 @@ void bind(py::module_& parent) {
   m.attr("MAX_DIMS") = kMaxDims;
   m.attr("MAX_OPERANDS") = kMaxOperands;
   m.attr("MAX_REGISTERS") = kMaxRegisters;
+  m.attr("SLACK") = kSlack;
   m.attr("MAP_OPS") = std::vector<std::string>(kMapOpNames, kMapOpNames + kMapOps);
   py::class_<Executor>(m, "Executor")
       .def(py::init([](const std::vector<uintptr_t>& constants,
@@ -92,8 +93,7 @@ void bind(py::module_& parent) {
            py::arg("constants"), py::arg("slots"), py::arg("steps"), py::arg("whole") = nullptr,
            py::arg("origins") = std::vector<int64_t>{},
            "Borrows the constants: the caller keeps them alive and has checked the plan. A part of "
-           "a "
-           "plan shares what its `whole` has prepared: of step origins[i] for step i, -1 for none.")
+           "a plan shares what `whole` has prepared: step i that of step origins[i], if not -1.")
       .def("run", run, py::arg("symbols"), py::arg("inputs"), py::arg("outputs"),
            py::arg("step_ns") = 0, "(fault, step, value); fault 0 is success.");
 }

@@ -122,12 +122,38 @@ class Engine(abc.ABC):
                 nothing was computed.
             BackendError: the engine is closed.
         """
-        if self._closed:
-            raise BackendError(f"this {self.backend} engine is closed")
+        self._require_open()
         arrays, from_torch = self.spec.check(inputs)
         if from_torch:
             return self._run_torch(inputs, arrays)
         return self._run(arrays)
+
+    def encode(self, *history: Any, candidates: Any = None) -> Any:
+        """The histories of B users, encoded for :meth:`score`; see ``PlanEngine.encode``.
+
+        Raises:
+            BackendError: this engine runs the model in one piece.
+        """
+        raise self._one_piece()
+
+    def score(self, state: Any, *candidates: Any) -> Any:
+        """The scores of candidates for the users that ``encode`` made ``state`` of.
+
+        Raises:
+            BackendError: this engine runs the model in one piece.
+        """
+        raise self._one_piece()
+
+    def _one_piece(self) -> BackendError:
+        return BackendError(
+            f"this {self.backend} engine runs the model in one piece; encode and score need a "
+            'native engine that runs one plan: compile with backend="native" and '
+            'settings={"executor": "plan"}, whose error says what stands in the way'
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"this {self.backend} engine is closed")
 
     @abc.abstractmethod
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastrec import kernels
-from fastrec.errors import ArgumentError, IdRangeError
+from fastrec.errors import ArgumentError, DtypeError, IdRangeError
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.plan.emit import executor
 from fastrec.runtime.plan.ir import Plan, Step
 from fastrec.runtime.plan.profile import profile
+from fastrec.runtime.plan.split import candidate_positions
+from fastrec.runtime.plan.state import Halves, State
 
 # csrc/cpu/engine/plan.h: Fault.
 _ID_OUT_OF_RANGE, _NOT_A_NUMBER = 1, 2
@@ -38,6 +41,47 @@ class PlanEngine(Engine):
             for symbol in plan.symbols
         ]
         self._out_shape = plan.output.shape
+        self._halves: dict[tuple[int, ...], Halves] = {}  # by the candidates' positions
+        self._building = threading.Lock()
+
+    def encode(
+        self, *history: Any, candidates: str | int | Sequence[str | int] | None = None
+    ) -> State:
+        """The histories of B users, encoded for :meth:`score`; numpy or torch.
+
+        Args:
+            history: the model's inputs but the candidates', in order.
+            candidates: names or positions of the candidates' inputs; by default those with a
+                dimension ``m``.
+
+        Raises:
+            ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
+            BackendError: the plan does not split there, and why; or the engine is closed.
+        """
+        self._require_open()
+        positions = candidate_positions(self.spec, candidates)
+        halves = self._halves.get(positions)
+        if halves is None:
+            with self._building:
+                halves = self._halves.get(positions) or Halves(self, positions)
+                self._halves[positions] = halves
+        return halves.encode(history)
+
+    def score(self, state: State, *candidates: Any) -> Any:
+        """The scores of candidates for the users of ``state``: the bits that a call with all inputs
+        gives. numpy in, numpy out; torch in, torch out.
+
+        Raises:
+            DtypeError, ArgumentError: ``state`` is none, or another engine's.
+            ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
+            BackendError: the engine is closed.
+        """
+        self._require_open()
+        if not isinstance(state, State):
+            raise DtypeError("state", "what encode returned", type(state).__name__)
+        if state._halves.engine is not self:
+            raise ArgumentError("state", "one that this engine encoded", "another engine's")
+        return state._halves.score(state, candidates)
 
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
         with kernels.call_threads(self.threads):
@@ -91,5 +135,6 @@ class PlanEngine(Engine):
     def close(self) -> None:
         """Free the executor and the constants."""
         if not self._closed:
+            self._halves.clear()
             del self._executor, self._constants
         super().close()

@@ -1,0 +1,169 @@
+"""A user's history encoded once, then scored against candidates as often as need be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastrec import kernels
+from fastrec.errors import ArgumentError, ShapeError
+from fastrec.kernels import _compiled
+from fastrec.runtime.plan.emit import executor
+from fastrec.runtime.plan.ir import Plan
+from fastrec.runtime.plan.split import split
+from fastrec.runtime.spec import InputSpec
+
+if TYPE_CHECKING:
+    from fastrec.runtime.plan.engine import PlanEngine
+
+_LINE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What ``encode`` made of the histories of B users; immutable, for any number of threads.
+
+    Attributes:
+        arrays: the values, read-only.
+        sizes: the histories' sizes by symbol, e.g. ``{"B": 1, "L": 100}``.
+    """
+
+    arrays: tuple[np.ndarray, ...] = dataclasses.field(repr=False)
+    sizes: Mapping[str, int]
+    _halves: Halves = dataclasses.field(repr=False)
+    _addresses: tuple[int, ...] = dataclasses.field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return sum(a.nbytes for a in self.arrays)
+
+
+class Halves:
+    """The two executors of a split plan; they share the engine's packed weights."""
+
+    def __init__(self, engine: PlanEngine, candidates: tuple[int, ...]) -> None:
+        parts = split(engine._plan, candidates)
+        self.engine, self.split = engine, parts
+        fields, limits = engine.spec.fields, engine.spec.limits
+        self._history = InputSpec(tuple(fields[i] for i in parts.history), limits)
+        self._candidates = InputSpec(tuple(fields[i] for i in parts.candidates), limits)
+        known = {d for f in self._history.fields for d in f.dims}
+        for f in self._history.fields:
+            if isinstance(f.rows, str) and f.rows not in known:
+                raise ArgumentError(
+                    "candidates", f"the input that brings {f.rows} beside {f.name}", "another part"
+                )
+        # Dimensions of the candidates' inputs that the histories decide.
+        self._shared = [
+            (i, d, size)
+            for i, f in enumerate(self._candidates.fields)
+            for d, size in enumerate(f.dims)
+            if size in known and isinstance(size, str)
+        ]
+        own = {d for f in self._candidates.fields for d in f.dims}
+        self._ranges = any(
+            isinstance(f.rows, str) and f.rows not in own for f in self._candidates.fields
+        )
+        whole = engine._executor
+        self._encode, self._encode_constants = executor(parts.encode, whole, parts.encode_origins)
+        self._score, self._score_constants = executor(parts.score, whole, parts.score_origins)
+        self._encode_sizes = _places(parts.encode)
+        self._score_sizes = _places(parts.score)
+        self._results = [v.buffer for v in (parts.encode.output, *parts.encode.more_outputs)]
+        self._kept = [parts.history.index(i) for i in parts.kept]
+
+    def encode(self, inputs: Sequence[Any]) -> State:
+        """The state of checked histories."""
+        arrays = [np.ascontiguousarray(a) for a in self._history.check(inputs)[0]]
+        sizes = {s: arrays[i].shape[d] for s, (i, d) in self._encode_sizes.items()}
+        made = [_aligned([e.at(sizes) for e in b.shape], b.dtype) for b in self._results]
+        self._run(
+            self._encode,
+            self.split.encode,
+            sizes,
+            [a.ctypes.data for a in arrays],
+            [a.ctypes.data for a in made],
+        )
+        for i in self._kept:
+            made.append(_aligned(arrays[i].shape, arrays[i].dtype))
+            made[-1][...] = arrays[i]
+        for array in made:
+            _freeze(array)
+        addresses = tuple(a.ctypes.data for a in made)
+        return State(tuple(made), MappingProxyType(sizes), self, addresses)
+
+    def score(self, state: State, inputs: Sequence[Any]) -> Any:
+        """The scores of candidates, as numpy or torch, whichever these are."""
+        arrays, from_torch = self._spec(state).check(inputs)
+        for i, d, symbol in self._shared:
+            if arrays[i].shape[d] != state.sizes[symbol]:
+                raise ShapeError(
+                    self._candidates.fields[i].name,
+                    f"{symbol} = {state.sizes[symbol]} at dimension {d}, as in the state",
+                    f"shape {list(arrays[i].shape)}",
+                )
+        arrays = [np.ascontiguousarray(a) for a in arrays]
+        addresses = [*(a.ctypes.data for a in arrays), *state._addresses]
+        known = (*arrays, *state.arrays)
+        sizes = {s: known[i].shape[d] for s, (i, d) in self._score_sizes.items()}
+        sizes.update(state.sizes)
+        output = self.split.score.output
+        out = np.empty([e.at(sizes) for e in output.shape], output.dtype)
+        self._run(self._score, self.split.score, sizes, addresses, [out.ctypes.data])
+        if not from_torch:
+            return out
+        import torch
+
+        return torch.from_numpy(out)
+
+    def _spec(self, state: State) -> InputSpec:
+        if not self._ranges:
+            return self._candidates
+        fields = tuple(
+            dataclasses.replace(f, rows=state.sizes[f.rows] + 1)
+            if isinstance(f.rows, str) and f.rows in state.sizes
+            else f
+            for f in self._candidates.fields
+        )
+        return InputSpec(fields, self._candidates.limits)
+
+    def _run(
+        self, native: Any, plan: Plan, sizes: dict[str, int], inputs: list[int], outputs: list[int]
+    ) -> None:
+        with kernels.call_threads(self.engine.threads):
+            fault, step, value = native.run([sizes[s] for s in plan.symbols], inputs, outputs)
+        if fault:
+            raise self.engine._error(fault, plan.steps[step], value)
+
+
+def _places(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Symbol -> an input and dimension that has its size."""
+    return {
+        size.symbols[0]: (i, d)
+        for i, buffer in enumerate(plan.inputs)
+        for d, size in enumerate(buffer.shape)
+        if size.coefficient == 1 and len(size.symbols) == 1
+    }
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Like a buffer of the executor's arena: on a cache line, with room behind it."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + _LINE + _compiled.native().engine.SLACK, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _freeze(array: np.ndarray) -> None:
+    """Read-only, and so is the memory behind it."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base.flags.writeable = False
+        base = base.base
