@@ -76,6 +76,7 @@ HOT_LOOPS = [
         rf"{FMA}|vdpbf16ps",
         3 * 24 + 2 * 6,
     ),
+    HotLoop(r"grouped_linear::.*dot_rows<(?:float|unsigned short), (\d+)>\(", FMA, 6, 4),
     HotLoop(r"separable_projection::.*(?:convolve|correlate)_block<(\d+)>\(", FMA, 2 * (12 + 6)),
 ]
 

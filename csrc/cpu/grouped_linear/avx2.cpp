@@ -153,7 +153,7 @@ FASTREC_AVX2 void store(const float* c, int64_t c_row, int rows, int count, void
 
 }  // namespace
 
-const Kernel kAvx2 = {Isa::avx2, 1, load, multiply, outer, store};
+const Kernel kAvx2 = {Isa::avx2, 1, load, multiply, outer, store, dots_avx2, 6};
 
 }  // namespace fastrec::grouped_linear
 #endif

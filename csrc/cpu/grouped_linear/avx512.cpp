@@ -165,7 +165,7 @@ FASTREC_AVX512 void store(const float* c, int64_t c_row, int rows, int count, vo
 
 }  // namespace
 
-const Kernel kAvx512 = {Isa::avx512, 1, load, multiply, outer, store};
+const Kernel kAvx512 = {Isa::avx512, 1, load, multiply, outer, store, dots_avx512, 8};
 
 }  // namespace fastrec::grouped_linear
 #endif

@@ -104,7 +104,7 @@ FASTREC_AVX512BF16 void store(const float* c, int64_t c_row, int rows, int count
 
 }  // namespace
 
-const Kernel kAvx512bf16 = {Isa::avx512bf16, 2, load, multiply, outer, store};
+const Kernel kAvx512bf16 = {Isa::avx512bf16, 2, load, multiply, outer, store, dots_avx512, 2};
 
 }  // namespace fastrec::grouped_linear
 #endif

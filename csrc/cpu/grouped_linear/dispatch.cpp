@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cpu_features.h"
+#include "grouped_linear/bf16.h"
 #include "grouped_linear/grouped_linear.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -70,6 +71,43 @@ void project(const Kernel& kernel, const Matrix& a, int64_t inputs, const Panels
   });
 }
 
+constexpr int64_t kDotBlocks = 4;  // of 16 outputs, that a thread claims at a time
+
+// At most Kernel::few_rows rows.
+
+void forward_few(const Kernel& kernel, const Matrix& x, const void* weight, const void* bias,
+                 const Matrix& y, const Sizes& sizes) {
+  const int64_t bytes = x.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t blocks = (sizes.outputs + kLine - 1) / kLine;
+  const int rows = static_cast<int>(sizes.rows);
+  const int64_t macs = sizes.rows * sizes.groups * sizes.outputs * sizes.inputs;
+  const int threads = macs < kParallelMultiplyAdds ? 1 : num_threads();
+  const bool in_place = y.dtype == Dtype::f32 && y.channels.element == 1;
+  parallel_for(sizes.groups * blocks, kDotBlocks, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t g = b / blocks, o = b % blocks * kLine, at = g * sizes.outputs + o;
+      const int count = static_cast<int>(std::min<int64_t>(kLine, sizes.outputs - o));
+      float offsets[kLine] = {};
+      const float* start = offsets;
+      if (bias && x.dtype == Dtype::f32)
+        start = static_cast<const float*>(bias) + at;
+      else if (bias)
+        std::transform(static_cast<const uint16_t*>(bias) + at,
+                       static_cast<const uint16_t*>(bias) + at + count, offsets, from_bf16);
+      const char* const from = static_cast<const char*>(x.data) + g * x.channels.group * bytes;
+      const char* const matrix = static_cast<const char*>(weight) + at * sizes.inputs * bytes;
+      char* const to = static_cast<char*>(const_cast<void*>(y.data)) +
+                       (g * y.channels.group + o * y.channels.element) * bytes;
+      alignas(64) float sums[kTileRows * kLine];
+      float* const c = in_place ? reinterpret_cast<float*>(to) : sums;
+      kernel.dots(from, x.row_stride, matrix, x.dtype, sizes.inputs, count, rows, start, c,
+                  in_place ? y.row_stride : kLine);
+      if (!in_place)
+        kernel.store(sums, kLine, rows, count, to, y.dtype, y.row_stride, y.channels.element);
+    }
+  });
+}
+
 }  // namespace
 
 const Kernel& select(Dtype dtype) {
@@ -100,6 +138,10 @@ void forward(const Matrix& x, const void* weight, const void* bias, const Matrix
              const Sizes& sizes) {
   if (sizes.rows == 0) return;
   const Kernel& kernel = select(x.dtype);
+  if (sizes.rows <= kernel.few_rows) {
+    forward_few(kernel, x, weight, bias, y, sizes);
+    return;
+  }
   float* const memory =
       scratch<float>(panel_floats(kernel, sizes.groups, sizes.outputs, sizes.inputs));
   const Panels panels =

@@ -1,12 +1,13 @@
 // grouped_linear: y[m, g, o] = bias[g, o] + sum_i x[m, g, i] * w[g, o, i]
 //
 // x [M, G * I], w [G, O, I] contiguous, bias [G * O] or null, y [M, G * O]; all f32 or all bf16,
-// sums in f32, begun with the bias and taken in order of i. Rows of x and y have a stride of their
-// own; channel e of group g lies at g * channels.group + e * channels.element, so that a channel
-// shuffle (position e * G + g) is a pair of strides. Backward: dx = dy w for each group, dw = dy^T
-// x, and dbias, the sum of dy over the rows; in blocks of kChunkRows rows, each summed on its own,
-// whose order depends on the sizes alone: the same bits for any number of threads. Kernels read
-// nothing outside the rows and the weight given.
+// sums in f32, begun with the bias and taken in order of i; where rows are few (Kernel::few_rows)
+// in sixteen sums, added at the end, that read the weight as it lies. Rows of x and y have a stride
+// of their own; channel e of group g lies at g * channels.group + e * channels.element, so that a
+// channel shuffle (position e * G + g) is a pair of strides. Backward: dx = dy w for each group, dw
+// = dy^T x, and dbias, the sum of dy over the rows; in blocks of kChunkRows rows, each summed on
+// its own, whose order depends on the sizes alone: the same bits for any number of threads. Kernels
+// read nothing outside the rows and the weight given.
 //
 // A panel is 32 columns of a group's matrix, [K][32] units of 32 bits, zeros beyond the last
 // column. A unit is an f32; where a kernel multiplies bf16 as it is (Kernel::unit_inputs == 2) it
@@ -55,7 +56,17 @@ struct Kernel {
   // c[r][0..count) to `to`, converted (rounded to nearest even).
   void (*store)(const float* c, int64_t c_row, int rows, int count, void* to, Dtype dtype,
                 int64_t row_stride, int64_t element);
+  // c[r][n] = start[n] + x[r] . weight[n], n < columns <= 16; the weight as it lies, [n][inputs].
+  // Null where few_rows, the rows up to which packing the weight costs more than it brings, is 0.
+  void (*dots)(const void* x, int64_t x_row, const void* weight, Dtype dtype, int64_t inputs,
+               int columns, int rows, const float* start, float* c, int64_t c_row);
+  int few_rows;  // measured, see docs/kernels.md; <= kTileRows
 };
+
+void dots_avx2(const void* x, int64_t x_row, const void* weight, Dtype dtype, int64_t inputs,
+               int columns, int rows, const float* start, float* c, int64_t c_row);
+void dots_avx512(const void* x, int64_t x_row, const void* weight, Dtype dtype, int64_t inputs,
+                 int columns, int rows, const float* start, float* c, int64_t c_row);
 
 extern const Kernel kScalar, kAvx2, kAvx512, kAvx512bf16;
 

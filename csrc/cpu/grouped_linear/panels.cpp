@@ -72,6 +72,12 @@ void pack_f32(const T* weight, const Group& group, int64_t column0, int64_t coun
 void pack_pairs(const uint16_t* weight, const Group& group, int64_t column0, int64_t count,
                 float* panel) {
   const uint16_t* from = weight + column0 * group.column_stride;
+  if (group.depth_stride == 1 && group.depth % 8 == 0 && count == kPanelColumns) {
+    // Whole pairs lie side by side: units to transpose, whatever they hold.
+    const Group pairs = {group.columns, group.depth / 2, group.column_stride / 2, 1};
+    pack_f32(reinterpret_cast<const float*>(from), pairs, 0, count, panel);
+    return;
+  }
   for (int64_t k = 0; k < group.depth; k += 2, panel += kPanelColumns)
     for (int64_t n = 0; n < kPanelColumns; ++n) {
       uint16_t pair[2] = {0, 0};

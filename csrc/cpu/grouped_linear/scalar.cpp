@@ -62,6 +62,6 @@ void store(const float* c, int64_t c_row, int rows, int count, void* to, Dtype d
 
 }  // namespace
 
-const Kernel kScalar = {Isa::scalar, 1, load, multiply, outer, store};
+const Kernel kScalar = {Isa::scalar, 1, load, multiply, outer, store, nullptr, 0};
 
 }  // namespace fastrec::grouped_linear

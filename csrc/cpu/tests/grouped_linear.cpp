@@ -89,7 +89,7 @@ TEST(grouped_linear_agrees_within_bounds) {
       for (const int64_t outputs : {1, 15, 16, 17, 31, 32, 33, 65})
         for (const int64_t inputs : {1, 15, 16, 17, 64})
           compare({5, 3, outputs, inputs}, dtype, true, shuffled);
-      for (const int64_t rows : {0, 1, 11, 12, 13, 25, 100})
+      for (const int64_t rows : {0, 1, 2, 11, 12, 13, 25, 100})
         compare({rows, 2, 20, 9}, dtype, rows % 2, shuffled);
       compare({300, 4, 64, 64}, dtype, true, shuffled);
     }

@@ -54,13 +54,16 @@ def sample(
 
 
 def samples() -> Sequence[Sample]:
-    """Lane edges of rows (tiles of 12), outputs (panels of 32, lanes of 16), inputs (lines of 16,
-    pairs), shuffles, strided rows, and the bench shapes."""
+    """Lane edges of rows (few, tiles of 12), outputs (panels of 32, lanes of 16), inputs (lines of
+    16, pairs), shuffles, strided rows, and the bench shapes."""
     cases = [sample(rows, 2, 20, 9) for rows in (0, 1, 2, 3, 5, 7, 11, 12, 13, 23, 24, 25, 97)]
+    cases += [sample(rows, 3, 17, 33) for rows in (1, 2, 4, 6, 8, 9)]
     for dtype in (torch.float32, torch.bfloat16):
         edges = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65)
         cases += [sample(14, 2, outputs, 8, dtype=dtype) for outputs in edges]
         cases += [sample(6, 3, 18, inputs, dtype=dtype) for inputs in edges]
+        cases += [sample(2, 2, outputs, 31, dtype=dtype, strided=True) for outputs in edges]
+        cases += [sample(2, 3, 18, 31, dtype=dtype, shuffle=True, strided=True)]
         cases += [sample(29, 4, 16, 24, dtype=dtype, shuffle=True)]
         cases += [sample(29, 3, 5, 7, dtype=dtype, shuffle=True, bias=False, strided=True)]
         cases += [sample(13, 1, 40, 33, dtype=dtype, strided=True)]

@@ -1,0 +1,15 @@
+#if defined(__x86_64__)
+#include "vec16_avx512.h"
+// After the lanes it is written over.
+#define FASTREC_DOT_ROWS 2
+#include "grouped_linear/dots.h"
+
+namespace fastrec::grouped_linear {
+
+void dots_avx512(const void* x, int64_t x_row, const void* weight, Dtype dtype, int64_t inputs,
+                 int columns, int rows, const float* start, float* c, int64_t c_row) {
+  dot(x, x_row, weight, dtype, inputs, columns, rows, start, c, c_row);
+}
+
+}  // namespace fastrec::grouped_linear
+#endif
