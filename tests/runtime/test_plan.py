@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastrec
+from fastrec import kernels
 from fastrec.errors import BackendError
 from fastrec.kernels._compiled import native, reason_missing
 from fastrec.models import Ranker, RankerConfig
@@ -23,7 +25,7 @@ from fastrec.runtime.plan.engine import PlanEngine
 from fastrec.runtime.plan.ir import Buffer, Extent, product
 from fastrec.runtime.plan.lower import lower
 from fastrec.runtime.plan.memory import assign_slots, lifetimes
-from fastrec.runtime.plan.passes import optimise
+from fastrec.runtime.plan.passes import TILES_OUT, optimise
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -339,6 +341,43 @@ def test_an_id_computed_out_of_range_is_an_error_and_the_engine_lives() -> None:
     with pytest.raises(IndexError, match=r"table: expected ids in 0\.\.5 - 1, got 6"):
         engine(torch.tensor([0, 4]))
     assert torch.equal(engine(torch.tensor([0, 1])), table.weight[2:4].detach())
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("rows", [1, 13, 50])
+def test_int8_layers_hand_on_tiles_and_torchs_integers(isa: str, rows: int) -> None:
+    torch.manual_seed(0)
+    widths = [24, 70, 33, 40]
+    layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(40, 16)).eval()
+    x = torch.randn(rows, 24)
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[(x,)])
+    with kernels.force_isa(isa):
+        engine = engine_of(model, x)
+        # All but the first read tiles (6), all but the last write them (7).
+        flags = [tuple(s.integers[6:8]) for s in engine._plan.steps if s.kind == "linear_int8"]
+        assert flags == [(0, 1), (1, 1), (1, 1), (1, 0)]
+        with torch.inference_mode():
+            assert torch.equal(engine(x), model(x))
+
+
+@pytest.mark.parametrize("rows", [1, 12, 50])
+def test_a_norm_hands_on_the_tiles_of_its_layers(rows: int) -> None:
+    torch.manual_seed(0)
+    norm, layer = nn.LayerNorm(70), nn.Linear(70, 33)
+    model = nn.Sequential(norm, layer).eval()
+    x = torch.randn(rows, 70)
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[(x,)])
+    spec = spec_of(model, (x,))
+    plan = lower(model, (x,), spec)
+    optimise(plan)
+    assert [(s.kind, s.integers[TILES_OUT.get(s.kind, 0)]) for s in plan.steps] == [
+        ("layer_norm", 1),
+        ("linear_int8", 0),
+    ]
+    # Through the step that writes rows, and the layer that packs them, come the same integers.
+    apart = nn.Sequential(norm, Lambda(lambda y: y.relu() - (-y).relu()), model[1]).eval()
+    torch.testing.assert_close(engine_of(model, x)(x), engine_of(apart, x)(x), rtol=0, atol=0)
 
 
 def test_nan_into_an_int8_layer_is_an_error() -> None:

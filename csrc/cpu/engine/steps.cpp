@@ -4,9 +4,12 @@ namespace fastrec::engine {
 
 const Kind* find_kind(const std::string& name) {
   static constexpr Kind kKinds[] = {
-      {"attention", run_attention, nullptr},     {"gather", run_gather, nullptr},
-      {"layer_norm", run_layer_norm, nullptr},   {"linear", run_linear, prepare_linear},
-      {"linear_int8", run_linear_int8, nullptr}, {"map", run_map, check_map},
+      {"attention", run_attention, nullptr},
+      {"gather", run_gather, nullptr},
+      {"layer_norm", run_layer_norm, nullptr},
+      {"linear", run_linear, prepare_linear},
+      {"linear_int8", run_linear_int8, prepare_linear_int8},
+      {"map", run_map, check_map},
   };
   for (const Kind& kind : kKinds)
     if (name == kind.name) return &kind;

@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
 #include "sparse_int8_linear/sparse_int8_linear.h"
 
 namespace py = pybind11;
@@ -15,7 +17,8 @@ T* pointer(uintptr_t address) {
 }
 
 // A weight with its quantisation and epilogue, ready to run. It borrows every pointer: the Python
-// owner keeps the tensors alive and has checked shapes, dtypes, devices and contiguity.
+// owner keeps the tensors alive and unchanged and has checked shapes, dtypes, devices and
+// contiguity.
 class Prepared {
  public:
   Prepared(uintptr_t values, uintptr_t group_index, uintptr_t panel_start, uintptr_t scale,
@@ -30,6 +33,8 @@ class Prepared {
                     outputs,
                     inputs};
     call_.x_quantisation = {x_scale, x_zero_point};
+    folding_ = std::make_unique<Folding>(call_.weight, call_.x_quantisation);
+    call_.folded = folding_->folded();
     call_.activation = static_cast<Activation>(activation);
     call_.y_dtype = static_cast<Dtype>(y_dtype);
     call_.y_quantisation = {y_scale, y_zero_point};
@@ -47,6 +52,7 @@ class Prepared {
 
  private:
   Call call_{};
+  std::unique_ptr<Folding> folding_;
 };
 
 }  // namespace

@@ -72,7 +72,8 @@ bool pack_tile(const Call& call, int64_t row0, int rows, void* to) {
   return numbers;
 }
 
-void block(const Call& call, const Folded& folded, const Block& block) {
+void block(const Call& call, const Block& block) {
+  const Folded& folded = call.folded;
   const Weight& weight = call.weight;
   const int64_t n0 = block.panel * kPanelOutputs;
   uint32_t acc[kMaxTileRows][kPanelOutputs];
@@ -90,8 +91,11 @@ void block(const Call& call, const Folded& folded, const Block& block) {
   }
   const int count = static_cast<int>(std::min<int64_t>(kPanelOutputs, weight.outputs - n0));
   const float inverse_scale = 1.0f / call.y_quantisation.scale;
+  const bool tiles = call.y_dtype == Dtype::u8_tiles;
   for (int r = 0; r < block.rows; ++r) {
-    const int64_t at = (block.row0 + r) * weight.outputs + n0;
+    const int64_t at =
+        tiles ? block.row0 * tile_row_elements(weight.outputs) + n0 * block.rows + r * kTileChunk
+              : (block.row0 + r) * weight.outputs + n0;
     for (int n = 0; n < count; ++n) {
       const int32_t exact = static_cast<int32_t>(acc[r][n]);
       float value = static_cast<float>(exact) * folded.scale[n0 + n] + folded.bias[n0 + n];

@@ -25,11 +25,14 @@
 // Tiled activations: rows are cut into tiles of at most the kernel's max_rows; a tile of R rows is
 // stored as [ceil(K / 32)][R][32] elements (bytes, or 16 bits for a kernel without a dot product of
 // bytes), so that a group of 4 inputs of all rows lies within R * 32 elements at constant
-// displacements. Inputs beyond K are 0. Kernels read nothing outside the input's rows, the tiles,
-// the values of their panel, and the first N entries of the per-output arrays.
+// displacements. Inputs beyond K are of no account: their weights are 0. A panel's outputs are as
+// many as a chunk's inputs, so a layer can write the tiles that the next layer reads (u8_tiles),
+// and neither pays for packing them. Kernels read nothing outside the input's rows, the tiles, the
+// values of their panel, and the first N entries of the per-output arrays.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "isa.h"
 
@@ -43,7 +46,8 @@ inline constexpr int kMaxTileRows = 12;       // of any kernel
 inline constexpr int64_t kMaxInputs = 65793;  // floor((2^31 - 1) / (255 * 128))
 
 enum class Activation : int { none, relu, gelu };
-enum class Dtype : int { u8, f32, bf16 };
+// u8_tiles: tiled activations, between two layers that run under the same ISA.
+enum class Dtype : int { u8, f32, bf16, u8_tiles };
 
 struct Weight {
   const int8_t* values;        // [groups][128]
@@ -60,8 +64,27 @@ struct Quantisation {
   int32_t zero_point;  // 0..255
 };
 
+// What a block needs of each output: padded to whole panels.
+struct Folded {
+  const int32_t* start;  // -zero point * sum
+  const float* scale;    // x_scale * w_scale
+  const float* bias;     // -0 where there is none: adding it changes no value
+};
+
+// Makes and owns the folded values of a weight and its input's quantisation.
+class Folding {
+ public:
+  Folding(const Weight& weight, Quantisation x);
+  Folded folded() const { return {start_.data(), scale_.data(), bias_.data()}; }
+
+ private:
+  std::vector<int32_t> start_;
+  std::vector<float> scale_, bias_;
+};
+
 struct Call {
   Weight weight;
+  Folded folded;  // of the weight and x_quantisation
   const void* x;  // [M, K], rows contiguous
   Dtype x_dtype;
   Quantisation x_quantisation;
@@ -72,12 +95,19 @@ struct Call {
   Quantisation y_quantisation;  // used where y is u8
 };
 
-// What a block needs of each output, made once a call; padded to whole panels.
-struct Folded {
-  const int32_t* start;  // -zero point * sum
-  const float* scale;    // x_scale * w_scale
-  const float* bias;     // -0 where there is none: adding it changes no value
+// Rows are cut into the fewest tiles, all of nearly the same height.
+struct Tiling {
+  Tiling(int64_t rows, int max_rows) : rows(rows), count((rows + max_rows - 1) / max_rows) {}
+  int64_t row0(int64_t tile) const { return tile * rows / count; }
+  int height(int64_t tile) const { return static_cast<int>(row0(tile + 1) - row0(tile)); }
+
+  int64_t rows, count;
 };
+
+// Elements of one row in a tile.
+inline constexpr int64_t tile_row_elements(int64_t inputs) {
+  return (inputs + kTileChunk - 1) / kTileChunk * kTileChunk;
+}
 
 // One block of work: the rows of one tile times the outputs of one panel.
 struct Block {
@@ -92,9 +122,9 @@ struct Kernel {
   Isa isa;
   int max_rows;       // of a tile
   int element_bytes;  // of an activation in a tile
-  // Quantises (if x is float) and lays out one tile; false if an input is not a number.
+  // Quantises (if x is float) and lays out one tile of rows; false if an input is not a number.
   bool (*pack_tile)(const Call& call, int64_t row0, int rows, void* tile);
-  void (*block)(const Call& call, const Folded& folded, const Block& block);
+  void (*block)(const Call& call, const Block& block);
 };
 
 extern const Kernel kScalar;

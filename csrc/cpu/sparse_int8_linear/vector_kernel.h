@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "sparse_int8_linear/epilogue.h"
@@ -147,25 +148,32 @@ FASTREC_LINEAR_INLINE typename Simd::Float gelu(typename Simd::Float value) {
 }
 
 template <class Simd, Activation activation, Dtype y_dtype>
-FASTREC_LINEAR_TARGET void epilogue(const Call& call, const Folded& folded, const Block& block,
-                                    const int32_t* acc) {
+FASTREC_LINEAR_TARGET void epilogue(const Call& call, const Block& block, const int32_t* acc) {
   using Float = typename Simd::Float;
-  constexpr int kBytes = y_dtype == Dtype::u8 ? 1 : y_dtype == Dtype::bf16 ? 2 : 4;
+  constexpr bool kTiles = y_dtype == Dtype::u8_tiles;
+  using Quantised = std::conditional_t<kTiles, typename Simd::Element, uint8_t>;
+  constexpr int kBytes = kTiles || y_dtype == Dtype::u8 ? sizeof(Quantised)
+                         : y_dtype == Dtype::bf16       ? 2
+                                                        : 4;
   const Requantise<Simd> to = requantise_of<Simd>(call.y_quantisation);
   const Float zero = Simd::set(0.0f);
   const int64_t n0 = block.panel * kPanelOutputs;
   Float scale[kParts<Simd>], bias[kParts<Simd>];
 #pragma GCC unroll 4
   for (int i = 0; i < kParts<Simd>; ++i) {
-    scale[i] = Simd::load_f32(folded.scale + n0 + i * Simd::kLanes);
-    bias[i] = Simd::load_f32(folded.bias + n0 + i * Simd::kLanes);
+    scale[i] = Simd::load_f32(call.folded.scale + n0 + i * Simd::kLanes);
+    bias[i] = Simd::load_f32(call.folded.bias + n0 + i * Simd::kLanes);
   }
   // A panel that reaches beyond N goes through memory: masked stores are many times slower than
   // plain ones on some CPUs (AMD Zen 4), and AVX2 has none for bytes.
   const int64_t left = std::min<int64_t>(call.weight.outputs - n0, kPanelOutputs);
-  const int64_t row_bytes = call.weight.outputs * kBytes;
+  const int64_t row_bytes = (kTiles ? kPanelOutputs : call.weight.outputs) * kBytes;
   char part[kPanelOutputs * kBytes];
-  char* y = static_cast<char*>(call.y) + block.row0 * row_bytes + n0 * kBytes;
+  char* y = static_cast<char*>(call.y);
+  if constexpr (kTiles)
+    y += (block.row0 * tile_row_elements(call.weight.outputs) + n0 * block.rows) * kBytes;
+  else
+    y += block.row0 * row_bytes + n0 * kBytes;
   const int32_t* const end = acc + block.rows * kPanelOutputs;
   for (; acc < end; acc += kPanelOutputs, y += row_bytes) {
     Float value[kParts<Simd>];
@@ -176,9 +184,9 @@ FASTREC_LINEAR_TARGET void epilogue(const Call& call, const Folded& folded, cons
       if constexpr (activation == Activation::relu) value[i] = Simd::max(value[i], zero);
       if constexpr (activation == Activation::gelu) value[i] = gelu<Simd>(value[i]);
     }
-    char* const where = left == kPanelOutputs ? y : part;
-    if constexpr (y_dtype == Dtype::u8) {
-      quantise<Simd>(value, to, reinterpret_cast<uint8_t*>(where));
+    char* const where = kTiles || left == kPanelOutputs ? y : part;
+    if constexpr (kTiles || y_dtype == Dtype::u8) {
+      quantise<Simd>(value, to, reinterpret_cast<Quantised*>(where));
     } else {
 #pragma GCC unroll 4
       for (int i = 0; i < kParts<Simd>; ++i) {
@@ -188,25 +196,26 @@ FASTREC_LINEAR_TARGET void epilogue(const Call& call, const Folded& folded, cons
           Simd::store_f32(reinterpret_cast<float*>(where) + i * Simd::kLanes, value[i]);
       }
     }
-    if (left < kPanelOutputs) std::memcpy(y, part, static_cast<size_t>(left) * kBytes);
+    if (where == part) std::memcpy(y, part, static_cast<size_t>(left) * kBytes);
   }
 }
 
 template <class Simd, Activation activation>
-FASTREC_LINEAR_INLINE void epilogue_to(const Call& call, const Folded& folded, const Block& block,
-                                       const int32_t* acc) {
+FASTREC_LINEAR_INLINE void epilogue_to(const Call& call, const Block& block, const int32_t* acc) {
   switch (call.y_dtype) {
     case Dtype::u8:
-      return epilogue<Simd, activation, Dtype::u8>(call, folded, block, acc);
+      return epilogue<Simd, activation, Dtype::u8>(call, block, acc);
     case Dtype::bf16:
-      return epilogue<Simd, activation, Dtype::bf16>(call, folded, block, acc);
+      return epilogue<Simd, activation, Dtype::bf16>(call, block, acc);
     case Dtype::f32:
-      return epilogue<Simd, activation, Dtype::f32>(call, folded, block, acc);
+      return epilogue<Simd, activation, Dtype::f32>(call, block, acc);
+    case Dtype::u8_tiles:
+      return epilogue<Simd, activation, Dtype::u8_tiles>(call, block, acc);
   }
 }
 
 template <class Simd>
-FASTREC_LINEAR_TARGET void run_block(const Call& call, const Folded& folded, const Block& block) {
+FASTREC_LINEAR_TARGET void run_block(const Call& call, const Block& block) {
   alignas(64) int32_t acc[kMaxTileRows * kPanelOutputs];
   constexpr int kStrips = kPanelOutputs / Simd::kStripOutputs;
   const Weight& weight = call.weight;
@@ -224,17 +233,17 @@ FASTREC_LINEAR_TARGET void run_block(const Call& call, const Folded& folded, con
     const int64_t share = block.tile_index * kStrips + s;
     run({values + s * Simd::kStripOutputs * kGroupInputs, weight.group_index + first, groups,
          reinterpret_cast<const typename Simd::Element*>(block.tile),
-         folded.start + block.panel * kPanelOutputs + s * Simd::kStripOutputs,
+         call.folded.start + block.panel * kPanelOutputs + s * Simd::kStripOutputs,
          values + groups * kGroupBytes + share * groups * stride, stride,
          acc + s * Simd::kStripOutputs});
   }
   switch (call.activation) {
     case Activation::none:
-      return epilogue_to<Simd, Activation::none>(call, folded, block, acc);
+      return epilogue_to<Simd, Activation::none>(call, block, acc);
     case Activation::relu:
-      return epilogue_to<Simd, Activation::relu>(call, folded, block, acc);
+      return epilogue_to<Simd, Activation::relu>(call, block, acc);
     case Activation::gelu:
-      return epilogue_to<Simd, Activation::gelu>(call, folded, block, acc);
+      return epilogue_to<Simd, Activation::gelu>(call, block, acc);
   }
 }
 
@@ -292,6 +301,8 @@ FASTREC_LINEAR_TARGET bool pack_tile(const Call& call, int64_t row0, int rows, v
       return pack<Simd, Dtype::bf16>(call, row0, rows, elements);
     case Dtype::f32:
       return pack<Simd, Dtype::f32>(call, row0, rows, elements);
+    case Dtype::u8_tiles:  // as they should be already
+      break;
   }
   return false;
 }

@@ -122,7 +122,7 @@ struct Model {
                    op("add_f32"), 8, 2, 0},
                   {0.01}));
     plan.steps.push_back(make_step("layer_norm", {slot(1), affine(weight), affine(bias), slot(0)},
-                                   {0, 0}, {1e-5, 1.0}));
+                                   {0, 0, 0}, {1e-5, 1.0}));
     plan.steps.push_back(make_step("linear",
                                    {slot(0), constant(merged, {D3, D}), constant(merged_bias, {D3}),
                                     dense(Space::arena, 2, Dtype::f32, {B, L, D3})},
@@ -144,7 +144,7 @@ struct Model {
     if (quantised) result.dtype = Dtype::u8;
     plan.steps.push_back(make_step("layer_norm",
                                    {slot(2), slot(1), affine(weight), affine(bias), result},
-                                   {1, 128}, {1e-5, 1.0 / 32}));
+                                   {1, 128, 0}, {1e-5, 1.0 / 32}));
     return plan;
   }
 

@@ -94,6 +94,8 @@ void compare(const Case& c) {
     call.y = out.data();
     call.y_dtype = c.y;
     call.y_quantisation = {3.0f, 100};
+    const Folding folding(call.weight, call.x_quantisation);
+    call.folded = folding.folded();
     CHECK(run(call));
     return out.values();
   };
@@ -105,7 +107,56 @@ void compare(const Case& c) {
                     [&](Place place) { CHECK(run_at(place) == expected); });
 }
 
+// Two layers, the first of which writes the second's tiles: as through rows.
+void compare_tiles(int64_t rows, int64_t width) {
+  Random random(5);
+  const Packed packed({rows, width, 40, 0.7}, random), next({rows, 33, width, 0.7}, random);
+  const auto scale = random.floats(std::max<int64_t>(width, 33));
+  const auto x = random.integers<uint8_t>(rows * 40, 0, 255);
+  const auto run_through = [&](Dtype between, Place place) {
+    const Buffer<uint8_t> in(x, place);
+    const size_t elements = static_cast<size_t>(rows * tile_row_elements(width));
+    Buffer<uint8_t> hidden(between == Dtype::u8 ? static_cast<size_t>(rows * width)
+                                                : elements * select().element_bytes,
+                           place);
+    Buffer<uint8_t> out(static_cast<size_t>(rows) * 33, place);
+    const auto layer = [&](const Packed& weight, int64_t outputs, int64_t inputs, const void* from,
+                           Dtype from_dtype, void* to, Dtype to_dtype) {
+      const Buffer<float> scales(scale, place);
+      Call call{};
+      call.weight = {weight.values.data(),
+                     weight.index.data(),
+                     weight.start.data(),
+                     scales.data(),
+                     weight.sum.data(),
+                     nullptr,
+                     outputs,
+                     inputs};
+      call.x = from;
+      call.x_dtype = from_dtype;
+      call.x_quantisation = call.y_quantisation = {0.5f, 113};
+      call.rows = rows;
+      call.y = to;
+      call.y_dtype = to_dtype;
+      const Folding folding(call.weight, call.x_quantisation);
+      call.folded = folding.folded();
+      CHECK(run(call));
+    };
+    layer(packed, width, 40, in.data(), Dtype::u8, hidden.data(), between);
+    layer(next, 33, width, hidden.data(), between, out.data(), Dtype::u8);
+    return out.values();
+  };
+  const std::vector<uint8_t> expected = run_through(Dtype::u8, Place::heap);
+  for_every_setting("tiles M" + std::to_string(rows) + " width " + std::to_string(width),
+                    [&](Place place) { CHECK(run_through(Dtype::u8_tiles, place) == expected); });
+}
+
 }  // namespace
+
+TEST(sparse_int8_linear_tiles) {
+  for (const int64_t rows : {1, 5, 12, 13, 50})
+    for (const int64_t width : {1, 31, 32, 33, 100}) compare_tiles(rows, width);
+}
 
 TEST(sparse_int8_linear_rows) {
   for (const int64_t rows : {0, 1, 2, 5, 11, 12, 13, 23, 24, 25, 50}) compare({rows, 33, 36, 1.0});

@@ -393,7 +393,7 @@ def _layer_norm(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
         bias = constant(torch.zeros(shape))
     inputs = [to.contiguous(x), weight, bias]
     return to.emit(
-        node, "layer_norm", inputs, to.shape_of(node), integers=[0, 0], numbers=[eps, 1.0]
+        node, "layer_norm", inputs, to.shape_of(node), integers=[0, 0, 0], numbers=[eps, 1.0]
     )
 
 
@@ -430,6 +430,8 @@ def _linear_int8(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any
             ACTIVATIONS[activation],
             int(bias is not None),
             0 if y_zero is None else int(y_zero.constant),
+            0,
+            0,
         ],
         numbers=[float(x_scale.constant), 1.0 if y_scale is None else float(y_scale.constant)],
     )

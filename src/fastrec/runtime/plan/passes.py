@@ -8,6 +8,10 @@ from fastrec.runtime.plan.ir import Extent, Instruction, Plan, Step, View
 MAX_REGISTERS, MAX_INPUTS = 24, 8
 # Instruction -> csrc/cpu/activation_quantize/activation_quantize.h: Activation.
 ACTIVATIONS = {"relu_f32": 1, "gelu_f32": 2}
+# csrc/cpu/engine/{linear_int8,layer_norm}.cpp: which integer says that x, or y, is in tiles.
+TILES_IN, TILES_OUT = 6, {"linear_int8": 7, "layer_norm": 2}
+# csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: kTileChunk.
+CHUNK = 32
 
 
 def optimise(plan: Plan) -> None:
@@ -18,6 +22,7 @@ def optimise(plan: Plan) -> None:
     fuse_residuals(plan)
     quantise_norms(plan)
     write_in_place(plan)
+    keep_tiles(plan)
     remove_unused(plan)
 
 
@@ -216,3 +221,25 @@ def write_in_place(plan: Plan) -> None:
             reader.inputs = [into if v.buffer is source.buffer else v for v in reader.inputs]
         writers[0].output = into
         plan.steps.remove(copy)
+
+
+def keep_tiles(plan: Plan) -> None:
+    """uint8 activations that int8 layers alone read are written as those layers lay them out."""
+    readers = plan.readers()
+    for step in plan.steps:
+        buffer = step.output.buffer
+        if step.kind not in ("linear_int8", "layer_norm") or buffer.dtype != "uint8":
+            continue
+        users = readers.get(buffer, [])
+        if buffer is plan.output.buffer or any(u.kind != "linear_int8" for u in users):
+            continue
+        if not _whole(step.output) or any(not _whole(u.inputs[0]) for u in users):
+            continue
+        step.integers[TILES_OUT[step.kind]] = 1
+        for user in users:
+            user.integers[TILES_IN] = 1
+        *rows, width = buffer.shape
+        # Whole chunks, of two bytes an element where the instruction set has no dot product of
+        # bytes.
+        padded = -(-width.coefficient // CHUNK) * CHUNK
+        buffer.shape = (*rows, Extent(2 * padded))
