@@ -7,8 +7,9 @@ One module an op, ``rivals/<op_id>.py``:
 ``prepared(args, kwargs) -> Call`` (optional)
     Ours as a model runs it, its weight prepared once.
 ``training(args, kwargs, threads) -> dict[str, Call]`` (optional)
-    Forward and backward of "fastrec" and its rivals; each returns (output, *gradients). An empty
-    dictionary where a sample is not trained on.
+    Forward and backward of "fastrec" and its rivals, if any; each returns (output, *gradients).
+``trained(sample) -> bool`` (optional, with ``training``)
+    Whether the bench trains on this sample; without it, on every one.
 ``value(output, args, kwargs) -> Tensor | tuple`` (optional)
     Any engine's output as the real numbers it stands for, so that engines can be compared; without
     it, tensors and arrays are taken as they are and quantised tensors dequantised.
@@ -23,6 +24,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from fastrec.kernels._registry import Sample
+
 # False leaves out what has to be compiled first (a quick run).
 COMPILE = True
 
@@ -35,3 +38,10 @@ def load(op_id: str) -> ModuleType:
         if error.name != f"{__name__}.{op_id}":
             raise
         raise LookupError(f"bench/rivals/{op_id}.py: every op of the registry needs one") from None
+
+
+def modes(op_id: str, sample: Sample) -> list[str]:
+    """What the bench measures on a sample: "forward", and "training" where the op has it."""
+    module = load(op_id)
+    trained = getattr(module, "trained", lambda sample: True)
+    return ["forward", "training"][: 2 if hasattr(module, "training") and trained(sample) else 1]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fastrec.kernels import window_sparse_attention
+from fastrec.kernels._registry import Sample
 from fastrec.kernels.window_sparse_attention import AttentionPattern
 from rivals._common import (
     Call,
@@ -76,13 +77,14 @@ def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
     return named(calls)
 
 
+def trained(sample: Sample) -> bool:
+    return "bfloat16" not in sample.name and not SHORT < sample.labels["length"] < LONG
+
+
 def training(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
     """Forward and gradients of q, k and v. FlexAttention has no CPU backward."""
     q, k, v, pattern = args
-    length = q.shape[2]
-    if q.dtype is not torch.float32 or SHORT < length < LONG:
-        return {}
-    bias = mask_bias(pattern, length, q.dtype)
+    bias = mask_bias(pattern, q.shape[2], q.dtype)
     return {
         "fastrec": forward_backward(
             lambda q, k, v: window_sparse_attention(q, k, v, pattern), (q, k, v)

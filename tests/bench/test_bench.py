@@ -137,3 +137,17 @@ def test_goals_are_judged_against_the_fastest_rival_and_show_the_limit() -> None
     assert two["limit"] == pytest.approx(95 / 48)
     assert two["verdict"] == "missed"
     assert judged["attention cost L=8192 over 4096, 1 thread"]["verdict"] == "not measured"
+
+
+def test_pytest_benchmark_collects_every_case_that_the_bench_has() -> None:
+    import bench_ops
+    import rivals
+    from measuring import cases
+
+    measured = [case for case in cases(None, [1], quick=False) if case.mode == "training"]
+    collected = {parameters.id for parameters in bench_ops.TRAINED}
+    assert collected == {f"{case.spec.op_id}-{case.sample.name}" for case in measured}
+    # Where no rival's gradients are affordable, ours is all there is to compare and to time.
+    case = next(c for c in measured if c.key.startswith("attention_map_kl B1-H4-L8192"))
+    args, kwargs = case.sample.make()
+    assert list(rivals.load(case.spec.op_id).training(args, kwargs, 1)) == ["fastrec"]
