@@ -8,44 +8,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+import rivals as rivals_module
 from fastrec import kernels
 from rivals._common import Call, compiled
+from rivals.window_sparse_attention import mask_bias
 
 DENSE_ROWS = 16_384 * 2048
 
 
 def from_maps(
-    tq: torch.Tensor, tk: torch.Tensor, sq: torch.Tensor, sk: torch.Tensor, mask: torch.Tensor
+    tq: torch.Tensor, tk: torch.Tensor, sq: torch.Tensor, sk: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """Mean over rows of KL(teacher || student), both over ``mask``."""
-    target = (tq @ tk.transpose(-1, -2) * tq.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    own = (sq @ sk.transpose(-1, -2) * sq.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    log_t, log_s = target.log_softmax(-1), own.log_softmax(-1)
-    return (log_t.exp() * (log_t - log_s).masked_fill(~mask, 0.0)).sum(-1).mean()
+    """Mean over rows of KL(teacher || student), both over the keys that ``bias`` leaves."""
+    target = (tq * tq.shape[-1] ** -0.5) @ tk.transpose(-1, -2) + bias
+    own = (sq * sq.shape[-1] ** -0.5) @ sk.transpose(-1, -2) + bias
+    total = F.kl_div(own.log_softmax(-1), target.softmax(-1), reduction="sum")
+    return total / target[..., 0].numel()
 
 
-def _mask(args: Any) -> torch.Tensor | None:
+def _bias(args: Any) -> torch.Tensor | None:
+    """[L, L]; where -1e4 is added a weight is 0, and its logarithm finite, as kl_div needs it."""
     sq, pattern = args[2], args[4]
     batch, heads, length, _ = sq.shape
     small = batch * heads * length * length <= DENSE_ROWS
-    return pattern.mask(length, heads) if small else None
+    return mask_bias(pattern, length, sq.dtype).clamp_min(-1e4) if small else None
 
 
 def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call | None]:
-    mask = _mask(args)
-    if mask is None:
+    bias = _bias(args)
+    if bias is None:
         return {}
     return {
-        "torch, L x L maps": lambda: from_maps(*args[:4], mask),
-        "torch.compile, L x L maps": compiled(from_maps, *args[:4], mask),
+        "torch, L x L maps": lambda: from_maps(*args[:4], bias),
+        "torch.compile, L x L maps": compiled(from_maps, *args[:4], bias),
     }
 
 
 def training(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
     """Loss and gradients of the student's q and k."""
     tq, tk, sq, sk, pattern = args
-    mask = _mask(args)
+    bias = _bias(args)
     sq, sk = sq.clone().requires_grad_(), sk.clone().requires_grad_()
 
     def step(loss: Any, *rest: Any) -> Call:
@@ -56,4 +60,10 @@ def training(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]
         return call
 
     calls = {"fastrec": step(kernels.attention_map_kl, pattern)}
-    return calls if mask is None else calls | {"torch, L x L maps": step(from_maps, mask)}
+    if bias is None:
+        return calls
+    calls["torch, L x L maps"] = step(from_maps, bias)
+    if rivals_module.COMPILE:
+        fused = torch.compile(from_maps, fullgraph=True, dynamic=False)
+        calls["torch.compile, L x L maps"] = step(fused, bias)
+    return calls

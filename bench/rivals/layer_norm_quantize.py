@@ -8,7 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rivals._common import Call, compiled, named, onnx_model, onnxruntime_call, openvino_call
+from rivals._common import (
+    Call,
+    codes,
+    compiled,
+    named,
+    onnx_model,
+    onnxruntime_call,
+    openvino_call,
+    quantised,
+)
 
 
 def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
@@ -16,20 +25,14 @@ def rivals(args: Any, kwargs: dict[str, Any], threads: int) -> dict[str, Call]:
     residual, scale = kwargs.get("residual"), kwargs.get("out_scale")
     zero_point, dims = kwargs.get("out_zero_point", 0), x.shape[-1]
 
-    def plain(x: torch.Tensor) -> torch.Tensor:
+    def normed(x: torch.Tensor, end: Any) -> torch.Tensor:
         y = F.layer_norm(x if residual is None else x + residual, (dims,), weight, bias)
-        if scale is None:
-            return y
-        return torch.clamp(torch.round(y * (1 / scale)) + zero_point, 0, 255).to(torch.uint8)
-
-    def eager() -> torch.Tensor:
-        y = F.layer_norm(x if residual is None else x + residual, (dims,), weight, bias)
-        return torch.quantize_per_tensor(y, scale, zero_point, torch.quint8).int_repr()
+        return y if scale is None else end(y, scale, zero_point)
 
     model, feed = _graph(x, weight, bias, residual, scale, zero_point)
     return named(
-        torch_eager=(lambda: plain(x)) if scale is None else eager,
-        torch_compile=compiled(plain, x),
+        torch_eager=lambda: normed(x, quantised),
+        torch_compile=compiled(normed, x, codes),
         onnxruntime=onnxruntime_call(model, feed, threads),
         openvino=openvino_call(model, feed, threads),
     )
@@ -62,3 +65,9 @@ def _graph(
         nodes.append(helper.make_node("QuantizeLinear", ["n", "scale", "zero"], ["y"]))
     dtype = np.float32 if scale is None else np.uint8
     return onnx_model(nodes, feed, {"y": (dtype, tuple(x.shape))}, constants), feed
+
+
+def value(output: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Norms or codes."""
+    output = torch.as_tensor(output)
+    return output.int_repr() if output.is_quantized else output
