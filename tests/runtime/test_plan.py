@@ -344,6 +344,17 @@ def test_an_id_computed_out_of_range_is_an_error_and_the_engine_lives() -> None:
 
 
 @pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("outputs", [1, 3, 4, 5])
+def test_layers_of_few_outputs(isa: str, rows: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    for bias in (True, False):
+        model = nn.Sequential(nn.Linear(70, outputs, bias=bias), nn.ReLU())
+        with kernels.force_isa(isa):
+            agrees(model, torch.randn(rows, 70))
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
 @pytest.mark.parametrize("rows", [1, 13, 50])
 def test_int8_layers_hand_on_tiles_and_torchs_integers(isa: str, rows: int) -> None:
     torch.manual_seed(0)

@@ -21,7 +21,9 @@ namespace fastrec::engine {
 namespace {
 
 constexpr int kBlock = 128;  // elements: 24 registers fit the first-level cache
-constexpr int64_t kParallelElements = 32'768;
+// Elements times registers, some 3 us: below, a second thread costs more than it brings.
+constexpr int64_t kParallelWork = 40'000;
+constexpr int64_t kChunksPerThread = 4;
 constexpr int kInstruction = 4;
 
 union Register {
@@ -265,8 +267,9 @@ Status run_map(const Step& step, const Tensor* operands) {
   // A row may be long (a contiguous tensor is one row): blocks of rows are what threads share.
   const int64_t blocks_a_row = (width + kBlock - 1) / kBlock;
   const int64_t blocks = rows * blocks_a_row;
-  const int64_t grain = std::max<int64_t>(1, kParallelElements / 4 / kBlock);
-  const int threads = rows * width < kParallelElements ? 1 : num_threads();
+  const int64_t work = rows * width * (inputs + instructions + 1);
+  const int threads = work < kParallelWork ? 1 : num_threads();
+  const int64_t grain = std::max<int64_t>(1, blocks / (threads * kChunksPerThread));
 
   parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
     Register registers[kMaxRegisters];
