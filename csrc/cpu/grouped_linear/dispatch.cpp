@@ -31,10 +31,17 @@ constexpr int64_t kParallelMultiplyAdds = 1'000'000;
 // Tiles of one group that are multiplied with a panel while it is in L1, and their inputs in L2.
 constexpr int64_t kBlockTiles = 8;
 constexpr int64_t kBlockFloats = 64 * 1024;
+constexpr int64_t kCacheLine = 64;
 
 struct alignas(64) Line {
   float units[kLine];
 };
+
+// No hardware prefetcher follows a group's part of row after row.
+void prefetch(const char* rows, int64_t stride_bytes, int count, int64_t bytes) {
+  for (int r = 0; r < count; ++r, rows += stride_bytes)
+    for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(rows + i, 0, 2);
+}
 
 // c = a times the panels of each group.
 void project(const Kernel& kernel, const Matrix& a, int64_t inputs, const Panels& panels,
@@ -48,10 +55,13 @@ void project(const Kernel& kernel, const Matrix& a, int64_t inputs, const Panels
   const int64_t element_bytes = a.dtype == Dtype::f32 ? 4 : 2;
   parallel_for(tiles, block, threads, [&](int64_t begin, int64_t end) {
     Line* const memory = scratch<Line>(block * tile_lines);
+    const char* const rows_of = static_cast<const char*>(a.data);
+    const int64_t last_row = tile_row0(end, rows, tiles);
     for (int64_t first = begin; first < end; first += block) {
       const int64_t last = std::min(first + block, end);
+      const int64_t block_rows = tile_row0(last, rows, tiles) - tile_row0(first, rows, tiles);
       for (int64_t g = 0; g < panels.groups; ++g) {
-        const char* from = static_cast<const char*>(a.data) + g * a.channels.group * element_bytes;
+        const char* from = rows_of + g * a.channels.group * element_bytes;
         for (int64_t t = first; t < last; ++t) {
           const int64_t row0 = tile_row0(t, rows, tiles);
           const int height = static_cast<int>(tile_row0(t + 1, rows, tiles) - row0);
@@ -65,6 +75,15 @@ void project(const Kernel& kernel, const Matrix& a, int64_t inputs, const Panels
             const int height = static_cast<int>(tile_row0(t + 1, rows, tiles) - row0);
             multiply_tile(kernel, memory[(t - first) * tile_lines].units, height, panels, g, p, c,
                           row0);
+            if (p > 0) continue;
+            // What the next round of this loop reads: the next group of these rows, or the rows of
+            // the next block.
+            const bool more = g + 1 < panels.groups;
+            const int64_t next = more ? row0 : row0 + block_rows;
+            if (next + height <= last_row)
+              prefetch(rows_of + ((more ? g + 1 : 0) * a.channels.group + next * a.row_stride) *
+                                     element_bytes,
+                       a.row_stride * element_bytes, height, inputs * element_bytes);
           }
       }
     }
@@ -124,6 +143,9 @@ void multiply_tile(const Kernel& kernel, const float* tile, int rows, const Pane
   const int64_t at = row0 * c.row_stride + group * c.channels.group + column0 * c.channels.element;
   if (c.dtype == Dtype::f32 && c.channels.element == 1 && count == halves * kLine) {
     float* const to = static_cast<float*>(const_cast<void*>(c.data)) + at;
+    // Lines that the product will write: on their way while it is computed.
+    for (int r = 0; r < rows; ++r)
+      for (int n = 0; n < count; n += kLine) __builtin_prefetch(to + r * c.row_stride + n, 1, 3);
     kernel.multiply(tile, values, panels.depth, rows, halves, start, to, c.row_stride);
     return;
   }
