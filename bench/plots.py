@@ -11,7 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from measuring import OURS
+from measuring import KERNEL, OURS
 
 Row = dict[str, Any]
 # Sorted ops take the palette's colours in turn, the same in every plot.
@@ -94,7 +94,7 @@ def _speedups(rows: list[Row], colours: dict[str, Any], path: Path) -> None:
     """One bar a case: the fastest rival that does the same work and was right."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if "us" not in row or row["engine"] == OURS or row.get("other_work"):
+        if "us" not in row or row["engine"] in (OURS, KERNEL) or row.get("other_work"):
             continue
         key = (row["op"], row["case"], row["mode"], row["threads"])
         if key not in best or row["us"]["p50"] < best[key]["us"]["p50"]:

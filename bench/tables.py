@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from measuring import OURS
+from measuring import KERNEL, OURS
 
 Row = dict[str, Any]
 
@@ -76,7 +76,9 @@ def _roofline(rows: list[Row]) -> list[str]:
         "",
         "Operations are multiply-adds counted twice, only those that the op asks for; bytes are "
         "what must be read and written once; shares are of the peak of the precision and of the "
-        "read bandwidth of a working set of that size, both measured beside the case.",
+        "read bandwidth of a working set of that size, both measured beside the case. Kernel "
+        "alone: into a given output, without torch's layer; goals that are shares of a ceiling, or "
+        "gains by threads, take that row.",
         "",
         "| op, case | threads | MOP | KB | OP/byte | p50 us | GOPS | of peak | GB/s | of bandwidth "
         "| limit us | of limit |",
@@ -85,9 +87,11 @@ def _roofline(rows: list[Row]) -> list[str]:
     for row in rows:
         if "limit_us" not in row:
             continue
+        alone = ", kernel alone" if row["engine"] == KERNEL else ""
         peak = "" if row["peak_share"] is None else f"{row['peak_share']:.0%} {row['precision']}"
         lines.append(
-            f"| {row['op']} {row['case']} | {row['threads']} | {row['operations'] / 1e6:.3g} | "
+            f"| {row['op']} {row['case']}{alone} | {row['threads']} | "
+            f"{row['operations'] / 1e6:.3g} | "
             f"{row['bytes'] / 1e3:.3g} | {row['intensity']:.3g} | {row['us']['p50']:.1f} | "
             f"{row['gops']:.3g} | {peak} | {row['gbs']:.3g} | {row['bandwidth_share']:.0%} | "
             f"{row['limit_us']:.3g} ({row['limited_by']}) | "

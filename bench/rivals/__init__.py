@@ -6,6 +6,9 @@ One module an op, ``rivals/<op_id>.py``:
     The rivals' forward by name, weights prepacked, at their best settings.
 ``prepared(args, kwargs) -> Call`` (optional)
     Ours as a model runs it, its weight prepared once.
+``kernel(args, kwargs) -> Call`` (optional)
+    Our compiled kernel alone, into an output that is there: no rival's match, but what a share of
+    the machine's peak or bandwidth, or a gain by threads, says something about.
 ``training(args, kwargs, threads) -> dict[str, Call]`` (optional)
     Forward and backward of "fastrec" and its rivals, if any; each returns (output, *gradients).
 ``trained(sample) -> bool`` (optional, with ``training``)

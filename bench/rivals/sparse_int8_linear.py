@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastrec.kernels.sparse_int8_linear import _cpu
 from fastrec.nn import SparseInt8Linear
 from rivals._common import Call, named, onnx_model, onnxruntime_call, openvino_call
 
@@ -151,6 +152,21 @@ def prepared(args: Any, kwargs: dict[str, Any]) -> Call:
     layer.set_input_quantization(kwargs["x_scale"], kwargs["x_zero_point"])
     layer.set_output_quantization(kwargs["out_scale"], kwargs["out_zero_point"])
     return lambda: layer(x)
+
+
+def kernel(args: Any, kwargs: dict[str, Any]) -> Call:
+    """The compiled kernel on the same weight, into one output."""
+    x, packed = args
+    output = torch.empty(len(x), packed.outputs, dtype=_cpu.OUT_DTYPES[kwargs["out"]])
+    run = _cpu.prepare(packed, **kwargs)
+    call = (x.data_ptr(), _cpu.DTYPE_CODES[x.dtype], x.numel(), output.data_ptr())
+
+    def into_output() -> torch.Tensor:
+        if not run(*call):
+            raise ArithmeticError("a NaN in x")
+        return output
+
+    return into_output
 
 
 def value(output: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
