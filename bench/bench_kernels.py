@@ -22,8 +22,8 @@ import goals
 import plots
 import rivals
 from fastrec import kernels
+from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.machine import machine_card
-from machine_ceilings import Ceilings
 from measuring import OURS, QUICK, Settings, cases, measure
 from tables import markdown
 

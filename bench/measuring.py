@@ -14,9 +14,9 @@ import torch
 import rivals
 from fastrec import kernels
 from fastrec.kernels._registry import OpSpec, Sample
+from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.measure import Samples, interleaved, measured_spin_s, ratio
 from gate import why_wrong
-from machine_ceilings import Ceilings
 
 Call = Callable[[], Any]
 OURS = "fastrec"

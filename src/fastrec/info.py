@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,9 @@ EXTRAS = {
     "openvino": ("openvino", "nncf"),
     "report": ("matplotlib", "psutil"),
 }
+
+# The request that a model is explained on, and how often it is timed.
+_CANDIDATES, _PROFILED_CALLS = 50, 30
 
 
 def collect() -> dict[str, Any]:
@@ -109,10 +113,16 @@ def explain(
         str | None, typer.Option("--op", metavar="ID", help="One op: which kernels it has here.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the model's profile: a .png file.")
+    ] = None,
 ) -> None:
-    """Show which kernel runs each module of a saved model, or an op, and why."""
+    """Show which kernel runs each step of a saved model, its time and share of the machine's limit;
+    or which kernels an op has, and why."""
     if (model is None) == (op is None):
         raise ArgumentError("explain", "either a model's folder or --op", "both or neither")
+    if plot is not None:
+        _check_plot(plot, op)
     if op is not None:
         rows = explain_op(op)
         table = Table("backend", "instruction set", "runs", "why")
@@ -120,33 +130,61 @@ def explain(
             table.add_row(row["backend"], row["isa"], row["runs"], row["why"])
     else:
         assert model is not None
-        rows = _explain_model(model)
-        table = Table("module", "op", "kernel", "density", "MACs", "us", "why")
-        for row in rows:
-            if "module" not in row:
-                continue
-            density = "" if row["density"] is None else f"{row['density']:.2f}"
-            macs = "" if row["macs"] is None else f"{row['macs']:,}"
-            us = "" if row.get("us") is None else f"{row['us']:.1f}"
-            table.add_row(row["module"], row["op"], row["kernel"], density, macs, us, row["why"])
+        rows, table = _explain_model(model, plot)
     Console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _explain_model(path: Path) -> list[dict[str, Any]]:
-    import torch
+def _check_plot(plot: Path, op: str | None) -> None:
+    """Refuse what could not be drawn before a model is compiled for it."""
+    from fastrec.report.plots import _pyplot
 
-    loaded = fastrec.load(path)
-    config: Any = getattr(loaded, "config", None)
-    if not hasattr(config, "history_length"):
+    if op is not None:
+        raise ArgumentError("--plot", "a model's folder", "--op, which has no profile")
+    if plot.suffix != ".png":
+        raise ArgumentError("--plot", "a file that ends in .png", plot)
+    _pyplot()
+
+
+def _explain_model(path: Path, plot: Path | None) -> tuple[list[dict[str, Any]], Table]:
+    """The rows of a saved model and a table of them; one request of a full history and 50
+    candidates is timed."""
+    from fastrec.runtime.ceilings import Ceilings
+    from fastrec.runtime.model_spec import spec_of
+    from fastrec.runtime.plan.engine import PlanEngine
+
+    loaded: Any = fastrec.load(path)
+    spec = spec_of(loaded, ())
+    if not spec.fields:
         raise BackendError(f"explain: expected a saved Ranker, got {type(loaded).__name__}")
-    history = torch.ones(1, config.history_length, dtype=torch.int64)
-    length = torch.tensor([config.history_length])
-    candidates = torch.ones(1, 50, dtype=torch.int64)
-    inputs = (history, history, history, length, candidates, candidates)
-    described: list[dict[str, Any]] = fastrec.compile(loaded, inputs, backend="native").describe()
-    return described
+    # Full histories: an input whose values a size bounds is the lengths.
+    inputs = tuple(
+        np.full_like(values, spec.limits[f.rows][1]) if isinstance(f.rows, str) else values
+        for f, values in zip(spec.fields, spec.sample({"B": 1, "m": _CANDIDATES}), strict=True)
+    )
+    engine = fastrec.compile(loaded, inputs, backend="native")
+    described: list[dict[str, Any]] = engine.describe()
+    if isinstance(engine, PlanEngine):
+        from fastrec.report.plots import png
+        from fastrec.report.profile import plot_profile, table
+
+        ceilings = Ceilings(engine.threads)
+        profile = engine.profile(inputs, calls=_PROFILED_CALLS, limits=ceilings)
+        if plot is not None:
+            plot.write_bytes(png(plot_profile(profile)))
+        return [*profile, *(r for r in described if "module" not in r)], table(profile, ceilings)
+    if plot is not None:
+        why = next((r["why"] for r in described if r.get("setting") == "one plan"), "it is slower")
+        raise BackendError(f"--plot: this model does not run as one plan here: {why}")
+    shown = Table("module", "op", "kernel", "density", "MACs", "why")
+    for row in described:
+        if "module" not in row:
+            continue
+        density = "" if row["density"] is None else f"{row['density']:.2f}"
+        macs = "" if row["macs"] is None else f"{row['macs']:,}"
+        shown.add_row(row["module"], row["op"], row["kernel"], density, macs, row["why"])
+    return described, shown
 
 
 def explain_op(op_id: str) -> list[dict[str, str]]:

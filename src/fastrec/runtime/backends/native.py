@@ -94,7 +94,7 @@ def build(
         rows.append(choice(PLAN, False, None, str(refusal)))
     if best == PLAN:
         assert plan is not None
-        plan._rows = [*plan.profile([t.numpy() for t in example_inputs]), *rows]
+        plan._rows = [*plan.profile(example_inputs), *rows]
         return plan
     attention, torch_threads = names[best]
     return TorchEngine(

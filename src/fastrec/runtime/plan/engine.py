@@ -10,6 +10,7 @@ import numpy as np
 
 from fastrec import kernels
 from fastrec.errors import ArgumentError, DtypeError, IdRangeError
+from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.plan.emit import executor
 from fastrec.runtime.plan.ir import Plan, Step
@@ -125,12 +126,37 @@ class PlanEngine(Engine):
             return IdRangeError(where, f"ids in 0..{rows} - 1", value)
         return ArgumentError(where, "an input of numbers", "a NaN")
 
-    def profile(self, arrays: list[np.ndarray]) -> list[dict[str, Any]]:
-        """One row a step: kind, module, kernel, bytes of its constants, best time in microseconds.
+    def profile(
+        self, inputs: Sequence[Any], *, calls: int = 5, limits: bool | Ceilings = False
+    ) -> list[dict[str, Any]]:
+        """What each step costs on one request, timed in ``calls`` calls.
 
-        Runs the plan a few times on ``arrays``, one request of the model's inputs.
+        Args:
+            inputs: the model's inputs, numpy or torch.
+            calls: at least 1; the best and the median of them are told.
+            limits: hold each step against what this machine can do on the engine's threads: True
+                measures that first (some 2 s), :class:`~fastrec.runtime.ceilings.Ceilings` have it.
+
+        Returns:
+            a row a step: ``module``, ``op``, ``kernel`` (with its instruction set), ``density``,
+            ``bytes`` (its constants, whole tables included), ``read_bytes`` and ``written_bytes``
+            (of constants and activations, each once a call), ``macs`` (padding and zero groups left
+            out; None where the step has none or they are not known), ``us`` (best) and
+            ``us_median``. With ``limits`` also ``limit`` (the bound that is reached first: ``fp32
+            peak``, ``int8 peak`` or ``bandwidth``), ``limit_us`` (the time it allows) and
+            ``of_limit`` (``limit_us / us``); None where the step's arithmetic is not known.
+
+        Raises:
+            ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
+            BackendError: the engine is closed.
         """
-        return profile(self, arrays)
+        self._require_open()
+        if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
+            raise ArgumentError("calls", "a positive integer", calls)
+        arrays = self.spec.check(inputs)[0]
+        ceilings = Ceilings(self.threads) if limits is True else limits or None
+        with kernels.call_threads(self.threads):
+            return profile(self, arrays, calls, ceilings)
 
     def close(self) -> None:
         """Free the executor and the constants."""

@@ -1,4 +1,4 @@
-"""The machine's limits, measured in the same run as what is held against them."""
+"""The machine's limits, measured in the same run as what is held against them: some 0.1 s each."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Ceilings:
     seconds: float = 0.1
     peaks: dict[str, float] = field(init=False)
     levels: dict[str, float] = field(init=False)
+    _rates: dict[int, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.peaks = {name: self._together(PEAKS[name]) for name in PEAKS}
@@ -45,6 +46,14 @@ class Ceilings:
         """10^9 bytes a second read from a working set of this size, an equal part a core."""
         part = max(4096, total_bytes // self.threads)
         return self._together(lambda seconds: native().read_bandwidth_gbs(part, seconds))
+
+    def reading(self, total_bytes: int) -> float:
+        """As :meth:`bandwidth`, of the power of two below, and measured once: the rate that a
+        working set of this size can't exceed by much."""
+        size = 1 << max(total_bytes, 4096 * self.threads).bit_length() - 1
+        if size not in self._rates:
+            self._rates[size] = self.bandwidth(size)
+        return self._rates[size]
 
     def _together(self, measure: Callable[[float], float]) -> float:
         if self.threads == 1:
