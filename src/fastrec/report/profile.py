@@ -91,7 +91,7 @@ def plot_profile(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.spines[side].set_visible(False)
     for limit in dict.fromkeys(row["limit"] for row in rows):
         axis.barh([0], [0], color=COLOURS[limit], label=limit or "limit not known")
-    axis.legend(title="bound by", fontsize=8, loc="lower right")
+    axis.legend(title="bound by", fontsize=8, loc="upper right")
     total = sum(row["us"] for row in rows)
     figure.suptitle(f"Steps of the plan, {total:.0f} us; dark: what the limit accounts for")
     return figure
