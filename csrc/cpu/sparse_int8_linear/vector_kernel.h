@@ -71,7 +71,9 @@ FASTREC_LINEAR_TARGET __attribute__((noinline)) void accumulate(const Strip<Simd
   for (; g + kSets <= strip.groups; g += kSets) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s) {
-      Simd::prefetch(ahead);
+      // One or two rows take a panel faster than it comes: the hardware fetches such a stream
+      // itself.
+      if constexpr (kSets == 1) Simd::prefetch(ahead);
       ahead += strip.ahead_stride_bytes;
       multiply_group<R, Simd>(strip, g + s, first[s], second[s]);
     }
