@@ -28,5 +28,5 @@ def check_like(
         raise DtypeError(name, str(dtype).removeprefix("torch."), tensor.dtype)
     if tensor.shape != shape:
         raise ShapeError(name, f"shape {list(shape)}", list(tensor.shape))
-    if tensor.device != x.device:
+    if not (tensor.is_cpu and x.is_cpu) and tensor.device != x.device:
         raise DeviceError(name, f"x's device {x.device}", tensor.device)
