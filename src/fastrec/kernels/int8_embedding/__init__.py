@@ -124,7 +124,11 @@ def samples() -> Sequence[Sample]:
     cases = [sample(f"n{7}", (7,), 50, dims) for dims in (1, 15, 16, 17, 63, 64, 65)]
     cases += [sample("empty", (0, 3), 5, 8), sample("scalar", (), 5, 8), sample("one", (4,), 1, 8)]
     cases += [sample("threads", (3, 300), 1000, 32)]
-    return [*cases, sample("history", (1, 100), 200_000, 128, bench=True)]
+    return [
+        *cases,
+        sample("history", (1, 100), 200_000, 128, bench=True),
+        sample("batch", (64, 100), 200_000, 128, bench=True),
+    ]
 
 
 def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
