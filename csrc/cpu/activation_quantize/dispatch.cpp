@@ -1,9 +1,8 @@
 #include <algorithm>
-#include <atomic>
 
 #include "activation_quantize/activation_quantize.h"
 #include "cpu_features.h"
-#include "parallel.h"
+#include "parallel_all.h"
 
 namespace fastrec::activation_quantize {
 namespace {
@@ -27,16 +26,13 @@ bool run(const Call& call) {
   const Kernel& kernel = select();
   const int threads = call.count < 4 * kChunk ? 1 : num_threads();
   if (threads == 1) return kernel.elements(call, 0, call.count);
-  std::atomic<bool> numbers{true};
   // In whole rows of channels, or in cache lines of the output.
   const int64_t unit = call.x_type == Input::s32 ? call.channels : 64;
   const int64_t units = (call.count + unit - 1) / unit;
-  parallel_for(units, std::max<int64_t>(1, kChunk / unit), threads,
-               [&](int64_t begin, int64_t end) {
-                 if (!kernel.elements(call, begin * unit, std::min(end * unit, call.count)))
-                   numbers.store(false, std::memory_order_relaxed);
-               });
-  return numbers.load(std::memory_order_relaxed);
+  const int64_t grain = std::max<int64_t>(1, kChunk / unit);
+  return parallel_all(units, grain, threads, [&](int64_t begin, int64_t end) {
+    return kernel.elements(call, begin * unit, std::min(end * unit, call.count));
+  });
 }
 
 }  // namespace fastrec::activation_quantize

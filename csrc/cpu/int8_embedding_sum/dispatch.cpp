@@ -1,9 +1,8 @@
 #include <algorithm>
-#include <atomic>
 
 #include "cpu_features.h"
 #include "int8_embedding_sum/int8_embedding_sum.h"
-#include "parallel.h"
+#include "parallel_all.h"
 
 namespace fastrec::int8_embedding_sum {
 namespace {
@@ -43,13 +42,11 @@ Result run(const Call& call) {
   const Kernel& kernel = select();
   const int64_t entries = std::max<int64_t>(1, call.dims * call.table_count);
   const int threads = call.rows * entries < 4 * kChunk ? 1 : num_threads();
-  std::atomic<bool> numbers{true};
-  parallel_for(call.rows, std::max<int64_t>(1, threads == 1 ? call.rows : kChunk / entries),
-               threads, [&](int64_t begin, int64_t end) {
-                 if (!kernel.gather(call, begin, end))
-                   numbers.store(false, std::memory_order_relaxed);
-               });
-  return {numbers.load(std::memory_order_relaxed) ? Status::done : Status::not_a_number, 0, 0};
+  const int64_t grain = std::max<int64_t>(1, threads == 1 ? call.rows : kChunk / entries);
+  const bool numbers = parallel_all(call.rows, grain, threads, [&](int64_t begin, int64_t end) {
+    return kernel.gather(call, begin, end);
+  });
+  return {numbers ? Status::done : Status::not_a_number, 0, 0};
 }
 
 }  // namespace fastrec::int8_embedding_sum

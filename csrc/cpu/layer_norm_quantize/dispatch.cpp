@@ -1,9 +1,8 @@
 #include <algorithm>
-#include <atomic>
 
 #include "cpu_features.h"
 #include "layer_norm_quantize/layer_norm_quantize.h"
-#include "parallel.h"
+#include "parallel_all.h"
 
 namespace fastrec::layer_norm_quantize {
 namespace {
@@ -27,12 +26,9 @@ bool run(const Call& call) {
   const Kernel& kernel = select();
   const int threads = call.rows * call.dims < 4 * kChunk ? 1 : num_threads();
   if (threads == 1) return kernel.rows(call, 0, call.rows);
-  std::atomic<bool> numbers{true};
   const int64_t grain = std::max<int64_t>(1, kChunk / call.dims);
-  parallel_for(call.rows, grain, threads, [&](int64_t begin, int64_t end) {
-    if (!kernel.rows(call, begin, end)) numbers.store(false, std::memory_order_relaxed);
-  });
-  return numbers.load(std::memory_order_relaxed);
+  return parallel_all(call.rows, grain, threads,
+                      [&](int64_t begin, int64_t end) { return kernel.rows(call, begin, end); });
 }
 
 }  // namespace fastrec::layer_norm_quantize
