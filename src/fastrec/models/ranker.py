@@ -16,17 +16,17 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrec.errors import ArgumentError
 from fastrec.models.attention import MASKED, CrossAttention, EncoderBlock, KeyMask
+from fastrec.models.config import Config
 
 
 @dataclass(frozen=True)
-class RankerConfig:
+class RankerConfig(Config):
     """Sizes of a :class:`Ranker`.
 
     Args:
@@ -124,24 +124,6 @@ class RankerConfig:
         total += 2 * d + 4 * d * (d + 1) + 2 * d
         widths = (3 * d, *self.tower, 1)
         return total + sum((a + 1) * b for a, b in itertools.pairwise(widths))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dict of plain JSON types; :meth:`from_dict` reverses it."""
-        return {**dataclasses.asdict(self), "tower": list(self.tower)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RankerConfig:
-        """Reverse of :meth:`to_dict`.
-
-        Raises:
-            ArgumentError: a key is unknown or missing.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ArgumentError("values", f"keys among {sorted(known)}", unknown)
-        if missing := sorted({"n_items", "n_categories"} - set(values)):
-            raise ArgumentError("values", "n_items and n_categories", f"no {', '.join(missing)}")
-        return cls(**values)
 
 
 class Ranker(nn.Module):

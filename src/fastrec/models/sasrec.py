@@ -6,9 +6,7 @@ the same data, and the tied item table is the paper's.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +14,11 @@ from torch import Tensor, nn
 
 from fastrec.errors import ArgumentError
 from fastrec.models.attention import EncoderBlock
+from fastrec.models.config import Config
 
 
 @dataclass(frozen=True)
-class SASRecConfig:
+class SASRecConfig(Config):
     """Sizes of a :class:`SASRec`.
 
     Args:
@@ -51,24 +50,6 @@ class SASRecConfig:
             raise ArgumentError("d", f"a multiple of n_heads = {self.n_heads}", self.d)
         if not 0 <= self.dropout < 1:
             raise ArgumentError("dropout", "a rate in [0, 1)", self.dropout)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dict of plain JSON types; :meth:`from_dict` reverses it."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SASRecConfig:
-        """Reverse of :meth:`to_dict`.
-
-        Raises:
-            ArgumentError: a key is unknown or missing.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ArgumentError("values", f"keys among {sorted(known)}", unknown)
-        if "n_items" not in values:
-            raise ArgumentError("values", "n_items", "no n_items")
-        return cls(**values)
 
 
 class SASRec(nn.Module):

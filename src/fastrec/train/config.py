@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastrec.errors import ArgumentError
+from fastrec.models.config import Config
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """How to train; the defaults are the measured recipe for a ranker of the demo's size on CPU.
 
     :meth:`sasrec` is the recipe for SASRec; both are in docs/training.md.
@@ -95,22 +96,6 @@ class TrainConfig:
         progress = min(1.0, (step - warm) / max(1, total - warm))
         share = self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * share
-
-    def to_dict(self) -> dict[str, Any]:
-        """A dict of plain JSON types; :meth:`from_dict` reverses it."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Reverse of :meth:`to_dict`; what is missing takes its default.
-
-        Raises:
-            ArgumentError: a key is unknown.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ArgumentError("values", f"keys among {sorted(known)}", unknown)
-        return cls(**values)
 
 
 @dataclass
