@@ -1,0 +1,212 @@
+"""The canonical ranker as one native call against every other runtime: ranker.json, ranker.md.
+
+``python bench/bench_ranker.py --out DIR``. Weights are random, since a dense layer's time does not
+depend on their values; pruned variants keep the groups of largest norm of those weights, so their
+sparsity is real. Each engine is held against its own torch model before it is timed; rounds are
+interleaved in one process, and ratios carry 95 % intervals. Quality is ``fastrec table1``'s matter.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import fastrec
+from fastrec.errors import FastrecError
+from fastrec.models import Ranker, RankerConfig
+from fastrec.runtime.ceilings import Ceilings
+from fastrec.runtime.engine import Engine
+from fastrec.runtime.machine import machine_card
+from fastrec.runtime.measure import Samples, interleaved, ratio
+
+# Our variant -> the precision of its rivals, which run the dense network.
+VARIANTS = {
+    "fp32": (None, "fp32"),
+    "dense int8": (0.0, "int8"),
+    "40 % pruned, int8": (0.4, "int8"),
+    "75 % pruned, int8": (0.75, "int8"),
+}
+RIVALS = {
+    "fp32": ("openvino", "onnxruntime", "torch_compile"),
+    # torch.compile's int8 is no backend of ours: torch's fused int8 modules run op by op.
+    "int8": ("openvino", "onnxruntime"),
+}
+# Variant -> how many times faster than the best rival it has to be at B=1.
+GOALS = {"fp32": 1.3, "dense int8": 1.8, "40 % pruned, int8": 3.0, "75 % pruned, int8": 5.0}
+LARGE_BATCH_GOALS = {"40 % pruned, int8": 3.0}
+REQUESTS = 4
+
+
+def request(config: RankerConfig, batch: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Full histories: L and m of the configuration."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(high: int, columns: int) -> torch.Tensor:
+        return torch.randint(1, high, (batch, columns), generator=draw)
+
+    history, candidates = config.history_length, 50
+    return (
+        ids(config.n_items, history),
+        ids(config.n_categories, history),
+        ids(config.n_behaviours, history),
+        torch.full((batch,), history),
+        ids(config.n_items, candidates),
+        ids(config.n_categories, candidates),
+    )
+
+
+def variant(base: Ranker, sparsity: float | None) -> Ranker:
+    """A copy of the model, pruned and quantised."""
+    model = Ranker(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    if sparsity is None:
+        return model
+    if sparsity:
+        fastrec.prune_(model, fastrec.BlockPruning(sparsity=sparsity))
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[request(base.config, 4, seed=1)])
+    return model
+
+
+def linear_operations(engine: Engine, batch: int) -> float:
+    """Kept multiply-adds of the int8 layers of one call, counted twice."""
+    rows = engine.describe()
+    return 2.0 * sum(row.get("macs") or 0 for row in rows if row.get("op") == "sparse_int8_linear")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    threads: Annotated[int, typer.Option(help="Threads a call may use.")] = 2,
+    batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8,64",
+    seconds: Annotated[float, typer.Option(help="Of measuring, a batch size.")] = 20.0,
+) -> None:
+    """Measure the variants and their rivals at each batch size."""
+    console = Console(stderr=True)
+    torch.manual_seed(0)
+    base = Ranker(RankerConfig.taobao()).eval()
+    models = {name: variant(base, sparsity) for name, (sparsity, _) in VARIANTS.items()}
+    rows: list[dict[str, Any]] = []
+    for batch in map(int, batches.split(",")):
+        examples = request(base.config, batch, seed=2)
+        engines: dict[str, Engine] = {}
+        for name, model in models.items():
+            engines[name] = fastrec.compile(model, examples, "native", threads)
+        refused = {}
+        for precision, backends in RIVALS.items():
+            for backend in backends:
+                label = f"{backend} {precision}"
+                try:
+                    engines[label] = fastrec.compile(
+                        base, examples, backend, threads, precision=precision
+                    )
+                except FastrecError as error:
+                    refused[label] = str(error)
+        console.print(f"B={batch}: {', '.join(engines)}")
+        inputs = [
+            tuple(t.numpy() for t in request(base.config, batch, seed=10 + i))
+            for i in range(REQUESTS)
+        ]
+        taken = interleaved(
+            engines,
+            inputs,
+            rounds=25,
+            calls=max(4, 20 // batch),
+            warm_s=0.01,
+            seconds_budget=seconds,
+        )
+        rows += _rows(engines, taken, batch)
+        rows += [{"engine": name, "batch": batch, "why": why} for name, why in refused.items()]
+        for engine in engines.values():
+            engine.close()
+        gc.collect()
+    ceilings = Ceilings(threads, 0.1)
+    report = {
+        "machine": machine_card(),
+        "threads": threads,
+        "int8_peak_gops": ceilings.peak("int8"),
+        "rows": rows,
+    }
+    _judge(report)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ranker.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(report)
+    (out / "ranker.md").write_text(text)
+    Console().print(text, markup=False)
+
+
+def _rows(
+    engines: dict[str, Engine], taken: dict[str, Samples], batch: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, samples in taken.items():
+        row: dict[str, Any] = {
+            "engine": name,
+            "batch": batch,
+            "ms": {q: getattr(samples, f"{q}_ms") for q in ("p50", "p95", "p99")},
+            "settings": [r for r in engines[name].describe() if r.get("chosen")],
+            "why": None,
+        }
+        if name in VARIANTS:
+            precision = VARIANTS[name][1]
+            rivals = [n for n in taken if n not in VARIANTS and n.endswith(precision)]
+            if rivals:
+                best = min(rivals, key=lambda n: taken[n].p50_ms)
+                gain = ratio(taken[best], samples)
+                row["faster"] = {"than": best, "x": gain.value, "ci95": [gain.low, gain.high]}
+            row["int8_operations"] = linear_operations(engines[name], batch)
+        rows.append(row)
+    return rows
+
+
+def _judge(report: dict[str, Any]) -> None:
+    peak = report["int8_peak_gops"]
+    for row in report["rows"]:
+        goal = (GOALS if row["batch"] == 1 else LARGE_BATCH_GOALS).get(row["engine"])
+        if goal is None or "faster" not in row:
+            continue
+        row["goal"] = goal
+        row["verdict"] = "reached" if row["faster"]["x"] >= goal else "missed"
+        if row["int8_operations"] and peak:
+            row["peak_share"] = row["int8_operations"] / (row["ms"]["p50"] * 1e6) / peak
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    machine = report["machine"]
+    lines = [
+        "# The canonical ranker, one request at a time",
+        "",
+        f"{machine['cpu']}, {report['threads']} threads; commit {machine.get('commit')}; int8 peak "
+        f"of the threads together {report['int8_peak_gops']:.0f} GOPS. Random weights; L=100, 50 "
+        "candidates. Share of peak: the int8 layers' kept operations over the whole call's time.",
+        "",
+        "| B | engine | p50 ms | p99 ms | faster than the best rival | goal | share of peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        if row["why"]:
+            lines.append(f"| {row['batch']} | {row['engine']} | not timed: {row['why']} | | | | |")
+            continue
+        gain = goal = share = ""
+        if found := row.get("faster"):
+            low, high = found["ci95"]
+            gain = f"{found['x']:.2f}x [{low:.2f}, {high:.2f}] {found['than']}"
+        if "goal" in row:
+            goal = f">= {row['goal']:g}: {row['verdict']}"
+        if "peak_share" in row:
+            share = f"{row['peak_share']:.0%}"
+        ms = row["ms"]
+        lines.append(
+            f"| {row['batch']} | {row['engine']} | {ms['p50']:.3f} | {ms['p99']:.3f} | {gain} | "
+            f"{goal} | {share} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    typer.run(main)
