@@ -114,15 +114,18 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 def bypasses_dispatcher(*tensors: torch.Tensor | None) -> bool:
     """Whether a call may go straight to the kernel: plain tensors, nobody watches or derives."""
+    return _is_plain(*tensors) and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def _is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether nobody but autograd could have a say in a call."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    derives = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-            return False
-        if derives and tensor.requires_grad:
+        kind = type(tensor)
+        if not (tensor is None or kind is torch.Tensor or kind is torch.nn.Parameter):
             return False
     return not torch._C._functorch.maybe_current_level()
 
@@ -153,7 +156,11 @@ def grouped_linear(
         ShapeError, DtypeError, DeviceError: a bad argument.
         BackendError: the backend asked for can't run.
     """
-    if bypasses_dispatcher(x, weight, bias):
+    if _is_plain(x, weight, bias):
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _Eager.apply(x, weight, bias, shuffle, backend)
         if backend is None and _usual(x, weight, bias) and BACKENDS.cpu_is_compiled:
             return _run(x, weight, bias, shuffle)
         return _forward(x, weight, bias, shuffle, backend)
@@ -320,13 +327,29 @@ def _derive(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A gradient that will be derived again: torch derives the reference.
         grads = grouped_linear_backward_reference(dy, x, weight, shuffle=ctx.shuffle)
     else:
-        grads = torch.ops.fastrec.grouped_linear_backward(
-            dy, x, weight, ctx.shuffle, wants[0], wants[1], wants[2], ctx.backend
-        )
+        backward = _backward if _is_plain(dy, x, weight) else _OPS.grouped_linear_backward
+        grads = backward(dy, x, weight, ctx.shuffle, wants[0], wants[1], wants[2], ctx.backend)
     chosen = [grad if want else None for grad, want in zip(grads, wants, strict=True)]
     return (*chosen, None, None)
 
 
+class _Eager(torch.autograd.Function):
+    """The op without the dispatcher, which costs more than a small call's products."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, shuffle, backend
+    ):
+        ctx.save_for_backward(x, weight)
+        ctx.shuffle, ctx.backend = shuffle, backend
+        return _forward(x, weight, bias, shuffle, backend)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return _derive(ctx, dy)
+
+
+_OPS = torch.ops.fastrec
 _LIBRARY.impl("grouped_linear", _op, "CompositeExplicitAutograd")
 _LIBRARY.impl("grouped_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastrec::grouped_linear", _fake, lib=_LIBRARY)
