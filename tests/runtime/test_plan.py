@@ -253,7 +253,10 @@ def test_empty_histories_are_torchs(ranker: tuple[Ranker, PlanEngine]) -> None:
     inputs[3] = torch.tensor([0, 8, 0])
     with torch.inference_mode():
         expected = model(*inputs)
-    torch.testing.assert_close(engine(*inputs), expected, rtol=1e-2, atol=1e-2)
+    # As above: a rounding of an int8 layer's input may turn.
+    int8 = any(step.kind == "linear_int8" for step in engine._plan.steps)
+    limit = 1e-2 if int8 else 2e-5
+    torch.testing.assert_close(engine(*inputs), expected, rtol=limit, atol=limit)
 
 
 def test_callers_do_not_disturb_each_other(ranker: tuple[Ranker, PlanEngine]) -> None:
@@ -333,9 +336,7 @@ def test_an_id_computed_out_of_range_is_an_error_and_the_engine_lives() -> None:
             self.table = table
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return (
-                self.table(ids + 2).sum_to_size(ids.shape[0], 8) if False else self.table(ids + 2)
-            )
+            return self.table(ids + 2)
 
     engine = engine_of(Shifted(), torch.tensor([0, 1]))
     with pytest.raises(IndexError, match=r"table: expected ids in 0\.\.5 - 1, got 6"):
