@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from fastrec.nn.grouped_linear import GroupedLinear
 from fastrec.nn.int8_embedding import Int8Embedding
+from fastrec.nn.low_rank_linear import LowRankLinear
+from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
 
-__all__ = ["Int8Embedding", "SparseInt8Linear"]
+__all__ = [
+    "GroupedLinear",
+    "Int8Embedding",
+    "LowRankLinear",
+    "SeparableProjection",
+    "SparseInt8Linear",
+]
