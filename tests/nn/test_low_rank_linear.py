@@ -66,7 +66,7 @@ def test_bad_arguments() -> None:
         LowRankLinear(8, 12, 9)
     with pytest.raises(ArgumentError, match="rank: expected a positive integer"):
         LowRankLinear(8, 12, 0)
-    with pytest.raises(DtypeError, match="linear: expected a torch.nn.Linear"):
+    with pytest.raises(DtypeError, match=r"linear: expected a torch\.nn\.Linear"):
         LowRankLinear.from_float(nn.Identity(), 2)  # type: ignore[arg-type]
     assert LowRankLinear(8, 12, 4, device="meta").up.weight.is_meta
     assert "in_features=8, out_features=12, rank=4" in repr(LowRankLinear(8, 12, 4))

@@ -66,7 +66,8 @@ def test_keeps_the_promises(shuffle: bool) -> None:
 
 def test_constructor_in_torchs_style() -> None:
     module = GroupedLinear(8, 12, 4, bias=False, dtype=torch.bfloat16)
-    assert module.bias is None and module.weight.dtype is torch.bfloat16
+    assert module.bias is None
+    assert module.weight.dtype is torch.bfloat16
     assert module(torch.zeros(2, 8, dtype=torch.bfloat16)).dtype is torch.bfloat16
     assert GroupedLinear(8, 12, 4, device="meta").weight.is_meta
     shown = "in_features=8, out_features=12, groups=4, bias=False, shuffle=False"

@@ -83,7 +83,8 @@ def test_keeps_the_promises() -> None:
 
 def test_constructor_in_torchs_style() -> None:
     module = SeparableProjection(8, 12, bias=False, dtype=torch.float64)
-    assert module.bias is None and module.depthwise.dtype is torch.float64
+    assert module.bias is None
+    assert module.depthwise.dtype is torch.float64
     assert module(torch.zeros(5, 8, dtype=torch.float64)).shape == (5, 12)
     assert SeparableProjection(8, 12, device="meta").pointwise.is_meta
     assert "kernel_size=3, groups=1, bias=False, causal=False" in repr(module)

@@ -7,6 +7,7 @@ from fastrec.nn.int8_embedding import Int8Embedding
 from fastrec.nn.low_rank_linear import LowRankLinear
 from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
+from fastrec.nn.window_sparse_attention import WindowSparseAttention
 
 __all__ = [
     "GroupedLinear",
@@ -14,4 +15,5 @@ __all__ = [
     "LowRankLinear",
     "SeparableProjection",
     "SparseInt8Linear",
+    "WindowSparseAttention",
 ]
