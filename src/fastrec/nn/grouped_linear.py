@@ -110,7 +110,7 @@ class GroupedLinear(nn.Module):
         Raises:
             ShapeError, DtypeError, DeviceError: x does not fit the parameters.
         """
-        x, weight, bias = autocast(x, self.weight, self.bias)  # type: ignore[assignment]
+        x, weight, bias = autocast(x, self.weight, self.bias)
         return grouped_linear(x, weight, bias, shuffle=self.shuffle)
 
     def extra_repr(self) -> str:

@@ -131,9 +131,7 @@ class SeparableProjection(nn.Module):
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: an argument does not fit.
         """
-        x, depthwise, pointwise, bias = autocast(  # type: ignore[assignment]
-            x, self.depthwise, self.pointwise, self.bias
-        )
+        x, depthwise, pointwise, bias = autocast(x, self.depthwise, self.pointwise, self.bias)
         if x.dim() == 2:
             if lengths is not None:
                 raise ShapeError("x", f"shape [B, L, {self.in_features}]", list(x.shape))

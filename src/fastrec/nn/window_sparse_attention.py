@@ -51,7 +51,8 @@ class WindowSparseAttention(nn.Module):
         projection: what computes q, k, v (``in_proj``) and the result (``out_proj``): "dense",
             an ``nn.Linear``; "grouped", a ``GroupedLinear``, the inner one shuffled, so that each
             head sees all groups; "separable", a ``SeparableProjection``; "low_rank", a
-            ``LowRankLinear``. ``prune_`` and ``quantize_`` treat each ``nn.Linear`` in there as any.
+            ``LowRankLinear``. ``prune_`` and ``quantize_`` treat each ``nn.Linear`` in there as
+            any other.
         groups: of "grouped" (2 at least makes sense) and "separable".
         kernel_size: of "separable", which is causal where the pattern is.
         rank: of "low_rank".
@@ -147,10 +148,10 @@ class WindowSparseAttention(nn.Module):
     def reset_parameters(self) -> None:
         """``nn.MultiheadAttention``'s: Xavier for a dense ``in_proj``, biases zero."""
         for layer in (self.in_proj, self.out_proj):
-            layer.reset_parameters()  # type: ignore[operator]
+            layer.reset_parameters()
             bias = layer.up.bias if isinstance(layer, LowRankLinear) else layer.bias
             if bias is not None:
-                nn.init.zeros_(bias)  # type: ignore[arg-type]
+                nn.init.zeros_(bias)
         if isinstance(self.in_proj, nn.Linear):
             nn.init.xavier_uniform_(self.in_proj.weight)
 
@@ -304,12 +305,9 @@ class WindowSparseAttention(nn.Module):
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights if batched else weights.squeeze(0)
 
-    def _run(self, layer: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
-        result: Tensor
-        if isinstance(layer, SeparableProjection):
-            result = layer(x, lengths)
-        else:
-            result = layer(x)
+    @staticmethod
+    def _run(layer: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
+        result: Tensor = layer(x, lengths) if isinstance(layer, SeparableProjection) else layer(x)
         return result
 
     def _project(
@@ -380,7 +378,7 @@ def _load(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
             if bias is not None:
                 layer.bias.copy_(bias)
     else:
-        layer.load_dense(weight, bias)  # type: ignore[operator]
+        layer.load_dense(weight, bias)
 
 
 def _low_rank_scores(
