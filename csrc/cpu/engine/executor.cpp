@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <new>
 
 namespace fastrec::engine {
 
@@ -24,6 +25,8 @@ int64_t bytes_of(Dtype dtype) {
 namespace {
 
 constexpr int64_t kLine = 64;
+// Beyond what any machine has, and far from what 64 bits hold.
+constexpr double kMaxSlotBytes = 1e14;
 
 int64_t round_up(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -57,7 +60,10 @@ struct Executor::Arena {
     for (size_t s = 0; s < plan.slots.size(); ++s) {
       slot_begin[s] = end;
       int64_t bytes = 0;
-      for (const Extent& buffer : plan.slots[s].bytes) bytes = std::max(bytes, buffer.at(symbols));
+      for (const Extent& buffer : plan.slots[s].bytes) {
+        if (buffer.roughly(symbols) > kMaxSlotBytes) throw std::bad_alloc();
+        bytes = std::max(bytes, buffer.at(symbols));
+      }
       end += round_up(bytes + kSlack);
     }
     if (end > capacity) {

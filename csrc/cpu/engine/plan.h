@@ -34,6 +34,14 @@ struct Extent {
       for (int e = 0; e < exponent[s]; ++e) value *= symbols[s];
     return value;
   }
+
+  // The same where 64 bits may not hold it.
+  double roughly(const Symbols& symbols) const {
+    double value = static_cast<double>(coefficient);
+    for (int s = 0; s < kMaxSymbols; ++s)
+      for (int e = 0; e < exponent[s]; ++e) value *= static_cast<double>(symbols[s]);
+    return value;
+  }
 };
 
 // Where an operand's memory comes from.

@@ -1,4 +1,7 @@
-"""An engine on disk: a folder of the backend's own files and ``engine.json``. No torch here.
+"""An engine on disk. No torch here.
+
+A native engine is one file (``fastrec.runtime.plan.file``); those of other backends are a folder of
+the backend's own files and ``engine.json``.
 
 ``engine.json`` names the backend, precision, settings and inputs, and every file's SHA-256. A
 folder appears under its name only once it is whole.
@@ -81,14 +84,18 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
     """Open what ``engine.save(path)`` wrote; imports no torch.
 
     Args:
-        path: the artifact's folder.
+        path: a native engine's file, or the folder of another backend's artifact.
         threads: threads a call may use; None means as when it was saved.
 
     Raises:
-        ArtifactError: not an engine artifact, truncated or altered.
-        BackendError: its backend cannot run here; native artifacts come with a later version.
+        ArtifactError: not an engine artifact, truncated, altered, newer, or an invalid plan.
+        BackendError: its backend cannot run here.
         MissingDependencyError: its backend's package is not installed.
     """
+    if not Path(path).is_dir():
+        from fastrec.runtime.plan import file
+
+        return file.load(Path(path), threads)
     header = read(path)
     backend = header.get("backend")
     if backend == "onnxruntime":
@@ -97,9 +104,8 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
         from fastrec.runtime.backends import openvino as module  # type: ignore[no-redef]
     else:
         raise BackendError(
-            f"load_engine opens onnxruntime and openvino artifacts, not {backend!r}: the native "
-            "executor, which serves without torch, is a later version; until then use "
-            "fastrec.compile(fastrec.load(path), example_inputs, backend='native')"
+            f"folders hold onnxruntime and openvino artifacts, not {backend!r}: a native engine is "
+            "one file"
         )
     return module.load(Path(path), header, threads)
 

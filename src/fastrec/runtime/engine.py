@@ -192,8 +192,9 @@ class Engine(abc.ABC):
             BackendError: this backend has no file of its own.
         """
         raise BackendError(
-            f"a {self.backend} engine has no file of its own yet: save the model with fastrec.save "
-            "and compile it where it is loaded; onnxruntime and openvino engines can be saved"
+            f"a {self.backend} engine in this form has no file of its own: save the model with "
+            "fastrec.save and compile it where it is loaded; onnxruntime and openvino engines can "
+            "be saved, and native ones that run one plan"
         )
 
     def _header(self) -> dict[str, Any]:

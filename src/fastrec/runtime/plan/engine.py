@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastrec import kernels
 from fastrec.errors import ArgumentError, DtypeError, IdRangeError
 from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.engine import Engine, closed_loop
+from fastrec.runtime.plan import file
 from fastrec.runtime.plan.emit import executor
 from fastrec.runtime.plan.ir import Plan, Step
 from fastrec.runtime.plan.profile import profile
@@ -157,6 +159,16 @@ class PlanEngine(Engine):
         ceilings = Ceilings(self.threads) if limits is True else limits or None
         with kernels.call_threads(self.threads):
             return profile(self, arrays, calls, ceilings)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one file that :func:`fastrec.runtime.load_engine` maps, without torch.
+
+        Raises:
+            ArtifactError: ``path`` exists and is not a native engine's file.
+            BackendError: the engine is closed, or its plan has a form that files do not hold.
+        """
+        self._require_open()
+        return file.save(self, path)
 
     def close(self) -> None:
         """Free the executor and the constants."""

@@ -1,0 +1,312 @@
+"""A plan that came from a file, checked before it runs: whatever it says, no kernel may touch
+memory outside the buffers. numpy only.
+
+Sizes depend on symbols that are known at a call alone, so "inside its buffer" is proven for all of
+their values at once: with every symbol written as 1 + t, t >= 0, the room left behind a view's last
+element is a polynomial without a negative coefficient.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fastrec.errors import ArtifactError
+from fastrec.runtime.plan.ir import Buffer, Extent, Plan, Shape, Step, View, product
+from fastrec.runtime.plan.passes import CHUNK
+from fastrec.runtime.spec import InputSpec
+
+MAX_SYMBOLS, MAX_DIMS, MAX_OPERANDS = 4, 6, 32
+_MAX_COEFFICIENT, _MAX_DEGREE = 2**40, 8
+# csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: the packed weight's sizes, kMaxInputs.
+_PANEL, _GROUP, _GROUP_BYTES, _MAX_INPUTS = 32, 4, 128, 65793
+_ACTIVATIONS = 3
+
+
+def require(true: bool, what: str) -> None:
+    """Raise ArtifactError unless ``true``; ``what`` is what a sound plan has."""
+    if not true:
+        raise ArtifactError(f"an invalid plan: {what}")
+
+
+def validate(plan: Plan, spec: InputSpec) -> None:
+    """Refuse a plan that the executor must not see.
+
+    Raises:
+        ArtifactError: what is wrong, and in which step.
+    """
+    require(len(set(plan.symbols)) == len(plan.symbols) <= MAX_SYMBOLS, "at most 4 symbols")
+    require(len(plan.inputs) == len(spec.fields) > 0, "an input buffer for each input")
+    for buffer, field in zip(plan.inputs, spec.fields, strict=True):
+        dims = tuple(Extent.of(d) for d in field.dims)
+        fits = buffer.shape == dims and buffer.dtype == field.dtype and buffer.space == "input"
+        require(fits, f"input {field.name} as its specification says")
+    require(all(low >= 1 for low, _ in spec.limits.values()), "sizes of at least 1")
+    found = {s.symbols for b in plan.inputs for s in b.shape if s.coefficient == 1}
+    require(all((s,) in found for s in plan.symbols), "each symbol is the size of an input")
+    require(not plan.more_outputs, "one output")
+    _buffer(plan.output.buffer, plan)
+    require(plan.output.dtype == "float32" and _whole(plan.output), "a whole float32 output")
+    written = set(plan.inputs)
+    for position, step in enumerate(plan.steps):
+        try:
+            _step(plan, step, written)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} (step {position}, {step.kind})") from None
+        written.update(v.buffer for v in step.outputs)
+    require(plan.output.buffer in written, "an output that is computed")
+
+
+def _step(plan: Plan, step: Step, written: set[Buffer]) -> None:
+    views = [*step.inputs, *step.outputs]
+    require(step.kind in _RULES, "a step kind that this version knows")
+    require(len(views) <= MAX_OPERANDS, f"at most {MAX_OPERANDS} operands")
+    require(all(map(math.isfinite, step.numbers)), "finite numbers")
+    for view in views:
+        _buffer(view.buffer, plan)
+        _inside(view, plan)
+    for view in step.inputs:
+        known = view.buffer in written or view.buffer.data is not None
+        require(known, "operands that were computed before they are read")
+    for view in step.outputs:
+        require(view.buffer.space in ("arena", "output"), "a result that may be written")
+        own = view.buffer.space == "arena" or view.buffer is plan.output.buffer
+        require(own, "no other output than the plan's")
+    require(step.kind == "layer_norm" or step.extra_output is None, "one result")
+    require(step.kind == "map" or not step.program, "a program in maps only")
+    _RULES[step.kind](step)
+
+
+def _extents(extents: Shape, plan: Plan) -> None:
+    require(len(extents) <= MAX_DIMS, f"at most {MAX_DIMS} dimensions")
+    for e in extents:
+        require(0 <= e.coefficient <= _MAX_COEFFICIENT, "sizes and strides of 0 or more")
+        require(len(e.symbols) <= _MAX_DEGREE, "sizes of few symbols")
+        require(set(e.symbols) <= set(plan.symbols), "sizes of known symbols")
+
+
+def _buffer(buffer: Buffer, plan: Plan) -> None:
+    _extents(buffer.shape, plan)
+    if buffer.data is not None:
+        require(product(buffer.shape) == Extent(buffer.data.size), "constants of their shape")
+    elif buffer.space == "input":
+        require(buffer in plan.inputs, "inputs that the plan has")
+
+
+Polynomial = Counter[tuple[str, ...]]
+
+
+def _shifted(extent: Extent) -> Polynomial:
+    """The extent with each symbol s written as 1 + s."""
+    terms: Polynomial = Counter()
+    for count in range(len(extent.symbols) + 1):
+        for chosen in itertools.combinations(extent.symbols, count):
+            terms[chosen] += extent.coefficient
+    return terms
+
+
+def _inside(view: View, plan: Plan) -> None:
+    """Every element of the view is one of its buffer, whatever the sizes."""
+    _extents(view.shape, plan)
+    _extents(view.strides, plan)
+    require(len(view.shape) == len(view.strides), "a stride for each size")
+    require(0 <= view.offset <= _MAX_COEFFICIENT, "offsets of 0 or more")
+    if any(size.coefficient == 0 for size in view.shape):
+        require(view.offset == 0, "empty operands at the start of their buffers")
+        return
+    room = _shifted(product(view.buffer.shape))
+    room[()] -= 1 + view.offset
+    for size, stride in zip(view.shape, view.strides, strict=True):
+        room.subtract(_shifted(size * stride))
+        room.update(_shifted(stride))
+    require(all(c >= 0 for c in room.values()), "operands inside their buffers")
+
+
+# What each kind takes: csrc/cpu/engine/<kind>.cpp says the same in its first lines.
+
+
+def _counts(step: Step, inputs: Sequence[int], integers: int, numbers: int) -> None:
+    require(len(step.inputs) in inputs, f"{list(inputs)} inputs")
+    require(len(step.integers) == integers, f"{integers} integers")
+    require(len(step.numbers) == numbers, f"{numbers} numbers")
+
+
+def _flags(*values: int) -> None:
+    require(all(v in (0, 1) for v in values), "flags of 0 or 1")
+
+
+def _bytes(*values: int) -> None:
+    require(all(0 <= v <= 255 for v in values), "zero points in 0..255")
+
+
+def _dense(view: View, *dtypes: str) -> None:
+    require(view.dtype in dtypes, f"{' or '.join(dtypes)}, not {view.dtype}")
+    require(view.is_contiguous, "contiguous operands")
+
+
+def _whole(view: View) -> bool:
+    same = product(view.shape) == product(view.buffer.shape)
+    return view.offset == 0 and view.is_contiguous and same
+
+
+def _table(view: View, dtype: str, *sizes: int) -> np.ndarray:
+    """A contiguous constant of these sizes."""
+    _dense(view, dtype)
+    require(view.buffer.data is not None, "weights that are constants")
+    require(view.shape == tuple(map(Extent, sizes)), f"weights of sizes {list(sizes)}")
+    data = view.constant
+    assert data is not None
+    return data
+
+
+def _rows(x: View) -> tuple[Extent, int]:
+    """Rows and width of a matrix with a fixed width."""
+    require(len(x.shape) > 0, "rows of numbers")
+    width = x.shape[-1].number
+    require(width is not None and width > 0, "rows of a fixed width")
+    assert width is not None
+    return product(x.shape[:-1]), width
+
+
+def _tiles(view: View, rows: Extent, width: int) -> None:
+    """Room for rows in the tiles of the widest elements, from a line's start on."""
+    chunks = -(-width // CHUNK)
+    require(view.dtype == "uint8" and view.offset == 0, "tiles that fill a uint8 buffer")
+    require(view.buffer.space == "arena", "tiles within the arena")
+    room = product(view.buffer.shape) == rows * Extent(2 * CHUNK * chunks)
+    require(room, "tiles that fill their buffer")
+
+
+def _map(step: Step) -> None:
+    _counts(step, range(MAX_OPERANDS), 0, 0)
+    out = step.output
+    require(out.dtype in ("float32", "int64", "bool"), "maps to float32, int64 or bool")
+    for view in step.inputs:
+        require(view.shape == out.shape, "operands expanded to the result's shape")
+    for name, *operands in step.program:
+        if name == "integer":
+            require(abs(operands[0]) < 2**62, "integers of 63 bits")
+
+
+def _gather(step: Step) -> None:
+    _counts(step, (2, 3), 0, 0)
+    ids, table, *scale = step.inputs
+    _dense(ids, "int64")
+    require(len(table.shape) == 2, "a table of two dimensions")
+    rows, dims = table.shape[0].number, table.shape[1].number
+    require(rows is not None and dims is not None, "a table of a fixed size")
+    assert rows is not None
+    assert dims is not None
+    _table(table, "int8" if scale else "float32", rows, dims)
+    if scale:
+        _table(scale[0], "float32", rows)
+    _dense(step.output, "float32")
+    whole = product(step.output.shape) == product(ids.shape) * Extent(dims)
+    require(whole, "a row for each id")
+
+
+def _layer_norm(step: Step) -> None:
+    _counts(step, (3, 4), 3, 2)
+    residual, zero_point, tiles = step.integers
+    _flags(residual, tiles)
+    _bytes(zero_point)
+    require(step.numbers[1] > 0, "scales above 0")
+    require(len(step.inputs) == 3 + residual, "a residual, or none, as the step says")
+    rows, width = _rows(step.inputs[0])
+    wholes = [step.inputs[0], *step.inputs[1 : 1 + residual]]
+    for view in (*wholes, *step.outputs[:-1]):
+        _dense(view, "float32")
+        require(product(view.shape) == rows * Extent(width), "operands of one size")
+    for view in step.inputs[1 + residual :]:
+        _table(view, "float32", width)
+    _result(step.output, rows, width, tiles)
+
+
+def _result(y: View, rows: Extent, width: int, tiles: int) -> None:
+    _dense(y, "float32", "uint8")
+    require(product(y.shape) == rows * Extent(width), "results of the operands' size")
+    if tiles:
+        _tiles(y, rows, width)
+
+
+def _linear(step: Step) -> None:
+    _counts(step, (2, 3), 2, 0)
+    bias, activation = step.integers
+    _flags(bias)
+    require(0 <= activation < _ACTIVATIONS, "a known activation")
+    require(len(step.inputs) == 2 + bias, "a bias, or none, as the step says")
+    x, weight = step.inputs[:2]
+    rows, inputs = _rows(x)
+    _dense(x, "float32")
+    require(len(weight.shape) == 2, "a weight of two dimensions")
+    outputs = weight.shape[0].coefficient
+    require(outputs > 0, "outputs")
+    _table(weight, "float32", outputs, inputs)
+    if bias:
+        _table(step.inputs[2], "float32", outputs)
+    _dense(step.output, "float32")
+    _result(step.output, rows, outputs, 0)
+
+
+def _linear_int8(step: Step) -> None:
+    _counts(step, (6, 7), 8, 2)
+    outputs, inputs, x_zero, activation, bias, y_zero, x_tiles, y_tiles = step.integers
+    _flags(bias, x_tiles, y_tiles)
+    _bytes(x_zero, y_zero)
+    require(0 <= activation < _ACTIVATIONS, "a known activation")
+    require(min(step.numbers) > 0, "scales above 0")
+    require(outputs > 0 and 0 < inputs <= _MAX_INPUTS, "sizes that sums of 32 bits allow")
+    require(len(step.inputs) == 6 + bias, "a bias, or none, as the step says")
+    x, values, group_index, panel_start, *per_output = step.inputs
+    rows, width = _rows(x)
+    require(width == inputs, "as many inputs as the weight has")
+    _dense(x, "float32", "uint8")
+    if x_tiles:
+        _tiles(x, rows, width)
+    groups = group_index.shape[0].coefficient if group_index.shape else -1
+    require(groups >= 0, "groups of weights")
+    _table(values, "int8", *((groups, _GROUP_BYTES) if len(values.shape) == 2 else (-1,)))
+    index = _table(group_index, "int32", groups)
+    panels = -(-outputs // _PANEL)
+    start = _table(panel_start, "int32", panels + 1)
+    require(start[0] == 0 and start[-1] == groups, "panels that own all groups")
+    require(bool((np.diff(start) >= 0).all()), "panels one after another")
+    reach = -(-inputs // _GROUP)
+    require(bool(((index >= 0) & (index < reach)).all()), "groups among the inputs")
+    for view, dtype in zip(per_output, ("float32", "int32", "float32"), strict=False):
+        _table(view, dtype, outputs)
+    _result(step.output, rows, outputs, y_tiles)
+
+
+def _attention(step: Step) -> None:
+    _counts(step, (3, 4), 1, 1)
+    _flags(step.integers[0])
+    require(len(step.inputs) == 3 + step.integers[0], "lengths, or none, as the step says")
+    q, k, v = step.inputs[:3]
+    one = Extent(1)
+    for view in (q, k, v):
+        require(len(view.shape) == 4 and view.dtype == "float32", "4-D float32 operands")
+        require(view.strides[3] == one or view.shape[3] == one, "contiguous heads")
+    batch, heads, queries, dims = q.shape
+    require(bool(dims.number), "heads of a fixed size")
+    require(k.shape == v.shape == (batch, heads, k.shape[2], dims), "keys like the queries")
+    if step.integers[0]:
+        lengths = step.inputs[3]
+        require(lengths.dtype == "int64" and lengths.shape == (batch,), "a length a sequence")
+    _dense(step.output, "float32")
+    whole = product(step.output.shape) == product((batch, queries, heads, dims))
+    require(whole, "a result of the queries' size")
+
+
+_RULES: dict[str, Callable[[Step], None]] = {
+    "attention": _attention,
+    "gather": _gather,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "linear_int8": _linear_int8,
+    "map": _map,
+}
