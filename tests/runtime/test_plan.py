@@ -321,12 +321,6 @@ def test_an_unknown_op_is_named_with_its_module() -> None:
         engine_of(model, torch.randn(2, 4))
 
 
-def test_other_attention_masks_are_refused() -> None:
-    model = Lambda(lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=q[:, :, :, :3]))
-    with pytest.raises(BackendError, match="an attention mask other than padding"):
-        engine_of(model, torch.randn(2, 2, 3, 8))
-
-
 def test_an_id_computed_out_of_range_is_an_error_and_the_engine_lives() -> None:
     table = nn.Embedding(5, 8)
 
@@ -339,7 +333,7 @@ def test_an_id_computed_out_of_range_is_an_error_and_the_engine_lives() -> None:
             return self.table(ids + 2)
 
     engine = engine_of(Shifted(), torch.tensor([0, 1]))
-    with pytest.raises(IndexError, match=r"table: expected ids in 0\.\.5 - 1, got 6"):
+    with pytest.raises(IndexError, match=r"table: expected ids in 0\.\.4, got 6"):
         engine(torch.tensor([0, 4]))
     assert torch.equal(engine(torch.tensor([0, 1])), table.weight[2:4].detach())
 

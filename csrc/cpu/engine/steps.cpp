@@ -5,6 +5,10 @@ namespace fastrec::engine {
 const Kind* find_kind(const std::string& name) {
   static constexpr Kind kKinds[] = {
       {"attention", run_attention, nullptr},
+      {"causal_attention", run_causal_attention, nullptr},
+      {"masked_attention", run_masked_attention, nullptr},
+      {"reduce", run_reduce, nullptr},
+      {"softmax", run_softmax, nullptr},
       {"gather", run_gather, nullptr},
       {"layer_norm", run_layer_norm, nullptr},
       {"linear", run_linear, prepare_linear},

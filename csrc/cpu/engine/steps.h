@@ -15,6 +15,10 @@ Status run_linear(const Step& step, const Tensor* operands);
 std::shared_ptr<void> prepare_linear(const Step& step, const Tensor* operands);
 Status run_linear_int8(const Step& step, const Tensor* operands);
 std::shared_ptr<void> prepare_linear_int8(const Step& step, const Tensor* operands);
+Status run_causal_attention(const Step& step, const Tensor* operands);
+Status run_masked_attention(const Step& step, const Tensor* operands);
+Status run_reduce(const Step& step, const Tensor* operands);
+Status run_softmax(const Step& step, const Tensor* operands);
 Status run_attention(const Step& step, const Tensor* operands);
 
 }  // namespace fastrec::engine

@@ -25,6 +25,7 @@ from fastrec.runtime.measure import Tolerance, correctness_gate, interleaved
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
 from fastrec.runtime.onnx_export import evaluated
 
+FALLBACKS = ("torch", "error")
 _EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
@@ -37,6 +38,7 @@ def compile(
     precision: str | None = None,
     calibration: Iterable[Sequence[Any]] | None = None,
     settings: dict[str, Any] | None = None,
+    fallback: str = "torch",
 ) -> Engine:
     """Build an engine; all compiling, quantising and choosing of settings happens here.
 
@@ -53,6 +55,8 @@ def compile(
         calibration: batches for backends that quantise by calibration (openvino); the examples by
             default.
         settings: a backend's own settings, forced instead of chosen; see its page in the docs.
+        fallback: what native does with a model that is no plan: ``torch`` runs it op by op in
+            torch's forward (``describe()`` names the op), ``error`` raises what is lacking.
 
     Raises:
         ArgumentError, DtypeError, ShapeError, IdRangeError: a bad argument or example.
@@ -66,6 +70,8 @@ def compile(
         raise BackendError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if precision is not None and precision not in PRECISIONS:
         raise ArgumentError("precision", f"one of {PRECISIONS} or None", repr(precision))
+    if fallback not in FALLBACKS:
+        raise ArgumentError("fallback", f"one of {FALLBACKS}", repr(fallback))
     threads = _cpus() if threads is None else threads
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError("threads", "a positive integer or None", threads)
@@ -77,6 +83,8 @@ def compile(
         tensors = as_tensors("calibration", request)
         requests.append(tuple(spec.check(tensors)[0]))
     options = BuildOptions(threads, precision, requests, spec, dict(settings or {}))
+    if fallback == "error" and backend == "native":
+        options.settings.setdefault("executor", "plan")
     reference = _reference(model, examples)
     if backend == "auto":
         return _auto(model, examples, options, reference)

@@ -124,8 +124,9 @@ class PlanEngine(Engine):
     def _error(fault: int, step: Step, value: int) -> Exception:
         where = step.module or step.kind
         if fault == _ID_OUT_OF_RANGE:
-            rows = step.inputs[1].shape[0] if step.kind == "gather" else "L + 1"
-            return IdRangeError(where, f"ids in 0..{rows} - 1", value)
+            rows = step.inputs[1].shape[0].number if step.kind == "gather" else None
+            last = "L" if rows is None else rows - 1
+            return IdRangeError(where, f"ids in 0..{last}", value)
         return ArgumentError(where, "an input of numbers", "a NaN")
 
     def profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputS
         BackendError: the model can't be exported, or holds an op that has no lowering; the message
             names the op and the module it comes from.
     """
-    import fastrec.runtime.plan.aten  # noqa: F401  (fills LOWERINGS)
+    import fastrec.runtime.plan.lowerings  # noqa: F401  (fills LOWERINGS)
 
     program, symbols = _export(evaluated(model), example_inputs, spec)
     return Lowerer(program, symbols, spec).run()
@@ -102,6 +103,22 @@ def _apart_from_one(
                 tensor = torch.cat((tensor, tensor), dim)
         grown.append(tensor)
     return tuple(grown)
+
+
+# Ops whose result is memory of its own.
+_FRESH = ("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "clone")
+
+
+def _is_in_place(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _nearest(op: str) -> str:
+    """What a person could use instead of an op that is lacking."""
+    known = [str(target) for target in LOWERINGS]
+    close = difflib.get_close_matches(op, known, n=3, cutoff=0.6)
+    return f"the nearest supported: {', '.join(close) or 'see docs/runtime.md'}"
 
 
 class Lowerer:
@@ -160,13 +177,26 @@ class Lowerer:
             return args[0][args[1]]
         if isinstance(size := node.meta.get("val"), torch.SymInt):
             return size  # of tensors; becomes an Extent where one is asked for
-        folded = self._folded(node, args, kwargs)
-        if folded is not None:
-            return folded
-        lowering = LOWERINGS.get(node.target)
-        if lowering is None:
-            raise self.unsupported(node, "it has no lowering")
-        return lowering(self, node, args, kwargs)
+        changes = _is_in_place(node)
+        if changes:
+            self._require_fresh(node)
+        result = self._folded(node, args, kwargs)
+        if result is None:
+            lowering = LOWERINGS.get(node.target)
+            if lowering is None:
+                raise self.unsupported(node, f"it has no lowering; {_nearest(str(node.target))}")
+            result = lowering(self, node, args, kwargs)
+        if changes:
+            self.env[node.args[0]] = result
+        return result
+
+    def _require_fresh(self, node: torch.fx.Node) -> None:
+        """An in-place op is one that returns where nobody else has seen what it changes."""
+        changed = node.args[0]
+        others = [u for u in changed.users if u is not node and u in self.env]
+        made = str(changed.target).split(".")[1:2]
+        if changed.op != "call_function" or others or made[0] not in _FRESH:
+            raise self.unsupported(node, "in place on a tensor in use; the form without _ is fine")
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
@@ -186,9 +216,11 @@ class Lowerer:
         if any(v.constant is None for v in views) or any(isinstance(a, torch.SymInt) for a in flat):
             return None
 
+        copies = _is_in_place(node) or None
+
         def tensors(value: Any) -> Any:
             if isinstance(value, View):
-                return torch.from_numpy(np.ascontiguousarray(value.constant))
+                return torch.from_numpy(np.array(value.constant, order="C", copy=copies))
             return [tensors(v) for v in value] if isinstance(value, list) else value
 
         target: Any = node.target

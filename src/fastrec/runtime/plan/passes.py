@@ -192,7 +192,7 @@ def quantise_norms(plan: Plan) -> None:
         users = readers.get(step.output.buffer, [])
         if not users or any(u.kind != "linear_int8" for u in users):
             continue
-        # Of x: zero point and scale, as aten.py writes them.
+        # Of x: zero point and scale, as lowerings/layers.py writes them.
         if len({(u.integers[2], u.numbers[0]) for u in users}) != 1:
             continue
         step.output.buffer.dtype = "uint8"

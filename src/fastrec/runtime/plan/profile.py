@@ -21,6 +21,7 @@ _KERNELS = {
     "attention": "padded_attention",
     "layer_norm": "layer_norm_quantize",
     "linear": "grouped_linear",
+    "causal_attention": "window_sparse_attention",
     "linear_int8": "sparse_int8_linear",
 }
 # Shown as the op: what users know it by.
@@ -150,11 +151,15 @@ def _attention(step: Step, request: Request, moved: Cost) -> Cost:
 
 _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
     "attention": _attention,
+    "causal_attention": _moves,
     "gather": _gather,
     "layer_norm": _moves,
     "linear": _linear,
     "linear_int8": _linear_int8,
     "map": _moves,
+    "masked_attention": _moves,
+    "reduce": _moves,
+    "softmax": _moves,
 }
 
 

@@ -1,0 +1,12 @@
+"""Lowerings of ATen's and fastrec's ops, by kind; importing this fills ``LOWERINGS``."""
+
+from fastrec.runtime.plan.lowerings import (
+    attention,
+    creation,
+    elementwise,
+    layers,
+    reductions,
+    views,
+)
+
+__all__ = ["attention", "creation", "elementwise", "layers", "reductions", "views"]
