@@ -250,8 +250,8 @@ def test_native_runs_a_quantised_model_as_it_is(ranker, request_of, expected):
     shares = [row for row in engine.describe() if row["op"] == "choice"]
     assert sum(row["chosen"] for row in shares) == 1
     assert rows["item_embedding"]["op"] == "int8_embedding"
-    # Scores and context of 16 candidates over 12 events, d = 16.
-    assert rows["cross_attention"]["macs"] == 2 * 16 * 12 * 16
+    # Scores and context of 16 candidates over the events of the example's one user, d = 16.
+    assert rows["cross_attention"]["macs"] == 2 * 16 * request_of(1)[3].item() * 16
 
 
 def test_auto_explains_its_choice(ranker, request_of, expected, monkeypatch):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastrec.errors import ArgumentError, ShapeError
+from fastrec.models import Ranker
 from fastrec.train.metrics import Evaluation, ranks_from_scores
 
 Score = Callable[[Tensor, Tensor], Tensor]  # candidate ids, categories [B, n] -> scores [B, n]
@@ -62,7 +63,7 @@ def _scorer(model: Any, history: tuple[Tensor, ...]) -> Score:
         state = model.last_state(*latest(item, length, model.config.max_length))
         catalogue = model.logits(state)
         return lambda cand_item, _: catalogue.gather(1, cand_item)
-    if hasattr(model, "encode") and hasattr(model, "score"):
+    if isinstance(model, Ranker):  # not any model with these methods: an engine's differ
         encoded = model.encode(item, category, behaviour, length)
         return lambda cand_item, cand_category: model.score(
             encoded, length, cand_item, cand_category
