@@ -2,7 +2,8 @@
 
 Loads an engine artifact (no torch), or a ``fastrec.save`` checkpoint compiled for a backend, serves
 N requests and prints one JSON object: the high-water mark of resident memory over the whole life
-(``peak_rss_mb``) and while serving (``serving_rss_mb``), in MB (10^6 bytes), and the median call.
+(``peak_rss_mb``) and while serving (``serving_rss_mb``), in MB (10^6 bytes); how much is resident
+as the calls go on (``rss_mb``); and the calls' percentiles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,6 +20,10 @@ import numpy as np
 
 from fastrec.errors import ArgumentError, BackendError, FastrecError
 from fastrec.runtime.engine import Engine
+from fastrec.runtime.latency import LatencyHistogram
+
+# Resident memory is read after each of so many equal shares of the calls.
+_LOOKS = 10
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args: argparse.Namespace) -> dict[str, Any]:
     """Load, serve and measure; see the module's notes."""
     sizes = {"B": args.batch, "m": args.candidates}
+    start = time.perf_counter_ns()
     engine = _open(args, sizes)
+    load_ms = (time.perf_counter_ns() - start) / 1e6
     requests = [engine.spec.sample(sizes, seed=seed) for seed in range(8)]
     engine(*requests[0])
     gc.collect()
@@ -58,11 +64,15 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         peak_before = memory_mb()["VmHWM"]
-    times = []
-    for i in range(args.requests):
-        start = time.perf_counter_ns()
-        engine(*requests[i % len(requests)])
-        times.append((time.perf_counter_ns() - start) / 1e6)
+    times = LatencyHistogram()
+    resident = {0: loaded}
+    for look in range(1, _LOOKS + 1):
+        end = args.requests * look // _LOOKS
+        for i in range(times.count, end):
+            start = time.perf_counter_ns()
+            engine(*requests[i % len(requests)])
+            times.add(time.perf_counter_ns() - start)
+        resident[end] = memory_mb()["VmRSS"]
     serving = memory_mb()["VmHWM"]
     return {
         "backend": engine.backend,
@@ -70,10 +80,13 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         "threads": engine.threads,
         "batch": args.batch,
         "requests": args.requests,
+        "load_ms": load_ms,
         "peak_rss_mb": max(peak_before, serving),
         "serving_rss_mb": serving,
         "loaded_rss_mb": loaded,
-        "p50_ms": statistics.median(times) if times else None,
+        "rss_mb": list(resident.items()),
+        **{f"p{q}_ms": times.percentile_ms(q) if times.count else None for q in (50, 95, 99, 99.9)},
+        "worst_ms": times.worst_ns / 1e6,
         "torch_imported": "torch" in sys.modules,
     }
 
