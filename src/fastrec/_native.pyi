@@ -49,6 +49,17 @@ class engine:
             self, symbols: list[int], inputs: list[int], outputs: list[int], step_ns: int = 0
         ) -> tuple[int, int, int]: ...
 
+    class Door:
+        def __init__(
+            self,
+            executor: engine.Executor,
+            constants: object,
+            inputs: list[tuple[int, list[tuple[int, int]], bool, tuple[int, int]]],
+            limits: list[tuple[int, int]],
+            output: list[list[int]],
+        ) -> None: ...
+        def __call__(self, inputs: tuple[object, ...], threads: int) -> object: ...
+
 class grouped_linear:
     @staticmethod
     def kernel_isa(bf16: bool = False) -> str: ...

@@ -74,7 +74,6 @@ Status run_layer_norm(const Step& step, const Tensor* operands) {
   call.eps = static_cast<float>(step.numbers[0]);
   call.dims = x.sizes[x.dims - 1];
   if (call.dims == 0) return {};
-  if (call.dims == 0) return {};
   call.rows = x.count() / call.dims;
   const bool numbers = step.integers[2] ? run_in_tiles(call) : layer_norm_quantize::run(call);
   return numbers ? Status{} : Status{Fault::not_a_number};

@@ -10,6 +10,9 @@ import numpy as np
 from fastrec.kernels import _compiled
 from fastrec.runtime.plan.ir import DTYPES, SPACES, Buffer, Plan, Step, View
 from fastrec.runtime.plan.memory import assign_slots
+from fastrec.runtime.spec import InputSpec
+
+_ANY = (1 << 62) - 1
 
 ITEMSIZE = {name: np.dtype(name).itemsize for name in DTYPES}
 
@@ -57,3 +60,38 @@ def executor(
     steps = [encoded(step) for step in plan.steps]
     data = [np.ascontiguousarray(b.data) for b in constants]
     return native.Executor([a.ctypes.data for a in data], slots, steps, whole, list(origins)), data
+
+
+def door(executor: Any, constants: list[np.ndarray], plan: Plan, spec: InputSpec) -> Any:
+    """The way into the executor for numpy arrays that are just as the spec says: called with them
+    and the number of threads, without Python code between; it keeps the executor's ``constants``.
+    None where there is no such way.
+    """
+    native = _compiled.native().engine
+    names = [*plan.symbols]
+    for f in spec.fields:
+        names += [d for d in (*f.dims, f.rows) if isinstance(d, str) and d not in names]
+    if len(names) > native.MAX_SYMBOLS:
+        return None
+
+    def size(of: int | str) -> tuple[int, int]:
+        return (0, names.index(of)) if isinstance(of, str) else (of, -1)
+
+    inputs = [
+        (
+            DTYPES.index(f.dtype),
+            [size(d) for d in f.dims],
+            f.rows is not None,
+            size(0 if f.rows is None else f.rows),
+        )
+        for f in spec.fields
+    ]
+    limits = [spec.limits.get(name, (1, None)) for name in names]
+    symbols = [*plan.symbols, *([""] * (native.MAX_SYMBOLS - len(plan.symbols)))]
+    return native.Door(
+        executor,
+        constants,
+        inputs,
+        [(low, _ANY if high is None else high) for low, high in limits],
+        [extent.powers(symbols) for extent in plan.output.shape],
+    )
