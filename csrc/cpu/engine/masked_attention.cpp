@@ -1,28 +1,63 @@
-// masked_attention: attention under a mask of any kind, added to the scores.
+// masked_attention: attention under a mask of any kind, added to the scores; padded_attention.
 //
-// operands  q [B, H, Lq, D], k and v [B, H, Lk, D] f32, D contiguous; mask f32 [B, H, Lq, Lk] of
-// any
-//           strides if integers[0]; result f32 [B, Lq, H, D] contiguous
+// operands  q [B, H, Lq, D], k and v [B, H, Lk, D] f32, D contiguous; mask f32 [B, H, Lq, Lk], Lk
+//           contiguous, other strides may be 0, if integers[0]; result f32 [B, Lq, H, D] contiguous
 // integers  whether there is a mask; whether query i sees no key beyond i
 // numbers   scale
 //
-// A row that sees no key (all scores are -inf) gives zeros, as torch's.
-#include <algorithm>
-#include <cmath>
+// A row that sees no key (all scores are -inf) gives zeros, as torch's. Where the mask depends on
+// the keys alone, those that it hides at either end (padding in front or behind) cost nothing, and
+// may hold anything; if it does nothing else, it is not read again.
 #include <limits>
 
 #include "engine/steps.h"
-#include "parallel.h"
+#include "padded_attention/padded_attention.h"
 #include "scratch.h"
 
 namespace fastrec::engine {
 namespace {
 
-constexpr int64_t kParallelMultiplyAdds = 100'000;
+namespace attention = padded_attention;
 
-// y[0..n) += a * x[0..n)
-void add_scaled(float* y, float a, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+// Scratch of a type of its own: the kernel's is in use meanwhile.
+struct Added {
+  float value;
+};
+
+// Starts and lengths of the keys that a mask of the keys alone leaves; whether it is needed still.
+bool trim(const Tensor& mask, int64_t batch, int64_t keys, int64_t* starts, int64_t* lengths) {
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  bool needed = false;
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* row = mask.as<float>() + b * mask.strides[0];
+    int64_t first = 0, end = keys;
+    while (first < end && row[first] == kHidden) ++first;
+    while (first < end && row[end - 1] == kHidden) --end;
+    for (int64_t j = first; j < end && !needed; ++j) needed = row[j] != 0.0f;
+    starts[b] = first;
+    lengths[b] = end;
+  }
+  return needed;
+}
+
+// mask (or zeros), and -inf beyond the diagonal: [B or 1][H or 1][Lq][Lk].
+attention::Mask with_causal(const Tensor* mask, int64_t batch, int64_t heads, int64_t queries,
+                            int64_t keys) {
+  if (!mask || mask->strides[0] == 0) batch = 1;
+  if (!mask || mask->strides[1] == 0) heads = 1;
+  Added* const memory = scratch<Added>(batch * heads * queries * keys);
+  Added* to = memory;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < queries; ++i)
+        for (int64_t j = 0; j < keys; ++j, ++to) {
+          const float added = mask ? mask->as<float>()[b * mask->strides[0] + h * mask->strides[1] +
+                                                       i * mask->strides[2] + j]
+                                   : 0.0f;
+          to->value = j <= i ? added : -std::numeric_limits<float>::infinity();
+        }
+  const int64_t head = queries * keys;
+  return {&memory->value, batch == 1 ? 0 : heads * head, heads == 1 ? 0 : head, keys};
 }
 
 }  // namespace
@@ -30,48 +65,37 @@ void add_scaled(float* y, float a, const float* x, int64_t n) {
 Status run_masked_attention(const Step& step, const Tensor* operands) {
   const bool has_mask = step.integers[0] != 0, causal = step.integers[1] != 0;
   const Tensor &q = operands[0], &k = operands[1], &v = operands[2];
-  const Tensor &mask = operands[3], &out = operands[3 + has_mask];
-  const int64_t batch = q.sizes[0], heads = q.sizes[1], queries = q.sizes[2], dims = q.sizes[3];
-  const int64_t keys = k.sizes[2];
-  const float scale = static_cast<float>(step.numbers[0]);
-  const int threads =
-      batch * heads * queries * keys * dims < kParallelMultiplyAdds ? 1 : num_threads();
-
-  parallel_for(batch * heads, 1, threads, [&](int64_t begin, int64_t end) {
-    float* const across = scratch<float>(keys * (dims + 1));  // keys as columns
-    float* const score = across + keys * dims;
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t b = part / heads, h = part % heads;
-      const float* key = k.as<float>() + b * k.strides[0] + h * k.strides[1];
-      const float* value = v.as<float>() + b * v.strides[0] + h * v.strides[1];
-      for (int64_t j = 0; j < keys; ++j)
-        for (int64_t d = 0; d < dims; ++d) across[d * keys + j] = key[j * k.strides[2] + d];
-      for (int64_t i = 0; i < queries; ++i) {
-        const float* query = q.as<float>() + b * q.strides[0] + h * q.strides[1] + i * q.strides[2];
-        float* result = out.as<float>() + ((b * queries + i) * heads + h) * dims;
-        std::fill_n(result, dims, 0.0f);
-        const int64_t seen = causal ? std::min(keys, i + 1) : keys;
-        std::fill_n(score, seen, 0.0f);
-        for (int64_t d = 0; d < dims; ++d)
-          add_scaled(score, query[d] * scale, across + d * keys, seen);
-        if (has_mask) {
-          const float* added =
-              mask.as<float>() + b * mask.strides[0] + h * mask.strides[1] + i * mask.strides[2];
-          for (int64_t j = 0; j < seen; ++j) score[j] += added[j * mask.strides[3]];
-        }
-        float top = -std::numeric_limits<float>::infinity();
-        for (int64_t j = 0; j < seen; ++j) top = score[j] > top ? score[j] : top;
-        if (seen == 0 || (top == -std::numeric_limits<float>::infinity() &&
-                          std::none_of(score, score + seen, [](float s) { return s != s; })))
-          continue;
-        float sum = 0.0f;
-        for (int64_t j = 0; j < seen; ++j) sum += score[j] = std::exp(score[j] - top);
-        for (int64_t j = 0; j < seen; ++j)
-          if (score[j] != 0.0f) add_scaled(result, score[j], value + j * v.strides[2], dims);
-        for (int64_t d = 0; d < dims; ++d) result[d] /= sum;
-      }
+  const Tensor* const mask = has_mask ? &operands[3] : nullptr;
+  const auto rows = [](const Tensor& t) {
+    return attention::Rows{t.as<float>(), t.strides[0], t.strides[1], t.strides[2]};
+  };
+  attention::Call call{};
+  call.q = rows(q);
+  call.k = rows(k);
+  call.v = rows(v);
+  call.out = operands[3 + has_mask].as<float>();
+  call.batch = q.sizes[0];
+  call.heads = q.sizes[1];
+  call.query_rows = q.sizes[2];
+  call.head_dim = q.sizes[3];
+  call.key_rows = k.sizes[2];
+  call.scale = static_cast<float>(step.numbers[0]);
+  if (causal) {
+    call.mask = with_causal(mask, call.batch, call.heads, call.query_rows, call.key_rows);
+  } else if (mask) {
+    const bool of_keys = (mask->strides[1] == 0 || call.heads == 1) &&
+                         (mask->strides[2] == 0 || call.query_rows == 1);
+    bool needed = true;
+    if (of_keys) {
+      int64_t* const starts = scratch<int64_t>(2 * call.batch);
+      needed = trim(*mask, call.batch, call.key_rows, starts, starts + call.batch);
+      call.starts = starts;
+      call.lengths = starts + call.batch;
     }
-  });
+    if (needed)
+      call.mask = {mask->as<float>(), mask->strides[0], mask->strides[1], mask->strides[2]};
+  }
+  attention::run(call);
   return {};
 }
 

@@ -29,7 +29,9 @@ void bind(py::module_& parent) {
                     key_rows,
                     heads,
                     head_dim,
-                    scale});
+                    scale,
+                    {},
+                    nullptr});
       },
       "Addresses, strides in floats, sizes, checked by the caller. The first bad length, or -1.");
 }

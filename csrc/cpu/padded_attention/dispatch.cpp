@@ -26,9 +26,11 @@ constexpr int64_t kParallelMultiplyAdds = 200'000;
 const Kernel& select() { return select_kernel(kKernels); }
 
 int64_t run(const Call& call) {
-  if (call.lengths)
+  if (call.lengths || call.starts)
     for (int64_t b = 0; b < call.batch; ++b)
-      if (call.lengths[b] < 0 || call.lengths[b] > call.key_rows) return b;
+      if (call.first_key(b) < 0 || call.first_key(b) > call.end_key(b) ||
+          call.end_key(b) > call.key_rows)
+        return b;
   const Kernel& kernel = select();
   const int64_t parts_a_head = (call.query_rows + kPartRows - 1) / kPartRows;
   const int64_t heads = call.batch * call.heads;

@@ -12,21 +12,25 @@ int64_t scratch_floats(int64_t keys, int64_t) { return keys; }
 
 void part(const Call& call, const Part& part, float* weights) {
   const int64_t dims = call.head_dim;
-  const int64_t keys = call.lengths ? call.lengths[part.batch] : call.key_rows;
+  const int64_t first = call.first_key(part.batch), keys = call.end_key(part.batch) - first;
   const float* q = call.q.data + part.batch * call.q.batch_stride + part.head * call.q.head_stride;
-  const float* k = call.k.data + part.batch * call.k.batch_stride + part.head * call.k.head_stride;
-  const float* v = call.v.data + part.batch * call.v.batch_stride + part.head * call.v.head_stride;
+  const float* k = call.k.data + part.batch * call.k.batch_stride + part.head * call.k.head_stride +
+                   first * call.k.row_stride;
+  const float* v = call.v.data + part.batch * call.v.batch_stride + part.head * call.v.head_stride +
+                   first * call.v.row_stride;
   for (int64_t i = part.begin; i < part.end; ++i) {
     float* out = call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims;
     std::fill(out, out + dims, 0.0f);
+    const float* added = call.mask.data ? mask_row(call, part, i) : nullptr;
     float highest = -std::numeric_limits<float>::infinity();
     for (int64_t j = 0; j < keys; ++j) {
       float score = 0.0f;
       for (int64_t d = 0; d < dims; ++d)
         score += q[i * call.q.row_stride + d] * k[j * call.k.row_stride + d];
-      weights[j] = score * call.scale;
+      weights[j] = score * call.scale + (added ? added[j] : 0.0f);
       highest = std::max(highest, weights[j]);
     }
+    if (added && sees_nothing(weights, keys)) continue;
     float sum = 0.0f;
     for (int64_t j = 0; j < keys; ++j) {
       weights[j] = std::exp(weights[j] - highest);

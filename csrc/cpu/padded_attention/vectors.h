@@ -82,6 +82,16 @@ FASTREC_VEC __attribute__((noinline)) void scores(const float* const* q, int64_t
       store(out + r * width + c * kLanes, multiply(acc[r][c], splat(scale)));
 }
 
+// row += added, `keys` floats of each.
+FASTREC_VEC_INLINE void add_mask(float* row, const float* added, int64_t keys) {
+  const int64_t whole = keys / kLanes * kLanes;
+  for (int64_t j = 0; j < whole; j += kLanes) store(row + j, add(load(row + j), load(added + j)));
+  if (whole < keys) {
+    const Lanes tail = first_lanes(keys - whole);
+    store(row + whole, add(load(row + whole), load(added + whole, tail)));
+  }
+}
+
 // Turns one row of scores into weights; returns 1 / their sum.
 FASTREC_VEC_INLINE float softmax_row(float* row, int64_t keys) {
   const int64_t whole = keys / kLanes * kLanes;
@@ -182,9 +192,22 @@ FASTREC_VEC void row_block(const Call& call, const Part& part, int64_t i0, int64
   for (int r = 0; r < rows; ++r) q[r] = queries + (i0 + r) * call.q.row_stride;
   score_rows<rows>(q, dims, keys, width, call.scale, weights);
   float inverse_sum[rows];
-  for (int r = 0; r < rows; ++r) inverse_sum[r] = softmax_row(weights + r * width, key_count);
-  value_rows<rows>(weights, width, key_count, head_rows(call.v, part), call.v.row_stride, dims,
-                   inverse_sum,
+  for (int r = 0; r < rows; ++r) {
+    float* const row = weights + r * width;
+    if (call.mask.data) {
+      add_mask(row, mask_row(call, part, i0 + r), key_count);
+      // The first score that is not -inf settles it, mostly the very first.
+      if (sees_nothing(row, key_count)) {
+        std::fill_n(row, key_count, 0.0f);
+        inverse_sum[r] = 0.0f;
+        continue;
+      }
+    }
+    inverse_sum[r] = softmax_row(row, key_count);
+  }
+  value_rows<rows>(weights, width, key_count,
+                   head_rows(call.v, part) + call.first_key(part.batch) * call.v.row_stride,
+                   call.v.row_stride, dims, inverse_sum,
                    call.out + ((part.batch * call.query_rows + i0) * call.heads + part.head) * dims,
                    call.heads * dims);
 }
@@ -201,7 +224,7 @@ constexpr RowBlock kRowBlock[] = {row_block<1>,
 
 FASTREC_VEC void part(const Call& call, const Part& part, float* scratch) {
   const int64_t dims = call.head_dim, rows = part.end - part.begin;
-  const int64_t keys = call.lengths ? call.lengths[part.batch] : call.key_rows;
+  const int64_t first = call.first_key(part.batch), keys = call.end_key(part.batch) - first;
   if (keys == 0) {
     for (int64_t i = part.begin; i < part.end; ++i)
       std::fill_n(call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims,
@@ -210,7 +233,8 @@ FASTREC_VEC void part(const Call& call, const Part& part, float* scratch) {
   }
   float* const transposed = scratch;                     // [D][width]
   float* const weights = scratch + padded(keys) * dims;  // [kMaxRows][width]
-  transpose(head_rows(call.k, part), call.k.row_stride, keys, dims, transposed);
+  transpose(head_rows(call.k, part) + first * call.k.row_stride, call.k.row_stride, keys, dims,
+            transposed);
   const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = b * rows / blocks, end = (b + 1) * rows / blocks;

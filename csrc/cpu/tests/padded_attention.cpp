@@ -52,6 +52,55 @@ void compare(const Shape& shape, const std::vector<int64_t>& lengths) {
       [&](Place place) { CHECK(worst_error(run(place), expected, kTolerance, 0) <= 1); });
 }
 
+// With a mask of `mask_heads` x `mask_rows` (1: broadcast), some of it and some rows of it hidden.
+void compare_masked(const Shape& shape, int64_t mask_heads, int64_t mask_rows,
+                    const std::vector<int64_t>& starts, const std::vector<int64_t>& lengths) {
+  Random random(11);
+  const auto [batch, queries, keys, heads, dims] = shape;
+  const int64_t width = heads * dims;
+  const auto q = random.floats(batch * queries * width);
+  auto k = random.floats(batch * keys * width), v = random.floats(batch * keys * width);
+  auto mask = random.floats(batch * mask_heads * mask_rows * keys);
+  const int64_t rows = batch * mask_heads * mask_rows;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t b = row / (mask_heads * mask_rows);
+      const bool outside = !starts.empty() && (j < starts[b] || j >= lengths[b]);
+      if (row % 3 == 2 || j % 5 == 1) mask[row * keys + j] = -INFINITY;
+      if (outside) mask[row * keys + j] = NAN;
+    }
+  for (int64_t b = 0; b < batch && !starts.empty(); ++b)
+    for (int64_t i = 0; i < keys * width; ++i)
+      if (i / width < starts[b] || i / width >= lengths[b])
+        k[b * keys * width + i] = v[b * keys * width + i] = NAN;
+  const auto run = [&](Place place) {
+    const Buffer<float> qs(q, place), ks(k, place), vs(v, place), ms(mask, place);
+    const Buffer<int64_t> ss(starts, place), ls(lengths, place);
+    Buffer<float> out(q.size(), place);
+    CHECK(
+        padded_attention::run({{qs.data(), queries * width, dims, width},
+                               {ks.data(), keys * width, dims, width},
+                               {vs.data(), keys * width, dims, width},
+                               out.data(),
+                               lengths.empty() ? nullptr : ls.data(),
+                               batch,
+                               queries,
+                               keys,
+                               heads,
+                               dims,
+                               1.0f / std::sqrt(static_cast<float>(dims)),
+                               {ms.data(), mask_heads * mask_rows * keys,
+                                mask_heads == 1 ? 0 : mask_rows * keys, mask_rows == 1 ? 0 : keys},
+                               starts.empty() ? nullptr : ss.data()}) == -1);
+    return out.values();
+  };
+  std::vector<float> expected;
+  as_scalar([&] { expected = run(Place::heap); });
+  for_every_setting(
+      "masked, keys " + std::to_string(keys) + " queries " + std::to_string(queries),
+      [&](Place place) { CHECK(worst_error(run(place), expected, kTolerance, 0) <= 1); });
+}
+
 }  // namespace
 
 TEST(padded_attention_agrees_within_bounds) {
@@ -62,6 +111,37 @@ TEST(padded_attention_agrees_within_bounds) {
   compare({1, 8, 64, 1, 130}, {50});
 }
 
+TEST(padded_attention_agrees_under_masks) {
+  for (const int64_t keys : {1, 15, 16, 17, 65, 100}) {
+    compare_masked({2, 9, keys, 3, 16}, 3, 9, {}, {});
+    compare_masked({3, 9, keys, 2, 17}, 1, 1, {}, {});
+  }
+  compare_masked({3, 13, 40, 2, 32}, 1, 1, {0, 7, 40}, {40, 33, 40});
+  compare_masked({3, 13, 40, 2, 32}, 2, 13, {1, 39, 0}, {40, 40, 0});
+}
+
+TEST(padded_attention_names_a_bad_start) {
+  const Buffer<float> x(2 * 4 * 8, Place::heap);
+  Buffer<float> out(2 * 4 * 8, Place::heap);
+  for (const int64_t bad : {int64_t{-1}, int64_t{4}, INT64_MAX}) {
+    const Buffer<int64_t> lengths({4, 3}, Place::heap), starts({4, bad}, Place::heap);
+    const padded_attention::Rows rows{x.data(), 32, 8, 8};
+    CHECK(padded_attention::run({rows,
+                                 rows,
+                                 rows,
+                                 out.data(),
+                                 lengths.data(),
+                                 2,
+                                 4,
+                                 4,
+                                 1,
+                                 8,
+                                 1.0f,
+                                 {},
+                                 starts.data()}) == 1);
+  }
+}
+
 TEST(padded_attention_names_a_bad_length) {
   const Buffer<float> x(2 * 4 * 8, Place::heap);
   Buffer<float> out(2 * 4 * 8, Place::heap);
@@ -69,7 +149,8 @@ TEST(padded_attention_names_a_bad_length) {
     const Buffer<int64_t> lengths({4, bad}, Place::heap);
     const padded_attention::Rows rows{x.data(), 32, 8, 8};
     CHECK(padded_attention::run(
-              {rows, rows, rows, out.data(), lengths.data(), 2, 4, 4, 1, 8, 1.0f}) == 1);
+              {rows, rows, rows, out.data(), lengths.data(), 2, 4, 4, 1, 8, 1.0f, {}, nullptr}) ==
+          1);
   }
 }
 

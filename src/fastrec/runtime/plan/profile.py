@@ -22,6 +22,7 @@ _KERNELS = {
     "layer_norm": "layer_norm_quantize",
     "linear": "grouped_linear",
     "causal_attention": "window_sparse_attention",
+    "masked_attention": "padded_attention",
     "linear_int8": "sparse_int8_linear",
 }
 # Shown as the op: what users know it by.
@@ -149,15 +150,32 @@ def _attention(step: Step, request: Request, moved: Cost) -> Cost:
     return Cost(moved.constants, activations, moved.written, macs, "fp32")
 
 
+def _causal_attention(step: Step, request: Request, moved: Cost) -> Cost:
+    # Query i meets i + 1 keys.
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
+    macs = batch * heads * dims * rows * (rows + 1)
+    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
+
+
+def _masked_attention(step: Step, request: Request, moved: Cost) -> Cost:
+    # Which scores the mask hides is known at a call alone: all count but those a causal one leaves
+    # out.
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
+    keys = step.inputs[1].shape[2].at(request.sizes)
+    scores = sum(min(keys, i + 1) for i in range(rows)) if step.integers[1] else rows * keys
+    macs = 2 * batch * heads * dims * scores
+    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
+
+
 _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
     "attention": _attention,
-    "causal_attention": _moves,
+    "causal_attention": _causal_attention,
     "gather": _gather,
     "layer_norm": _moves,
     "linear": _linear,
     "linear_int8": _linear_int8,
     "map": _moves,
-    "masked_attention": _moves,
+    "masked_attention": _masked_attention,
     "reduce": _moves,
     "softmax": _moves,
 }

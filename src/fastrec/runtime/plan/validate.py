@@ -25,6 +25,8 @@ _MAX_COEFFICIENT, _MAX_DEGREE = 2**40, 8
 # csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: the packed weight's sizes, kMaxInputs.
 _PANEL, _GROUP, _GROUP_BYTES, _MAX_INPUTS = 32, 4, 128, 65793
 _ACTIVATIONS = 3
+# csrc/cpu/window_sparse_attention/window_sparse_attention.h: kMaxDims; csrc/cpu/engine/reduce.cpp.
+_MAX_HEAD_DIM, _REDUCTIONS = 256, 3
 
 
 def require(true: bool, what: str) -> None:
@@ -282,10 +284,8 @@ def _linear_int8(step: Step) -> None:
     _result(step.output, rows, outputs, y_tiles)
 
 
-def _attention(step: Step) -> None:
-    _counts(step, (3, 4), 1, 1)
-    _flags(step.integers[0])
-    require(len(step.inputs) == 3 + step.integers[0], "lengths, or none, as the step says")
+def _heads(step: Step) -> tuple[Extent, Extent, Extent, Extent]:
+    """[B, H, Lq, D] of an attention's queries; keys, values and result fit them."""
     q, k, v = step.inputs[:3]
     one = Extent(1)
     for view in (q, k, v):
@@ -294,19 +294,69 @@ def _attention(step: Step) -> None:
     batch, heads, queries, dims = q.shape
     require(bool(dims.number), "heads of a fixed size")
     require(k.shape == v.shape == (batch, heads, k.shape[2], dims), "keys like the queries")
-    if step.integers[0]:
-        lengths = step.inputs[3]
-        require(lengths.dtype == "int64" and lengths.shape == (batch,), "a length a sequence")
     _dense(step.output, "float32")
     whole = product(step.output.shape) == product((batch, queries, heads, dims))
     require(whole, "a result of the queries' size")
+    return batch, heads, queries, dims
+
+
+def _attention(step: Step) -> None:
+    _counts(step, (3, 4), 1, 1)
+    _flags(step.integers[0])
+    require(len(step.inputs) == 3 + step.integers[0], "lengths, or none, as the step says")
+    batch = _heads(step)[0]
+    if step.integers[0]:
+        lengths = step.inputs[3]
+        require(lengths.dtype == "int64" and lengths.shape == (batch,), "a length a sequence")
+
+
+def _causal_attention(step: Step) -> None:
+    _counts(step, (3,), 0, 1)
+    _, _, queries, dims = _heads(step)
+    require(step.inputs[1].shape[2] == queries, "as many keys as queries")
+    require(dims.coefficient <= _MAX_HEAD_DIM, f"heads of at most {_MAX_HEAD_DIM}")
+
+
+def _masked_attention(step: Step) -> None:
+    _counts(step, (3, 4), 2, 1)
+    _flags(*step.integers)
+    require(len(step.inputs) == 3 + step.integers[0], "a mask, or none, as the step says")
+    batch, heads, queries, _ = _heads(step)
+    if step.integers[0]:
+        mask, keys = step.inputs[3], step.inputs[1].shape[2]
+        fits = mask.dtype == "float32" and mask.shape == (batch, heads, queries, keys)
+        require(fits, "a float32 mask of a number a score")
+        require(mask.strides[3] == Extent(1) or keys == Extent(1), "contiguous rows of the mask")
+
+
+def _reduce(step: Step) -> None:
+    _counts(step, (1,), 1, 0)
+    require(0 <= step.integers[0] < _REDUCTIONS, "a known reduction")
+    (x,) = step.inputs
+    _dense(x, "float32")
+    require(len(x.shape) == 3, "an operand of three dimensions")
+    _dense(step.output, "float32")
+    require(product(step.output.shape) == x.shape[0] * x.shape[2], "a result of the outer sizes")
+
+
+def _softmax(step: Step) -> None:
+    _counts(step, (1,), 0, 0)
+    (x,) = step.inputs
+    require(len(x.shape) > 0, "rows of numbers")
+    _dense(x, "float32")
+    _dense(step.output, "float32")
+    require(product(step.output.shape) == product(x.shape), "a result of the operand's size")
 
 
 _RULES: dict[str, Callable[[Step], None]] = {
     "attention": _attention,
+    "causal_attention": _causal_attention,
     "gather": _gather,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "linear_int8": _linear_int8,
     "map": _map,
+    "masked_attention": _masked_attention,
+    "reduce": _reduce,
+    "softmax": _softmax,
 }

@@ -37,7 +37,8 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
     scale = kwargs.get("scale")
     scale = float(dims.coefficient) ** -0.5 if scale is None else scale
     if causal or (mask is not None and lengths is None):
-        inputs = [q, k, v, *([] if mask is None else [_added(to, node, mask, q, k)])]
+        added = [] if mask is None else [_added(to, node, _uncopied(to, mask), q, k)]
+        inputs = [q, k, v, *added]
         # The window-sparse kernel has as many queries as keys.
         fast = mask is None and queries == k.shape[2] and dims.coefficient <= _MOST_DIMS
         out = to.emit(
@@ -74,15 +75,32 @@ def _is_causal(mask: View) -> bool:
     return bool(np.array_equal(values, wanted))
 
 
+def _uncopied(to: Lowerer, mask: View) -> View:
+    """The mask before copies that spread it over heads and queries: nn.MultiheadAttention makes
+    one a head. The kernel takes a mask of the keys alone for padding, and leaves that out."""
+    made = {step.output.buffer: step for step in to.steps}
+    while (step := made.get(mask.buffer)) is not None:
+        whole = mask.offset == 0 and mask.is_contiguous and mask.shape == step.output.shape
+        if step.kind != "map" or step.program or not whole:
+            return mask
+        mask = step.inputs[0]
+    return mask
+
+
 def _added(to: Lowerer, node: Node, mask: View, q: View, k: View) -> View:
-    """The mask as floats to add, seen as [B, H, Lq, Lk]."""
-    if mask.dtype == "bool":
-        step_shape = mask.shape
+    """The mask as floats to add, seen as [B, H, Lq, Lk]; each row of Lk contiguous."""
+    shape = (*q.shape[:3], k.shape[2])
+    # What is broadcast over batch, heads or queries stays so.
+    own = mask.expanded(shape)
+    for dim in range(3):
+        if own.strides[dim] == Extent(0):
+            own = own.sliced(dim, 0, ONE) or own
+    if own.dtype == "bool":
         program = [("number", 0.0), ("number", float("-inf")), ("where_f32", 0, 1, 2)]
-        mask = to.map(node, [mask], program, step_shape)
-    elif mask.dtype != "float32":
-        raise to.unsupported(node, f"a mask of {mask.dtype}; float32 and bool are supported")
-    return mask.expanded((*q.shape[:3], k.shape[2]))
+        own = to.map(node, [own], program, own.shape)
+    elif own.dtype != "float32":
+        raise to.unsupported(node, f"a mask of {own.dtype}; float32 and bool are supported")
+    return _rows_contiguous(to, own).expanded(shape)
 
 
 def _rows_contiguous(to: Lowerer, x: View) -> View:

@@ -1,0 +1,249 @@
+"""Files of plans of users' own models: masks, reductions, softmax; altered ones are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine_file import VALUES, joined, leaves, split
+from torch import nn
+
+import fastrec
+from fastrec.errors import ArtifactError, FastrecError
+from fastrec.kernels._compiled import reason_missing
+from fastrec.runtime import load_engine
+from fastrec.runtime.engine import Engine
+
+pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
+
+Inputs = list[torch.Tensor]
+
+
+class EveryKind(nn.Module):
+    """Each attention and reduction that has a kind of step of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(8, 257)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, 3, 5, 8] to [B, 1]."""
+        causal = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        free = F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :1, :, :1].transpose(2, 3))
+        padded = F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :1, None, :, 0] > -1)
+        wide = self.wide(x)
+        beyond = F.scaled_dot_product_attention(wide, wide, wide, is_causal=True)
+        both = (causal + free + padded).softmax(-1)
+        return both.amax((1, 2)).sum(-1, keepdim=True) + beyond.mean((1, 2, 3)).unsqueeze(-1)
+
+
+def every_kind() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    generator = torch.Generator().manual_seed(5)
+    return EveryKind(), lambda batch: [torch.randn(batch, 3, 5, 8, generator=generator)]
+
+
+def example(name: str, kind: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    from importlib import util
+
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, kind)(), module.example_inputs
+
+
+MODELS = {
+    "bst": lambda: example("plain_bst", "PlainBst"),
+    "sasrec": lambda: example("plain_sasrec", "PlainSasrec"),
+    "every kind": every_kind,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Engine, Path, Callable[[int], Inputs]]:
+    torch.manual_seed(1)
+    model, draw = MODELS[request.param]()
+    engine = fastrec.compile(
+        model.eval(), draw(4), backend="native", settings={"executor": "plan"}, threads=2
+    )
+    return engine, engine.save(tmp_path_factory.mktemp("engine") / "own.fastrec"), draw
+
+
+def test_the_same_bits(saved: tuple[Engine, Path, Callable[[int], Inputs]]) -> None:
+    engine, path, draw = saved
+    with load_engine(path) as loaded:
+        assert loaded.describe() == engine.describe()
+        for batch in (1, 3, 8):
+            inputs = draw(batch)
+            assert torch.equal(loaded(*inputs), engine(*inputs))
+
+
+def test_multiply_adds_are_known(saved: tuple[Engine, Path, Callable[[int], Inputs]]) -> None:
+    engine, _, draw = saved
+    for row in engine.profile(draw(2)):
+        if "attention" in row["op"]:
+            assert row["macs"] > 0
+            assert "/" in row["kernel"]
+
+
+def test_multiply_adds_of_each_kind() -> None:
+    model, draw = every_kind()
+    engine = fastrec.compile(model.eval(), draw(4), backend="native", settings={"executor": "plan"})
+    rows = engine.profile(draw(2))
+    macs = [row["macs"] for row in rows if row["op"] == "masked_attention"]
+    assert macs == [2 * 2 * 3 * 8 * 25, 2 * 2 * 3 * 8 * 25, 2 * 2 * 3 * 257 * 15]
+    assert [r["macs"] for r in rows if r["op"] == "causal_attention"] == [2 * 2 * 3 * 8 * 15]
+
+
+def refused(path: Path, header: dict[str, Any], sections: bytes, match: str) -> None:
+    path.write_bytes(joined(header, sections))
+    with pytest.raises(ArtifactError, match=match):
+        load_engine(path)
+
+
+def test_operands_outside_their_buffers(
+    saved: tuple[Engine, Path, Callable[[int], Inputs]], tmp_path: Path
+) -> None:
+    original, sections = split(saved[1].read_bytes())
+    for step, row in enumerate(original["plan"]["steps"]):
+        for side in ("inputs", "outputs"):
+            for operand in range(len(row[side])):
+                header = json.loads(json.dumps(original))
+                header["plan"]["steps"][step][side][operand][1] += 2**30  # the offset
+                refused(tmp_path / "f", header, sections, "inside their buffers")
+
+
+def integer(position: int, value: int) -> Callable[[dict[str, Any]], None]:
+    def change(step: dict[str, Any]) -> None:
+        step["integers"][position] = value
+
+    return change
+
+
+def without(operand: int) -> Callable[[dict[str, Any]], None]:
+    return lambda step: step["inputs"].pop(operand)
+
+
+def size(operand: int, dim: int, value: int) -> Callable[[dict[str, Any]], None]:
+    """A smaller size: inside its buffer, but another than the kernel goes by."""
+
+    def change(step: dict[str, Any]) -> None:
+        step["inputs"][operand][2][dim] = [value]
+
+    return change
+
+
+def stride(operand: int, dim: int, value: int) -> Callable[[dict[str, Any]], None]:
+    def change(step: dict[str, Any]) -> None:
+        step["inputs"][operand][3][dim] = [value]
+
+    return change
+
+
+def fewer_keys(step: dict[str, Any]) -> None:
+    for operand in (1, 2):
+        size(operand, 2, 3)(step)
+
+
+def smaller_result(step: dict[str, Any]) -> None:
+    step["outputs"][0][2] = [[1]] * len(step["outputs"][0][2])
+
+
+ALTERED = [
+    ("causal_attention", without(2), "inputs"),
+    ("causal_attention", size(1, 2, 3), "keys like the queries"),
+    ("causal_attention", fewer_keys, "as many keys as queries"),
+    ("causal_attention", size(2, 3, 4), "keys like the queries"),
+    ("causal_attention", stride(0, 3, 0), "contiguous heads"),
+    ("causal_attention", smaller_result, "a result of the queries' size"),
+    ("causal_attention", lambda s: s["numbers"].clear(), "1 numbers"),
+    ("causal_attention", lambda s: s["numbers"].__setitem__(0, float("inf")), "finite"),
+    ("masked_attention", without(3), "a mask, or none"),
+    ("masked_attention", integer(0, 0), "a mask, or none"),
+    ("masked_attention", integer(1, 2), "flags of 0 or 1"),
+    ("masked_attention", size(3, 3, 2), "a number a score"),
+    ("masked_attention", size(3, 2, 2), "a number a score"),
+    ("masked_attention", stride(3, 3, 0), "contiguous rows of the mask"),
+    ("masked_attention", stride(1, 3, 0), "contiguous heads"),
+    ("masked_attention", size(0, 1, 2), "keys like the queries"),
+    ("masked_attention", smaller_result, "a result of the queries' size"),
+    ("reduce", integer(0, 3), "a known reduction"),
+    ("reduce", integer(0, -1), "a known reduction"),
+    ("reduce", lambda s: s["integers"].append(0), "1 integers"),
+    ("reduce", lambda s: s["inputs"][0].__setitem__(slice(2, 4), [[[1]], [[1]]]), "three dim"),
+    ("reduce", stride(0, 1, 0), "contiguous"),
+    ("reduce", smaller_result, "a result of the outer sizes"),
+    ("softmax", stride(0, 1, 0), "contiguous"),
+    ("softmax", lambda s: s["inputs"].append(s["inputs"][0]), "1] inputs"),
+    ("softmax", lambda s: s["inputs"][0].__setitem__(slice(2, 4), [[], []]), "rows of numbers"),
+    ("softmax", smaller_result, "a result of the operand's size"),
+]
+
+
+@pytest.fixture(scope="module")
+def every_kind_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    model, draw = every_kind()
+    engine = fastrec.compile(model.eval(), draw(4), backend="native", settings={"executor": "plan"})
+    return engine.save(tmp_path_factory.mktemp("engine") / "own.fastrec")
+
+
+@pytest.mark.parametrize(("kind", "change", "match"), ALTERED)
+def test_altered_steps(
+    every_kind_saved: Path, tmp_path: Path, kind: str, change: Any, match: str
+) -> None:
+    header, sections = split(every_kind_saved.read_bytes())
+    step = next(
+        s
+        for s in header["plan"]["steps"]
+        if s["kind"] == kind and (kind != "masked_attention" or s["integers"][0])
+    )
+    change(step)
+    refused(tmp_path / "f", header, sections, match)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_hostile_plan(
+    saved: tuple[Engine, Path, Callable[[int], Inputs]],
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    _, good, draw = saved
+    header, sections = split(good.read_bytes())
+    wanted = ("causal_attention", "masked_attention", "reduce", "softmax")
+    steps = header["plan"]["steps"]
+    places = [
+        ("steps", i, *p) for i, s in enumerate(steps) if s["kind"] in wanted for p in leaves(s)
+    ]
+    for _ in range(data.draw(st.integers(1, 3))):
+        *way, last = data.draw(st.sampled_from(places))
+        value: Any = header["plan"]
+        try:
+            for key in way:
+                value = value[key]
+            value[last] = data.draw(VALUES)
+        except (TypeError, IndexError, KeyError):  # changed away
+            continue
+    path = tmp_path_factory.getbasetemp() / "hostile"
+    path.write_bytes(joined(header, sections))
+    try:
+        engine = load_engine(path)
+        for batch in (1, 3):
+            result = engine(*draw(batch))
+            assert isinstance(result, torch.Tensor)
+            assert np.prod(result.shape) >= 0
+    except (FastrecError, MemoryError):
+        pass
