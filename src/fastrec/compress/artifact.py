@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrec import __version__
+from fastrec.compress.arithmetic import share_arithmetic_
 from fastrec.compress.codec import decode, encode
 from fastrec.compress.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 from fastrec.compress.selection import check_model, set_module
@@ -115,6 +116,8 @@ def load(path: PathLike, model: nn.Module | None = None) -> nn.Module:
         model = _build(manifest)
     check_model(model)
     _restructure(model, manifest["modules"])
+    if any(isinstance(m, SparseInt8Linear | Int8Embedding) for m in model.modules()):
+        share_arithmetic_(model)
     _match_dtypes(model, tensors)
     try:
         model.load_state_dict(tensors)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastrec.compress.arithmetic import share_arithmetic_
 from fastrec.compress.fake_quant import FakeQuantEmbedding, FakeQuantLinear
 from fastrec.compress.fusion import Fusion, plan_fusions
 from fastrec.compress.observers import METHODS, RangeObserver, affine_u8
@@ -151,7 +152,9 @@ def quantize_(
     Weights pruned to zero in whole groups of 4 inputs x 32 outputs are dropped from the kernel's
     work. In an ``nn.Sequential``, a ReLU or GELU behind a layer moves into its kernel (an
     ``nn.Identity`` stays in its place, so indices hold), and a layer that feeds the next quantised
-    one hands on uint8 with that one's scale, so the chain is integer from end to end.
+    one hands on uint8 with that one's scale, so the chain is integer from end to end. Norms become
+    :class:`fastrec.nn.LayerNorm`, which rounds as the native engine does in inference, and so does
+    the attention of ``fastrec.models``: the integers evaluated are then the integers served.
 
     Args:
         model: any torch model; its layers must be called as modules.
@@ -396,6 +399,7 @@ def _swap(
                 set_module(model, absorbed, nn.Identity())
     for name, module in swaps.items():
         set_module(model, name, module.train(model.get_submodule(name).training))
+    share_arithmetic_(model)
     layers = {
         name: LinearReport(
             float(m.x_scale),

@@ -45,6 +45,13 @@ class Attention(nn.Module):
         self.record: list[Tensor] | None = None
         self.fused = False
 
+    @staticmethod
+    def _kernel_takes(*tensors: Tensor) -> bool:
+        """Whether ``padded_attention`` may run: it has no backward."""
+        if any(t.dtype is not torch.float32 or not t.is_cpu for t in tensors):
+            return False
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: KeyMask | None, causal: bool = False
     ) -> Tensor:
@@ -55,7 +62,7 @@ class Attention(nn.Module):
         bias = None if mask is None else mask.bias
         # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products.
         spelled_out = self.record is not None or (self.training and q.device.type == "cpu")
-        if self.fused and q.dtype is torch.float32 and not (spelled_out or causal):
+        if self.fused and not (spelled_out or causal) and self._kernel_takes(q, k, v):
             context = padded_attention(q, k, v, lengths=None if mask is None else mask.length)
         elif not spelled_out:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
@@ -143,8 +150,8 @@ class EncoderBlock(nn.Module):
 def fuse_attention_(model: nn.Module) -> None:
     """From now on, every masked attention of ``model`` runs on the ``padded_attention`` kernel.
 
-    In place, for inference: the kernel has no backward. Causal attention and other dtypes than
-    float32 stay with torch.
+    In place, for inference: the kernel has no backward. Causal attention, calls that want a
+    gradient, and what is not float32 on the CPU stay with torch.
     """
     for module in model.modules():
         if isinstance(module, Attention):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastrec.nn.grouped_linear import GroupedLinear
 from fastrec.nn.int8_embedding import Int8Embedding
+from fastrec.nn.layer_norm import LayerNorm
 from fastrec.nn.low_rank_linear import LowRankLinear
 from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
@@ -12,6 +13,7 @@ from fastrec.nn.window_sparse_attention import WindowSparseAttention
 __all__ = [
     "GroupedLinear",
     "Int8Embedding",
+    "LayerNorm",
     "LowRankLinear",
     "SeparableProjection",
     "SparseInt8Linear",
