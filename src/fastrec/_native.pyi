@@ -44,6 +44,8 @@ class engine:
             steps: list[tuple[str, list[tuple[object, ...]], list[int], list[float]]],
             whole: engine.Executor | None = None,
             origins: list[int] = ...,
+            users: int = -1,
+            rows: list[list[int]] = ...,
         ) -> None: ...
         def run(
             self, symbols: list[int], inputs: list[int], outputs: list[int], step_ns: int = 0

@@ -38,8 +38,11 @@ std::vector<Extent> extents(const std::vector<PyExtent>& from) {
 
 Plan make_plan(const std::vector<uintptr_t>& constants,
                const std::vector<std::vector<PyExtent>>& slots, const std::vector<PyStep>& steps,
-               const Executor* whole, const std::vector<int64_t>& origins) {
+               const Executor* whole, const std::vector<int64_t>& origins, int users,
+               const std::vector<PyExtent>& rows) {
   Plan plan;
+  plan.users = users;
+  plan.rows = extents(rows);
   for (uintptr_t address : constants)
     plan.constants.push_back(reinterpret_cast<const std::byte*>(address));
   for (const auto& buffers : slots) plan.slots.push_back({extents(buffers)});
@@ -200,11 +203,14 @@ void bind(py::module_& parent) {
       .def(py::init([](const std::vector<uintptr_t>& constants,
                        const std::vector<std::vector<PyExtent>>& slots,
                        const std::vector<PyStep>& steps, const Executor* whole,
-                       const std::vector<int64_t>& origins) {
-             return std::make_unique<Executor>(make_plan(constants, slots, steps, whole, origins));
+                       const std::vector<int64_t>& origins, int users,
+                       const std::vector<PyExtent>& rows) {
+             return std::make_unique<Executor>(
+                 make_plan(constants, slots, steps, whole, origins, users, rows));
            }),
            py::arg("constants"), py::arg("slots"), py::arg("steps"), py::arg("whole") = nullptr,
-           py::arg("origins") = std::vector<int64_t>{},
+           py::arg("origins") = std::vector<int64_t>{}, py::arg("users") = -1,
+           py::arg("rows") = std::vector<PyExtent>{},
            "Borrows the constants: the caller keeps them alive and has checked the plan. A part of "
            "a plan shares what `whole` has prepared: step i that of step origins[i], if not -1.")
       .def("run", run, py::arg("symbols"), py::arg("inputs"), py::arg("outputs"),

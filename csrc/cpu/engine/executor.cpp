@@ -1,9 +1,14 @@
 #include "engine/executor.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <exception>
+#include <mutex>
 #include <new>
+
+#include "parallel.h"
 
 namespace fastrec::engine {
 
@@ -24,7 +29,11 @@ int64_t bytes_of(Dtype dtype) {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int64_t kLine = 64;
+// Rows that a layer needs for its weights to be worth reading: the arithmetic then takes longer.
+constexpr int64_t kRowsAPart = 32;
 // Beyond what any machine has, and far from what 64 bits hold.
 constexpr double kMaxSlotBytes = 1e14;
 
@@ -73,6 +82,13 @@ struct Executor::Arena {
   }
 };
 
+struct Executor::Request {
+  const Symbols& symbols;
+  const std::byte* const* inputs;
+  std::byte* const* outputs;
+  int64_t* step_ns;
+};
+
 // An arena for the time of a call, given back however the call ends: an allocation may throw.
 struct Executor::Lent {
   explicit Lent(Executor& executor) : executor(executor), arena(executor.take()) {}
@@ -118,8 +134,20 @@ void Executor::give(Arena* arena) {
   delete arena;
 }
 
-Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
-                     std::byte* const* outputs, int64_t* step_ns) {
+int64_t Executor::users_a_part(const Symbols& symbols) const {
+  Symbols one = symbols;
+  one[plan_.users] = 1;
+  int64_t users = 1;
+  for (const Extent& rows : plan_.rows) {
+    const int64_t count = std::max<int64_t>(rows.at(one), 1);
+    users = std::max(users, (kRowsAPart + count - 1) / count);
+  }
+  return users;
+}
+
+Status Executor::run_part(const Request& request, int64_t user0, int64_t users) {
+  Symbols symbols = request.symbols;
+  if (plan_.users >= 0) symbols[plan_.users] = users;
   const Lent arena(*this);
   arena->lay_out(plan_, symbols);
   std::byte* const base = arena->base();
@@ -132,7 +160,7 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
       std::byte* data = nullptr;
       switch (operand.space) {
         case Space::input:
-          data = const_cast<std::byte*>(inputs[operand.index]);
+          data = const_cast<std::byte*>(request.inputs[operand.index]);
           break;
         case Space::constant:
           data = const_cast<std::byte*>(plan_.constants[operand.index]);
@@ -141,18 +169,65 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
           data = base + arena->slot_begin[operand.index];
           break;
         case Space::output:
-          data = outputs[operand.index];
+          data = request.outputs[operand.index];
           break;
       }
-      tensors[o] = resolve(operand, data, symbols);
+      Tensor& tensor = tensors[o] = resolve(operand, data, symbols);
+      const bool of_call = operand.space == Space::input || operand.space == Space::output;
+      if (of_call && user0 > 0 && tensor.dims > 0 && operand.sizes[0].exponent[plan_.users])
+        tensor.data += tensor.sizes[0] / users * tensor.strides[0] * user0 * bytes_of(tensor.dtype);
     }
-    const auto start =
-        step_ns ? std::chrono::steady_clock::now() : decltype(std::chrono::steady_clock::now()){};
+    const auto start = request.step_ns ? Clock::now() : Clock::time_point{};
     status = step.run(step, tensors);
-    if (step_ns)
-      step_ns[s] = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+    if (request.step_ns)
+      std::atomic_ref(request.step_ns[s])
+          .fetch_add(std::chrono::nanoseconds(Clock::now() - start).count(),
+                     std::memory_order_relaxed);
     if (status.fault != Fault::none) status.step = static_cast<int>(s);
   }
+  return status;
+}
+
+Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
+                     std::byte* const* outputs, int64_t* step_ns) {
+  const Request request{symbols, inputs, outputs, step_ns};
+  if (step_ns) std::fill_n(step_ns, plan_.steps.size(), 0);
+  if (plan_.users < 0) return run_part(request, 0, 1);
+  const int64_t users = symbols[plan_.users];
+  const int threads = num_threads();
+  const int64_t parts = std::max<int64_t>(users / users_a_part(symbols), 1);
+  // What is left when each thread has had as many parts as the others: threads that would wait
+  // are better used by running it together, unless most have a part.
+  const int64_t left = parts % threads;
+  const int64_t apart = parts - (2 * left <= threads ? left : 0);
+  if (apart < 2) return run_part(request, 0, users);
+
+  std::mutex failing;  // taken only where a call fails
+  int64_t failed = users;
+  Status status;
+  std::exception_ptr thrown;
+  const auto user0 = [&](int64_t of) { return of * users / parts; };
+  const auto run_parts = [&](int64_t begin, int64_t end) {
+    Status found;
+    std::exception_ptr error;
+    try {
+      found = run_part(request, user0(begin), user0(end) - user0(begin));
+    } catch (...) {
+      error = std::current_exception();
+    }
+    if (!error && found.fault == Fault::none) return;
+    const std::lock_guard lock(failing);
+    if (error) thrown = error;
+    if (begin < failed) failed = begin, status = found;
+  };
+  parallel_for(apart, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) run_parts(p, p + 1);
+  });
+  if (apart < parts) run_parts(apart, parts);
+  if (thrown) std::rethrow_exception(thrown);
+  // As if one after another: a step's share of the call.
+  if (step_ns)
+    for (size_t s = 0; s < plan_.steps.size(); ++s) step_ns[s] /= std::min<int64_t>(threads, apart);
   return status;
 }
 

@@ -1,5 +1,9 @@
 // Runs a plan. No lock, Python or (once a size has been seen) allocation inside a call; any number
 // of callers at once, each with an arena of its own.
+//
+// A batch of independent users is run a few users at a time, one part on each thread: a part's
+// activations stay in that core's caches, and threads meet once a call, not once a step. What does
+// not divide among the threads is run by all of them together.
 #pragma once
 
 #include <atomic>
@@ -22,15 +26,18 @@ class Executor {
 
   // Inputs and outputs are contiguous, of the sizes that the symbols say; the caller has checked
   // them. An output that steps read again has the arena's slack behind it (kSlack). Where `step_ns`
-  // is not null it receives the time of each step.
+  // is not null it receives the time of each step (of all threads, over their number).
   Status run(const Symbols& symbols, const std::byte* const* inputs, std::byte* const* outputs,
              int64_t* step_ns = nullptr);
 
  private:
   struct Arena;
   struct Lent;
+  struct Request;
   Arena* take();
   void give(Arena* arena);
+  int64_t users_a_part(const Symbols& symbols) const;
+  Status run_part(const Request& request, int64_t user0, int64_t users);
 
   Plan plan_;
   // Arenas that no call uses, as a stack without a lock: a taken one is marked in its own flag.

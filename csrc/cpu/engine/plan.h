@@ -102,7 +102,9 @@ struct Slot {
 };
 
 struct Plan {
-  int symbols = 0;
+  // The symbol that counts independent users, the first dimension of what depends on it; -1: none.
+  int users = -1;
+  std::vector<Extent> rows;                 // of one user, that linear layers see
   std::vector<const std::byte*> constants;  // borrowed from the artifact, which outlives the plan
   std::vector<Slot> slots;
   std::vector<Step> steps;

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastrec.kernels import _compiled
+from fastrec.runtime.plan.batch import batch_symbol, rows_of_layers
 from fastrec.runtime.plan.ir import DTYPES, SPACES, Buffer, Plan, Step, View
 from fastrec.runtime.plan.memory import assign_slots
 from fastrec.runtime.spec import InputSpec
@@ -59,7 +60,17 @@ def executor(
 
     steps = [encoded(step) for step in plan.steps]
     data = [np.ascontiguousarray(b.data) for b in constants]
-    return native.Executor([a.ctypes.data for a in data], slots, steps, whole, list(origins)), data
+    users = batch_symbol(plan)
+    made = native.Executor(
+        [a.ctypes.data for a in data],
+        slots,
+        steps,
+        whole,
+        list(origins),
+        -1 if users is None else plan.symbols.index(users),
+        [] if users is None else [r.powers(symbols) for r in rows_of_layers(plan, users)],
+    )
+    return made, data
 
 
 def door(executor: Any, constants: list[np.ndarray], plan: Plan, spec: InputSpec) -> Any:
