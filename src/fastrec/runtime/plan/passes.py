@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastrec.runtime.plan.copies import remove_copies
 from fastrec.runtime.plan.ir import Extent, Instruction, Plan, Step, View
 
 # csrc/cpu/engine: kMaxRegisters and kMaxOperands bound a fused map.
@@ -16,6 +17,8 @@ CHUNK = 32
 
 def optimise(plan: Plan) -> None:
     """All passes, in the order that lets each see what the one before has freed."""
+    remove_unused(plan)
+    remove_copies(plan)
     remove_unused(plan)
     fuse_maps(plan)
     fuse_activations(plan)

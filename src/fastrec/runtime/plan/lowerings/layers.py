@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -53,8 +54,22 @@ def _linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
         raise to.unsupported(
             node, "a weight that is computed; the nearest supported is a parameter"
         )
-    inputs = [to.contiguous(x), weight, *([] if bias is None else [bias])]
-    return to.emit(node, "linear", inputs, to.shape_of(node), integers=[int(bias is not None), 0])
+    x, order = _rows_as_they_lie(to, x)
+    inputs = [x, weight, *([] if bias is None else [bias])]
+    shape = (*x.shape[:-1], weight.shape[0])
+    y = to.emit(node, "linear", inputs, shape, integers=[int(bias is not None), 0])
+    return y.permuted(order)
+
+
+def _rows_as_they_lie(to: Lowerer, x: View) -> tuple[View, list[int]]:
+    """x contiguous, its leading dimensions in the order of memory where that spares a copy, and
+    the order of dimensions that undoes it."""
+    last = len(x.shape) - 1
+    for order in itertools.permutations(range(min(last, 4))):
+        dims = [*order, *range(len(order), last + 1)]
+        if (moved := x.permuted(dims)).is_contiguous:
+            return moved, [dims.index(d) for d in range(last + 1)]
+    return to.contiguous(x), list(range(last + 1))
 
 
 @lowers(torch.ops.fastrec.sparse_int8_linear.default)

@@ -58,12 +58,15 @@ def _expand(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     return args[0].expanded(to.shape_of(node))
 
 
-@lowers(aten.contiguous.default, aten.clone.default)
-def _contiguous(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    return to.contiguous(args[0])
-
-
-@lowers(aten.alias.default, aten.detach.default, aten.dropout.default, aten.lift_fresh_copy.default)
+# A layout is no result: who needs one copies.
+@lowers(
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.lift_fresh_copy.default,
+)
 def _same(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     return args[0]
 
