@@ -112,10 +112,10 @@ def test_a_tensor_in_use_is_not_changed_in_place() -> None:
 
 
 def test_what_is_lacking_is_named_with_what_is_near_and_can_run_in_torch() -> None:
-    model = Lambda(lambda x: torch.cumsum(x, 1))
-    with pytest.raises(BackendError, match=r"aten\.cumsum\.default.*nearest supported"):
+    model = Lambda(lambda x: torch.cumprod(x, 1))
+    with pytest.raises(BackendError, match=r"aten\.cumprod\.default.*nearest supported"):
         fastrec.compile(model, [draw(2, 3)], backend="native", fallback="error")
     engine = fastrec.compile(model, [draw(2, 3)], backend="native")
-    assert any("cumsum" in str(row["why"]) for row in engine.describe())
+    assert any("cumprod" in str(row["why"]) for row in engine.describe())
     with pytest.raises(ValueError, match="fallback"):
         fastrec.compile(model, [draw(2, 3)], backend="native", fallback="none")

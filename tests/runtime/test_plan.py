@@ -314,10 +314,10 @@ def test_buffers_that_live_together_never_share(ranker: tuple[Ranker, PlanEngine
 def test_an_unknown_op_is_named_with_its_module() -> None:
     class Inner(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cumsum(x, 1)
+            return torch.cumprod(x, 1)
 
     model = nn.Sequential(nn.Linear(4, 4), Inner())
-    with pytest.raises(BackendError, match=r"native: aten\.cumsum\.default in 1: "):
+    with pytest.raises(BackendError, match=r"native: aten\.cumprod\.default in 1: "):
         engine_of(model, torch.randn(2, 4))
 
 
@@ -333,7 +333,7 @@ def test_an_id_computed_out_of_range_is_an_error_and_the_engine_lives() -> None:
             return self.table(ids + 2)
 
     engine = engine_of(Shifted(), torch.tensor([0, 1]))
-    with pytest.raises(IndexError, match=r"table: expected ids in 0\.\.4, got 6"):
+    with pytest.raises(IndexError, match=r"ids: .* of which table gets ids in 0\.\.4, got 6"):
         engine(torch.tensor([0, 4]))
     assert torch.equal(engine(torch.tensor([0, 1])), table.weight[2:4].detach())
 
@@ -390,7 +390,7 @@ def test_nan_into_an_int8_layer_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(32, 32))
     fastrec.quantize_(model, fastrec.Int8(), calibration=[(torch.randn(4, 32),)])
     engine = engine_of(model, torch.randn(2, 32))
-    with pytest.raises(ValueError, match="0: expected an input of numbers, got a NaN"):
+    with pytest.raises(ValueError, match="input: expected an input of numbers, got a NaN"):
         engine(torch.full((2, 32), float("nan")))
 
 

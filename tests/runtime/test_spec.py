@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastrec.errors import ArgumentError, DtypeError, IdRangeError, ShapeError
 from fastrec.models import SASRec, SASRecConfig, validate_inputs
 from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.spec import InputField, InputSpec
 
 
 def _set(index: int, change):
@@ -145,3 +145,27 @@ def test_fields_are_plain_data(ranker):
         "dtype": "int64",
         "rows": "L",
     }
+
+
+def test_a_sample_is_one_request_of_the_longest_history(ranker):
+    item, _, _, length, cand_item, _ = spec_of(ranker, ()).sample()
+    assert item.shape == (1, 12)
+    assert length.shape == (1,)
+    assert cand_item.shape == (1, 50)
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes", "expected"),
+    [
+        ({}, None, (1, 50)),
+        ({"B": (1, None)}, None, (1, 50)),
+        ({"B": (1, 256), "L": (1, 20)}, None, (1, 20)),
+        ({"B": (4, None), "L": (60, None)}, None, (4, 60)),
+        ({"B": (1, 256), "L": (1, 20)}, {"B": 3, "L": 2}, (3, 2)),
+    ],
+)
+def test_the_sizes_of_a_sample(limits, sizes, expected):
+    spec = InputSpec((InputField("ids", ("B", "L"), rows=9),), limits)
+    (ids,) = spec.sample(sizes)
+    assert ids.shape == expected
+    spec.check((ids,))

@@ -7,6 +7,7 @@
 // The weight is packed into panels once, when the plan is made; few outputs use it as it lies.
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "activation_quantize/activation_quantize.h"
@@ -73,6 +74,8 @@ void run_few_outputs(const Tensor& x, const Tensor& weight, const float* bias, c
 std::shared_ptr<void> prepare_linear(const Step& step, const Tensor* operands) {
   const Tensor& weight = operands[1];
   const float* bias = step.integers[0] ? operands[2].as<float>() : nullptr;
+  if (weight.sizes[0] < 1 || weight.sizes[1] < 1)
+    throw std::invalid_argument("linear: a weight without outputs or inputs");
   auto packed = std::make_shared<Packed>();
   packed->kernel = &grouped::select(grouped::Dtype::f32);
   const int64_t outputs = weight.sizes[0], inputs = weight.sizes[1];

@@ -84,7 +84,6 @@ struct Model {
 
   Plan plan(bool quantised) const {
     Plan plan;
-    plan.symbols = 2;
     for (const auto& values : constants)
       plan.constants.push_back(reinterpret_cast<const std::byte*>(values->data()));
     const int64_t bytes = kDims * 4;

@@ -92,7 +92,8 @@ class InputSpec:
         """Random inputs that this spec accepts.
 
         Args:
-            sizes: symbol -> size; by default 1 for B, a symbol's upper limit, else 50.
+            sizes: symbol -> size; by default 1 for B, another symbol's upper limit, else 50; never
+                below its lower limit.
             seed: of the values.
             like: example inputs; rows of them are drawn for the inputs without an id range.
 
@@ -100,8 +101,11 @@ class InputSpec:
             ArgumentError: an input has no id range and there is no example of it.
         """
         rng = np.random.default_rng(seed)
-        defaults = {"B": 1, **{name: high or 50 for name, (_, high) in self.limits.items()}}
-        known = {**defaults, **(sizes or {})}
+        known = {"B": 1}
+        for name, (low, high) in self.limits.items():
+            usual = 1 if name == "B" else 50 if high is None else high
+            known[name] = max(usual, low)
+        known.update(sizes or {})
         drawn = []
         for i, f in enumerate(self.fields):
             shape = tuple(d if isinstance(d, int) else known.get(d, 50) for d in f.dims)

@@ -10,12 +10,17 @@ _BY_ROW = ("map", "gather")
 _BY_ROW_OF_MANY = (
     "attention",
     "causal_attention",
+    "cumsum",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "linear_int8",
     "masked_attention",
+    "matmul",
     "reduce",
+    "separable_projection",
     "softmax",
+    "window_sparse_attention",
 )
 
 

@@ -18,7 +18,13 @@ from fastrec.runtime.plan.ir import (
 )
 
 # Kinds whose first operands need contiguous rows only: their strides are the kernels' own.
-_STRIDED = {"attention": 3, "causal_attention": 3, "masked_attention": 4}
+_STRIDED = {
+    "attention": 3,
+    "causal_attention": 3,
+    "masked_attention": 4,
+    "separable_projection": 1,
+    "window_sparse_attention": 3,
+}
 
 
 def remove_copies(plan: Plan) -> None:

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from fastrec import kernels
-from fastrec.errors import ArgumentError, DtypeError, IdRangeError
+from fastrec.errors import ArgumentError, DtypeError
 from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.plan import file
 from fastrec.runtime.plan.emit import door, executor
-from fastrec.runtime.plan.ir import Plan, Step
+from fastrec.runtime.plan.faults import error_of
+from fastrec.runtime.plan.ir import Plan
 from fastrec.runtime.plan.profile import profile
 from fastrec.runtime.plan.split import candidate_positions
 from fastrec.runtime.plan.state import Halves, State
-
-# csrc/cpu/engine/plan.h: Fault.
-_ID_OUT_OF_RANGE, _NOT_A_NUMBER = 1, 2
 
 
 class PlanEngine(Engine):
@@ -61,7 +59,7 @@ class PlanEngine(Engine):
         done = None if way is None else way(inputs, threads)
         if isinstance(done, tuple):
             fault, step, value = done
-            raise self._error(fault, self._plan.steps[step], value)
+            raise self._error(fault, step, value, inputs)
         return done
 
     def encode(
@@ -137,17 +135,15 @@ class PlanEngine(Engine):
             0 if step_ns is None else step_ns.ctypes.data,
         )
         if fault:
-            raise self._error(fault, self._plan.steps[step], value)
+            raise self._error(fault, step, value, arrays)
         return out
 
-    @staticmethod
-    def _error(fault: int, step: Step, value: int) -> Exception:
-        where = step.module or step.kind
-        if fault == _ID_OUT_OF_RANGE:
-            rows = step.inputs[1].shape[0].number if step.kind == "gather" else None
-            last = "L" if rows is None else rows - 1
-            return IdRangeError(where, f"ids in 0..{last}", value)
-        return ArgumentError(where, "an input of numbers", "a NaN")
+    def _error(self, fault: int, step: int, value: int, arrays: Sequence[np.ndarray]) -> Exception:
+        sizes = {
+            symbol: arrays[i].shape[d]
+            for symbol, (i, d) in zip(self._plan.symbols, self._sizes, strict=True)
+        }
+        return error_of(self._plan, self.spec.names, fault, step, value, sizes, arrays)
 
     def profile(
         self, inputs: Sequence[Any], *, calls: int = 5, limits: bool | Ceilings = False

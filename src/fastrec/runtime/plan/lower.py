@@ -15,6 +15,7 @@ from fastrec.errors import BackendError
 from fastrec.runtime.onnx_export import evaluated, first_line, quiet
 from fastrec.runtime.plan.ir import (
     DTYPES,
+    ONE,
     Buffer,
     Extent,
     Instruction,
@@ -294,6 +295,20 @@ class Lowerer:
     def contiguous(self, view: View) -> View:
         """The view, copied if its elements do not follow each other."""
         return view if view.is_contiguous else self.copied(view)
+
+    def rows_contiguous(self, x: View) -> View:
+        """[.., D] whose last dimension has a stride of 1, copied if need be."""
+        return x if x.strides[-1] == ONE or x.shape[-1] == ONE else self.copied(x)
+
+    def at_most(self, node: torch.fx.Node, size: Extent) -> int:
+        """The largest value of a size; BackendError where a symbol of it has no upper limit."""
+        sizes: dict[str, int] = {}
+        for symbol in size.symbols:
+            high = self.spec.limits.get(symbol, (1, None))[1]
+            if high is None:
+                raise self.unsupported(node, f"a size {symbol} without an upper limit")
+            sizes[symbol] = high
+        return size.at(sizes)
 
     def reshaped(self, view: View, shape: Shape) -> View:
         """The view under another shape, copied if need be."""

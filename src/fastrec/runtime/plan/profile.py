@@ -21,6 +21,7 @@ _KERNELS = {
     "attention": "padded_attention",
     "layer_norm": "layer_norm_quantize",
     "linear": "grouped_linear",
+    "matmul": "grouped_linear",
     "causal_attention": "window_sparse_attention",
     "masked_attention": "padded_attention",
     "linear_int8": "sparse_int8_linear",
@@ -167,17 +168,54 @@ def _masked_attention(step: Step, request: Request, moved: Cost) -> Cost:
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
 
 
+def _grouped_linear(step: Step, request: Request, moved: Cost) -> Cost:
+    macs = product(step.output.shape).at(request.sizes) * step.inputs[1].shape[2].coefficient
+    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32", 1.0)
+
+
+def _separable_projection(step: Step, request: Request, moved: Cost) -> Cost:
+    # Padding, which the kernel leaves out, counts.
+    x, depthwise, pointwise = step.inputs[:3]
+    macs = product((*x.shape, depthwise.shape[1])).at(request.sizes)
+    macs += product(step.output.shape).at(request.sizes) * pointwise.shape[2].coefficient
+    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32", 1.0)
+
+
+def _window_sparse_attention(step: Step, request: Request, moved: Cost) -> Cost:
+    # Scores of the pattern without padding, cut at the sequence's ends.
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
+    _, causal, window, lists, *rest = step.integers
+    scores = 0
+    for _ in range(lists):
+        far, rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
+        distances = [*range(1, min(window, rows - 1) + 1), *(d for d in far if d < rows)]
+        pairs = sum(rows - d for d in distances)
+        scores += (rows + pairs * (1 if causal else 2)) * (heads if lists == 1 else 1)
+    macs = 2 * batch * scores * dims
+    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
+
+
+def _matmul(step: Step, request: Request, moved: Cost) -> Cost:
+    macs = product((*step.output.shape, step.inputs[0].shape[-1])).at(request.sizes)
+    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
+
+
 _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
     "attention": _attention,
     "causal_attention": _causal_attention,
+    "cumsum": _moves,
     "gather": _gather,
+    "grouped_linear": _grouped_linear,
     "layer_norm": _moves,
     "linear": _linear,
     "linear_int8": _linear_int8,
     "map": _moves,
     "masked_attention": _masked_attention,
+    "matmul": _matmul,
     "reduce": _moves,
+    "separable_projection": _separable_projection,
     "softmax": _moves,
+    "window_sparse_attention": _window_sparse_attention,
 }
 
 

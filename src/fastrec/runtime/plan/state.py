@@ -14,6 +14,7 @@ from fastrec import kernels
 from fastrec.errors import ArgumentError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.runtime.plan.emit import executor
+from fastrec.runtime.plan.faults import error_of
 from fastrec.runtime.plan.ir import Plan
 from fastrec.runtime.plan.split import split
 from fastrec.runtime.spec import InputSpec
@@ -87,7 +88,8 @@ class Halves:
             self._encode,
             self.split.encode,
             sizes,
-            [a.ctypes.data for a in arrays],
+            self._history.names,
+            arrays,
             [a.ctypes.data for a in made],
         )
         for i in self._kept:
@@ -109,13 +111,14 @@ class Halves:
                     f"shape {list(arrays[i].shape)}",
                 )
         arrays = [np.ascontiguousarray(a) for a in arrays]
-        addresses = [*(a.ctypes.data for a in arrays), *state._addresses]
         known = (*arrays, *state.arrays)
         sizes = {s: known[i].shape[d] for s, (i, d) in self._score_sizes.items()}
         sizes.update(state.sizes)
         output = self.split.score.output
         out = np.empty([e.at(sizes) for e in output.shape], output.dtype)
-        self._run(self._score, self.split.score, sizes, addresses, [out.ctypes.data])
+        names = (*self._candidates.names, *["state"] * len(state.arrays))
+        into = [out.ctypes.data]
+        self._run(self._score, self.split.score, sizes, names, arrays, into, state)
         if not from_torch:
             return out
         import torch
@@ -134,12 +137,23 @@ class Halves:
         return InputSpec(fields, self._candidates.limits)
 
     def _run(
-        self, native: Any, plan: Plan, sizes: dict[str, int], inputs: list[int], outputs: list[int]
+        self,
+        native: Any,
+        plan: Plan,
+        sizes: dict[str, int],
+        names: Sequence[str],
+        arrays: list[np.ndarray],
+        outputs: list[int],
+        state: State | None = None,
     ) -> None:
+        inputs = [a.ctypes.data for a in arrays]
+        if state is not None:
+            inputs += state._addresses
+            arrays = [*arrays, *state.arrays]
         with kernels.call_threads(self.engine.threads):
             fault, step, value = native.run([sizes[s] for s in plan.symbols], inputs, outputs)
         if fault:
-            raise self.engine._error(fault, plan.steps[step], value)
+            raise error_of(plan, names, fault, step, value, sizes, arrays)
 
 
 def _places(plan: Plan) -> dict[str, tuple[int, int]]:

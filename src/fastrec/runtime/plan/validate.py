@@ -25,8 +25,13 @@ _MAX_COEFFICIENT, _MAX_DEGREE = 2**40, 8
 # csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: the packed weight's sizes, kMaxInputs.
 _PANEL, _GROUP, _GROUP_BYTES, _MAX_INPUTS = 32, 4, 128, 65793
 _ACTIVATIONS = 3
-# csrc/cpu/window_sparse_attention/window_sparse_attention.h: kMaxDims; csrc/cpu/engine/reduce.cpp.
-_MAX_HEAD_DIM, _REDUCTIONS = 256, 3
+# csrc/cpu/window_sparse_attention/window_sparse_attention.h: kMaxDims; sums of positions and
+# distances stay far from what 64 bits hold.
+_MAX_HEAD_DIM, _MAX_DISTANCE = 256, 2**31
+# csrc/cpu/separable_projection/separable_projection.h: kMaxWidth.
+_MAX_TAPS = 31
+# csrc/cpu/engine/reduce.cpp
+_REDUCTIONS, _MEAN = 3, 1
 
 
 def require(true: bool, what: str) -> None:
@@ -332,11 +337,115 @@ def _masked_attention(step: Step) -> None:
 def _reduce(step: Step) -> None:
     _counts(step, (1,), 1, 0)
     require(0 <= step.integers[0] < _REDUCTIONS, "a known reduction")
-    (x,) = step.inputs
-    _dense(x, "float32")
-    require(len(x.shape) == 3, "an operand of three dimensions")
-    _dense(step.output, "float32")
+    x = _middle(step, step.integers[0] != _MEAN)
     require(product(step.output.shape) == x.shape[0] * x.shape[2], "a result of the outer sizes")
+
+
+def _middle(step: Step, integers: bool) -> View:
+    """x of a step along its middle dimension; the result is of its dtype."""
+    (x,) = step.inputs
+    _dense(x, "float32", *(["int64"] if integers else []))
+    require(len(x.shape) == 3, "an operand of three dimensions")
+    _dense(step.output, x.dtype)
+    return x
+
+
+def _cumsum(step: Step) -> None:
+    _counts(step, (1,), 0, 0)
+    x = _middle(step, True)
+    require(product(step.output.shape) == product(x.shape), "a result of the operand's size")
+
+
+def _grouped_linear(step: Step) -> None:
+    _counts(step, (2, 3), 2, 0)
+    bias, _ = step.integers
+    _flags(*step.integers)
+    require(len(step.inputs) == 2 + bias, "a bias, or none, as the step says")
+    x = step.inputs[0]
+    rows, width = _rows(x)
+    _dense(x, "float32")
+    outputs = _groups(step.inputs[1], width, step.inputs[2:])
+    _result(step.output, rows, outputs, 0)
+    _dense(step.output, "float32")
+
+
+def _groups(weight: View, width: int, bias: Sequence[View]) -> int:
+    """Outputs of a constant weight [G, O, I] for rows of this width, and of its bias."""
+    require(len(weight.shape) == 3, "a weight of three dimensions")
+    groups, outputs, inputs = (size.coefficient for size in weight.shape)
+    require(min(groups, outputs, inputs) > 0, "groups of weights")
+    require(groups * inputs == width, "as many inputs as the weight has")
+    _table(weight, "float32", groups, outputs, inputs)
+    for view in bias:
+        _table(view, "float32", groups * outputs)
+    return groups * outputs
+
+
+def _lengths(view: View, batch: Extent) -> None:
+    _dense(view, "int64")
+    require(view.shape == (batch,), "a length a sequence")
+
+
+def _separable_projection(step: Step) -> None:
+    _counts(step, (3, 4, 5), 3, 0)
+    bias, lengths, before = step.integers
+    _flags(bias, lengths)
+    require(len(step.inputs) == 3 + bias + lengths, "a bias and lengths, as the step says")
+    x, depthwise, pointwise = step.inputs[:3]
+    require(len(x.shape) == 3 and x.dtype == "float32", "sequences of float32")
+    require(x.strides[2] == Extent(1) or x.shape[2] == Extent(1), "contiguous channels")
+    rows, width = _rows(x)
+    require(len(depthwise.shape) == 2, "taps of two dimensions")
+    taps = depthwise.shape[1].coefficient
+    require(0 < taps <= _MAX_TAPS and 0 <= before < taps, f"at most {_MAX_TAPS} taps")
+    _table(depthwise, "float32", width, taps)
+    outputs = _groups(pointwise, width, step.inputs[3 : 3 + bias])
+    if lengths:
+        _lengths(step.inputs[3 + bias], x.shape[0])
+    _result(step.output, rows, outputs, 0)
+    _dense(step.output, "float32")
+
+
+def _window_sparse_attention(step: Step) -> None:
+    require(len(step.integers) > 3, "a pattern")
+    _counts(step, (3, 4), len(step.integers), 1)
+    has_lengths, causal, window, lists, *rest = step.integers
+    _flags(has_lengths, causal)
+    require(len(step.inputs) == 3 + has_lengths, "lengths, or none, as the step says")
+    batch, heads, queries, dims = _heads(step)
+    require(step.inputs[1].shape[2] == queries, "as many keys as queries")
+    require(dims.coefficient <= _MAX_HEAD_DIM, f"heads of at most {_MAX_HEAD_DIM}")
+    if has_lengths:
+        _lengths(step.inputs[3], batch)
+    require(0 <= window < _MAX_DISTANCE, "a window")
+    require(lists == 1 or heads == Extent(lists), "one list of distances, or one a head")
+    for _ in range(lists):
+        require(bool(rest) and 0 <= rest[0] < len(rest), "lists of distances")
+        distances, rest = [window, *rest[1 : 1 + rest[0]], _MAX_DISTANCE], rest[1 + rest[0] :]
+        rising = all(a < b for a, b in itertools.pairwise(distances))
+        require(rising, "distances that rise beyond the window")
+    require(not rest, "no more than its distances")
+
+
+def _matmul(step: Step) -> None:
+    _counts(step, (2,), 1, 0)
+    _flags(step.integers[0])
+    a, b = step.inputs
+    rank = len(a.shape)
+    require(rank == len(b.shape) >= 2, "as many dimensions, at least 2")
+    require(a.dtype == b.dtype == "float32", "matrices of float32")
+    require(a.shape[:-2] == b.shape[:-2], "as many matrices")
+    require(a.shape[-1] == b.shape[-2], "columns of a for the rows of b")
+    one = Extent(1)
+    require(a.strides[-1] == one or a.shape[-1] == one, "contiguous rows of a")
+    # [K, N], or [N, K] in memory
+    outer, inner = (rank - 1, rank - 2) if step.integers[0] else (rank - 2, rank - 1)
+    require(b.strides[inner] == one or b.shape[inner] == one, "contiguous matrices of b")
+    follow = b.strides[outer] == b.shape[inner] or b.shape[outer] == one
+    require(follow, "contiguous matrices of b")
+    _dense(step.output, "float32")
+    whole = step.output.shape == (*a.shape[:-1], b.shape[-1])
+    require(whole, "a result of rows of a by columns of b")
 
 
 def _softmax(step: Step) -> None:
@@ -351,12 +460,17 @@ def _softmax(step: Step) -> None:
 _RULES: dict[str, Callable[[Step], None]] = {
     "attention": _attention,
     "causal_attention": _causal_attention,
+    "cumsum": _cumsum,
     "gather": _gather,
+    "grouped_linear": _grouped_linear,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "linear_int8": _linear_int8,
     "map": _map,
     "masked_attention": _masked_attention,
+    "matmul": _matmul,
     "reduce": _reduce,
+    "separable_projection": _separable_projection,
     "softmax": _softmax,
+    "window_sparse_attention": _window_sparse_attention,
 }

@@ -4,9 +4,20 @@ from fastrec.runtime.plan.lowerings import (
     attention,
     creation,
     elementwise,
+    fastrec_ops,
     layers,
+    products,
     reductions,
     views,
 )
 
-__all__ = ["attention", "creation", "elementwise", "layers", "reductions", "views"]
+__all__ = [
+    "attention",
+    "creation",
+    "elementwise",
+    "fastrec_ops",
+    "layers",
+    "products",
+    "reductions",
+    "views",
+]

@@ -12,7 +12,7 @@ from fastrec.runtime.plan.ir import ONE, Buffer, Extent, View
 from fastrec.runtime.plan.lower import Lowerer, lowers
 
 aten = torch.ops.aten
-_MOST_DIMS = 256  # csrc/cpu/window_sparse_attention: kMaxDims
+MOST_DIMS = 256  # csrc/cpu/window_sparse_attention: kMaxDims
 
 
 @lowers(aten.scaled_dot_product_attention.default)
@@ -32,7 +32,7 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
             mask, causal = None, True
         else:
             lengths = padding_lengths(to, mask, k.shape[2])
-    q, k, v = (_rows_contiguous(to, x) for x in (q, k, v))
+    q, k, v = (to.rows_contiguous(x) for x in (q, k, v))
     batch, heads, queries, dims = q.shape
     scale = kwargs.get("scale")
     scale = float(dims.coefficient) ** -0.5 if scale is None else scale
@@ -40,7 +40,7 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
         added = [] if mask is None else [_added(to, node, _uncopied(to, mask), q, k)]
         inputs = [q, k, v, *added]
         # The window-sparse kernel has as many queries as keys.
-        fast = mask is None and queries == k.shape[2] and dims.coefficient <= _MOST_DIMS
+        fast = mask is None and queries == k.shape[2] and dims.coefficient <= MOST_DIMS
         out = to.emit(
             node,
             "causal_attention" if fast else "masked_attention",
@@ -100,12 +100,7 @@ def _added(to: Lowerer, node: Node, mask: View, q: View, k: View) -> View:
         own = to.map(node, [own], program, own.shape)
     elif own.dtype != "float32":
         raise to.unsupported(node, f"a mask of {own.dtype}; float32 and bool are supported")
-    return _rows_contiguous(to, own).expanded(shape)
-
-
-def _rows_contiguous(to: Lowerer, x: View) -> View:
-    """[.., D] whose last dimension has a stride of 1, copied if need be."""
-    return x if x.strides[-1] == ONE or x.shape[-1] == ONE else to.copied(x)
+    return to.rows_contiguous(own).expanded(shape)
 
 
 def padding_lengths(to: Lowerer, mask: View, keys: Extent) -> View | None:

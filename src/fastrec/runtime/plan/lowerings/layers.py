@@ -49,7 +49,9 @@ def _layer_norm(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
 def _linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     x, weight, bias = [*args, None][:3]
     if x.shape[-1].number == 0:
-        raise to.unsupported(node, "no inputs; the nearest supported is one or more")
+        # Sums of nothing.
+        fill = constant(torch.zeros(weight.shape[0].coefficient)) if bias is None else bias
+        return fill.expanded(to.shape_of(node))
     if weight.constant is None:
         raise to.unsupported(
             node, "a weight that is computed; the nearest supported is a parameter"

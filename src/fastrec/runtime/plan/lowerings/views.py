@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.plan.ir import Buffer, View
-from fastrec.runtime.plan.lower import Lowerer, dtype_of, lowers
+from fastrec.runtime.plan.ir import Buffer, Extent, View
+from fastrec.runtime.plan.lower import Lowerer, constant, dtype_of, lowers
 
 aten = torch.ops.aten
 
@@ -46,6 +46,12 @@ def _transpose(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
     order = list(range(len(view.shape)))
     order[first], order[second] = second, first
     return view.permuted(order)
+
+
+@lowers(aten.mT.default)
+def _mt(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    rank = len(args[0].shape)
+    return args[0].permuted([*range(rank - 2), rank - 1, rank - 2])
 
 
 @lowers(aten.t.default)
@@ -160,3 +166,39 @@ def _cat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vi
         to.steps[-1].output = into
         start += size
     return whole
+
+
+@lowers(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    """Its parts are written apart, as those of a concatenation."""
+    view, pads, *rest = args
+    mode, value = "constant", rest[0] if rest else 0
+    if node.target is aten.pad.default:
+        mode, value = [*rest, *("constant", None)[len(rest) :]][:2]
+    if mode != "constant" or min(pads) < 0:
+        raise to.unsupported(node, "padding by copies or by less; the nearest supported: constants")
+    fill = constant(torch.tensor(value or 0, dtype=node.meta["val"].dtype))
+    for place in range(0, len(pads), 2):
+        dim = len(view.shape) - 1 - place // 2
+        before, after = pads[place : place + 2]
+        size = view.shape[dim].number
+        if before == after == 0:
+            continue
+        if size is None:
+            raise to.unsupported(node, "padding of a free size")
+
+        def shape(of: View, dim: int, size: int) -> tuple[Extent, ...]:
+            return (*of.shape[:dim], Extent(size), *of.shape[dim + 1 :])
+
+        whole = Buffer(view.dtype, shape(view, dim, before + size + after)).view()
+        parts = [(0, fill.expanded(shape(view, dim, before))), (before, view)]
+        parts.append((before + size, fill.expanded(shape(view, dim, after))))
+        for start, part in parts:
+            into = whole.sliced(dim, start, part.shape[dim])
+            if into is None:
+                raise to.unsupported(node, "padding across a free stride")
+            if part.shape[dim] != Extent(0):
+                to.copied(part)
+                to.steps[-1].output = into
+        view = whole
+    return view
