@@ -8,10 +8,10 @@
 //           softmax: x f32 [.., N]; result f32 of its shape; both contiguous
 // integers  reduce: 0 sum, 1 mean, 2 maximum (a NaN wins, as in torch)
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "engine/steps.h"
+#include "padded_attention/padded_attention.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -21,6 +21,17 @@ namespace {
 constexpr int64_t kParallelElements = 32'768;
 
 int threads_for(const Tensor& x) { return x.count() < kParallelElements ? 1 : num_threads(); }
+
+// The sum of a row: several partial ones, so that an addition need not wait for the one before.
+double sum_of(const float* row, int64_t count) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t n = 0;
+  for (; n + kSums <= count; n += kSums)
+    for (int i = 0; i < kSums; ++i) sums[i] += row[n + i];
+  for (; n < count; ++n) sums[0] += row[n];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
 
 // Integers wrap, as in torch.
 void reduce_integers(const Tensor& x, bool maximum, int64_t* result) {
@@ -72,6 +83,12 @@ Status run_reduce(const Step& step, const Tensor* operands) {
     return {};
   }
   parallel_for(x.sizes[0], 1, threads_for(x), [&](int64_t begin, int64_t end) {
+    if (width == 1 && !maximum) {
+      for (int64_t a = begin; a < end; ++a)
+        operands[1].as<float>()[a] =
+            static_cast<float>(sum_of(x.as<float>() + a * count, count) / divisor);
+      return;
+    }
     double* const total = scratch<double>(width);
     for (int64_t a = begin; a < end; ++a) {
       const float* row = x.as<float>() + a * count * width;
@@ -94,14 +111,13 @@ Status run_softmax(const Step&, const Tensor* operands) {
   const Tensor& x = operands[0];
   const int64_t width = x.sizes[x.dims - 1];
   if (width == 0) return {};
+  const auto softmax = padded_attention::select().softmax;
   parallel_for(x.count() / width, 1, threads_for(x), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const float* from = x.as<float>() + r * width;
-      float* to = operands[1].as<float>() + r * width;
-      const float top = *std::max_element(from, from + width);
-      float sum = 0.0f;
-      for (int64_t i = 0; i < width; ++i) sum += to[i] = std::exp(from[i] - top);
-      for (int64_t i = 0; i < width; ++i) to[i] /= sum;
+      float* const to = operands[1].as<float>() + r * width;
+      std::copy_n(x.as<float>() + r * width, width, to);
+      const float inverse_sum = softmax(to, width);
+      for (int64_t i = 0; i < width; ++i) to[i] *= inverse_sum;
     }
   });
   return {};

@@ -13,6 +13,6 @@ constexpr int kMaxRows = 6, kScoreVectors = 1, kValueVectors = 1;
 #include "padded_attention/vectors.h"
 
 namespace fastrec::padded_attention {
-const Kernel kAvx2 = {Isa::avx2, scratch_floats, part};
+const Kernel kAvx2 = {Isa::avx2, scratch_floats, part, softmax};
 }
 #endif

@@ -13,6 +13,6 @@ constexpr int kMaxRows = 8, kScoreVectors = 3, kValueVectors = 2;
 #include "padded_attention/vectors.h"
 
 namespace fastrec::padded_attention {
-const Kernel kAvx512 = {Isa::avx512, scratch_floats, part};
+const Kernel kAvx512 = {Isa::avx512, scratch_floats, part, softmax};
 }
 #endif

@@ -64,6 +64,9 @@ struct Kernel {
   // Floats of scratch one thread needs for this many valid keys.
   int64_t (*scratch_floats)(int64_t keys, int64_t head_dim);
   void (*part)(const Call& call, const Part& part, float* scratch);
+  // Scores of one row, at least one, to weights in their place; 1 / the weights' sum. A row of -inf
+  // alone, and one with a NaN, gives NaN.
+  float (*softmax)(float* row, int64_t keys);
 };
 
 extern const Kernel kScalar;

@@ -10,6 +10,16 @@ namespace {
 
 int64_t scratch_floats(int64_t keys, int64_t) { return keys; }
 
+float softmax(float* row, int64_t keys) {
+  float highest = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+  for (int64_t j = 0; j < keys; ++j) highest = std::max(highest, row[j]);
+  for (int64_t j = 0; j < keys; ++j) {
+    row[j] = std::exp(row[j] - highest);
+    sum += row[j];
+  }
+  return 1.0f / sum;
+}
+
 void part(const Call& call, const Part& part, float* weights) {
   const int64_t dims = call.head_dim;
   const int64_t first = call.first_key(part.batch), keys = call.end_key(part.batch) - first;
@@ -22,27 +32,22 @@ void part(const Call& call, const Part& part, float* weights) {
     float* out = call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims;
     std::fill(out, out + dims, 0.0f);
     const float* added = call.mask.data ? mask_row(call, part, i) : nullptr;
-    float highest = -std::numeric_limits<float>::infinity();
     for (int64_t j = 0; j < keys; ++j) {
       float score = 0.0f;
       for (int64_t d = 0; d < dims; ++d)
         score += q[i * call.q.row_stride + d] * k[j * call.k.row_stride + d];
       weights[j] = score * call.scale + (added ? added[j] : 0.0f);
-      highest = std::max(highest, weights[j]);
     }
-    if (added && sees_nothing(weights, keys)) continue;
-    float sum = 0.0f;
-    for (int64_t j = 0; j < keys; ++j) {
-      weights[j] = std::exp(weights[j] - highest);
-      sum += weights[j];
-    }
+    if (keys == 0 || (added && sees_nothing(weights, keys))) continue;
+    const float inverse_sum = softmax(weights, keys);
     for (int64_t j = 0; j < keys; ++j)
-      for (int64_t d = 0; d < dims; ++d) out[d] += weights[j] / sum * v[j * call.v.row_stride + d];
+      for (int64_t d = 0; d < dims; ++d)
+        out[d] += weights[j] * inverse_sum * v[j * call.v.row_stride + d];
   }
 }
 
 }  // namespace
 
-const Kernel kScalar = {Isa::scalar, scratch_floats, part};
+const Kernel kScalar = {Isa::scalar, scratch_floats, part, softmax};
 
 }  // namespace fastrec::padded_attention

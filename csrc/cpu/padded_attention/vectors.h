@@ -92,13 +92,19 @@ FASTREC_VEC_INLINE void add_mask(float* row, const float* added, int64_t keys) {
   }
 }
 
-// Turns one row of scores into weights; returns 1 / their sum.
+// Turns one row of scores into weights; returns 1 / their sum. Where `padded`, whole registers of
+// the row may be read and written.
+template <bool padded>
 FASTREC_VEC_INLINE float softmax_row(float* row, int64_t keys) {
   const int64_t whole = keys / kLanes * kLanes;
   const Lanes tail = first_lanes(keys - whole);
   Floats highest = splat(-std::numeric_limits<float>::infinity());
   for (int64_t j = 0; j < whole; j += kLanes) highest = maximum(highest, load(row + j));
-  if (whole < keys) highest = blend(tail, maximum(highest, load(row + whole)), highest);
+  Floats last = zeros();
+  if (whole < keys) {
+    last = padded ? load(row + whole) : load(row + whole, tail);
+    highest = blend(tail, maximum(highest, last), highest);
+  }
   const Floats top = splat(max_lanes(highest));
   Floats sum = zeros();
   for (int64_t j = 0; j < whole; j += kLanes) {
@@ -107,12 +113,18 @@ FASTREC_VEC_INLINE float softmax_row(float* row, int64_t keys) {
     sum = add(sum, weight);
   }
   if (whole < keys) {
-    const Floats weight = exp_nonpositive(subtract(load(row + whole), top));
-    store(row + whole, weight);
+    const Floats weight = exp_nonpositive(subtract(last, top));
+    if (padded)
+      store(row + whole, weight);
+    else
+      store(row + whole, weight, tail);
     sum = blend(tail, add(sum, weight), sum);
   }
   return 1.0f / sum_lanes(sum);
 }
+
+// For those who have scores alone.
+FASTREC_VEC float softmax(float* row, int64_t keys) { return softmax_row<false>(row, keys); }
 
 // out[r] = inverse_sum[r] * sum_j weights[r][j] * values[j], vectors * 16 dims, the last one up to
 // `lanes` where it is not whole.
@@ -203,7 +215,7 @@ FASTREC_VEC void row_block(const Call& call, const Part& part, int64_t i0, int64
         continue;
       }
     }
-    inverse_sum[r] = softmax_row(row, key_count);
+    inverse_sum[r] = softmax_row<true>(row, key_count);
   }
   value_rows<rows>(weights, width, key_count,
                    head_rows(call.v, part) + call.first_key(part.batch) * call.v.row_stride,

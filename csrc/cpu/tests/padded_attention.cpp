@@ -120,6 +120,26 @@ TEST(padded_attention_agrees_under_masks) {
   compare_masked({3, 13, 40, 2, 32}, 2, 13, {1, 39, 0}, {40, 40, 0});
 }
 
+TEST(padded_attention_softmax_keeps_to_its_row) {
+  for (const int64_t count : {1, 15, 16, 17, 33, 64, 100}) {
+    Random random(5);
+    const auto scores = random.floats(count, 8.0f);
+    const auto run = [&](Place place) {
+      Buffer<float> row(scores, place);
+      const float inverse_sum = padded_attention::select().softmax(row.data(), count);
+      auto weights = row.values();
+      for (float& weight : weights) weight *= inverse_sum;
+      return weights;
+    };
+    std::vector<float> expected;
+    as_scalar([&] { expected = run(Place::heap); });
+    // e^x within 2^-22 of itself, and a sum of 100.
+    for_every_setting("softmax of " + std::to_string(count), [&](Place place) {
+      CHECK(worst_error(run(place), expected, 1e-6, 1e-6) <= 1);
+    });
+  }
+}
+
 TEST(padded_attention_names_a_bad_start) {
   const Buffer<float> x(2 * 4 * 8, Place::heap);
   Buffer<float> out(2 * 4 * 8, Place::heap);
