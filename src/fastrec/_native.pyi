@@ -33,7 +33,6 @@ class engine:
     MAX_DIMS: ClassVar[int]
     MAX_OPERANDS: ClassVar[int]
     MAX_REGISTERS: ClassVar[int]
-    SLACK: ClassVar[int]
     MAP_OPS: ClassVar[list[str]]
 
     class Executor:

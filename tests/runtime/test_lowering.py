@@ -12,6 +12,7 @@ from torch import nn
 import fastrec
 from fastrec.errors import BackendError
 from fastrec.kernels._compiled import reason_missing
+from fastrec.models import Ranker, RankerConfig
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -119,3 +120,13 @@ def test_what_is_lacking_is_named_with_what_is_near_and_can_run_in_torch() -> No
     assert any("cumprod" in str(row["why"]) for row in engine.describe())
     with pytest.raises(ValueError, match="fallback"):
         fastrec.compile(model, [draw(2, 3)], backend="native", fallback="none")
+
+
+def test_examples_that_are_views_leave_the_sizes_free() -> None:
+    config = RankerConfig(
+        n_items=30, n_categories=9, history_length=12, d=16, category_dim=8, ffn=16, tower=(16,)
+    )
+    ids, length = torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 2])
+    inputs = (ids, ids, ids, length, ids[:, :3], ids[:, :3])
+    engine = fastrec.compile(Ranker(config).eval(), inputs, "native", fallback="error")
+    assert [f.dims for f in engine.spec.fields][::4] == [("B", "L"), ("B", "m")]

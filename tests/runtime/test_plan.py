@@ -149,10 +149,11 @@ def test_a_chain_is_one_step_and_unused_work_goes() -> None:
     assert [step.kind for step in engine._plan.steps] == ["map"]
 
 
-def test_nan_goes_through_as_in_torch() -> None:
-    x = torch.tensor([[float("nan"), 1.0, -1.0]])
-    model = Lambda(lambda x: torch.relu(x) + torch.maximum(x, x * 0))
-    assert torch.equal(engine_of(model, x)(x).isnan(), model(x).isnan())
+def test_a_nan_that_the_model_makes_goes_through_as_in_torch() -> None:
+    x = torch.tensor([[-1.0, 1.0, 0.0]])
+    model = Lambda(lambda x: torch.relu(torch.log(x)) + torch.maximum(torch.log(x), x * 0))
+    assert torch.equal(engine_of(model, x.abs() + 1)(x).isnan(), model(x).isnan())
+    assert model(x).isnan().any()
 
 
 # Models.
@@ -386,12 +387,12 @@ def test_a_norm_hands_on_the_tiles_of_its_layers(rows: int) -> None:
     torch.testing.assert_close(engine_of(model, x)(x), engine_of(apart, x)(x), rtol=0, atol=0)
 
 
-def test_nan_into_an_int8_layer_is_an_error() -> None:
-    model = nn.Sequential(nn.Linear(32, 32))
-    fastrec.quantize_(model, fastrec.Int8(), calibration=[(torch.randn(4, 32),)])
-    engine = engine_of(model, torch.randn(2, 32))
-    with pytest.raises(ValueError, match="input: expected an input of numbers, got a NaN"):
-        engine(torch.full((2, 32), float("nan")))
+def test_a_nan_made_before_an_int8_layer_is_an_error() -> None:
+    model = nn.Sequential(Lambda(torch.log), nn.Linear(32, 32))
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[(torch.rand(4, 32) + 1,)])
+    engine = engine_of(model, torch.rand(2, 32) + 1)
+    with pytest.raises(ValueError, match="1: expected an input of numbers, got a NaN"):
+        engine(torch.full((2, 32), -1.0))
 
 
 def test_the_executor_refuses_what_it_cannot_run() -> None:

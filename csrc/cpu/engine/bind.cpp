@@ -197,7 +197,6 @@ void bind(py::module_& parent) {
   m.attr("MAX_DIMS") = kMaxDims;
   m.attr("MAX_OPERANDS") = kMaxOperands;
   m.attr("MAX_REGISTERS") = kMaxRegisters;
-  m.attr("SLACK") = kSlack;
   m.attr("MAP_OPS") = std::vector<std::string>(kMapOpNames, kMapOpNames + kMapOps);
   py::class_<Executor>(m, "Executor")
       .def(py::init([](const std::vector<uintptr_t>& constants,

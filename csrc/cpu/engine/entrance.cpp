@@ -16,9 +16,22 @@ bool all_below(const std::byte* data, int64_t count, int64_t top) {
   return below;
 }
 
-bool in_range(const Array& array, int64_t top) {
+int64_t count_of(const Array& array) {
   int64_t count = 1;
   for (int d = 0; d < array.dims; ++d) count *= array.sizes[d];
+  return count;
+}
+
+bool all_numbers(const Array& array) {
+  const float* values = reinterpret_cast<const float*>(array.data);
+  const int64_t count = count_of(array);
+  bool numbers = true;
+  for (int64_t i = 0; i < count; ++i) numbers &= values[i] == values[i];
+  return numbers;
+}
+
+bool in_range(const Array& array, int64_t top) {
+  const int64_t count = count_of(array);
   if (array.dtype == Dtype::i64) return all_below<int64_t, uint64_t>(array.data, count, top);
   if (array.dtype == Dtype::i32) return all_below<int32_t, uint32_t>(array.data, count, top);
   return false;
@@ -48,6 +61,7 @@ bool Entrance::admits(const Array* arrays, Symbols& symbols) const {
     if (!fits(inputs_[i], arrays[i], found)) return false;
   for (size_t i = 0; i < inputs_.size(); ++i) {
     const Input& input = inputs_[i];
+    if (input.dtype == Dtype::f32 && !all_numbers(arrays[i])) return false;
     if (input.checked && !in_range(arrays[i], value_of(input.top, found, 1))) return false;
   }
   symbols = found;

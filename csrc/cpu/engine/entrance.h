@@ -22,7 +22,8 @@ struct Size {
 struct Input {
   Dtype dtype;
   std::vector<Size> dims;
-  // Values lie in 0..top - 1, or in 0..size of a symbol; unchecked where there is neither.
+  // Values lie in 0..top - 1, or in 0..size of a symbol; unchecked where there is neither. A float
+  // is no NaN.
   bool checked;
   Size top;
 };

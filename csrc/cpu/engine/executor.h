@@ -14,7 +14,8 @@
 
 namespace fastrec::engine {
 
-// Bytes behind an output or input that vector kernels may read: a register's width.
+// Bytes between the buffers of an arena. No step reads or writes outside its operands (the tests
+// hold each to that with guard pages), so inputs and outputs need no such room.
 inline constexpr int64_t kSlack = 64;
 
 class Executor {
@@ -25,8 +26,8 @@ class Executor {
   const Plan& plan() const { return plan_; }
 
   // Inputs and outputs are contiguous, of the sizes that the symbols say; the caller has checked
-  // them. An output that steps read again has the arena's slack behind it (kSlack). Where `step_ns`
-  // is not null it receives the time of each step (of all threads, over their number).
+  // them. Steps may read outputs again. Where `step_ns` is not null it receives the time of each
+  // step (of all threads, over their number).
   Status run(const Symbols& symbols, const std::byte* const* inputs, std::byte* const* outputs,
              int64_t* step_ns = nullptr);
 

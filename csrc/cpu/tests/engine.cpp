@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "engine/executor.h"
-#include "engine/map_ops.h"
+#include "engine_plans.h"
 #include "parallel.h"
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
@@ -29,43 +29,7 @@ __attribute__((noinline)) void operator delete(void* memory, size_t) noexcept { 
 namespace fastrec::tests {
 namespace {
 
-using namespace engine;
-
 constexpr int64_t kRows = 13, kHeads = 2, kHeadDim = 9, kDims = kHeads * kHeadDim;
-constexpr int kBatch = 0, kLength = 1;  // the symbols
-
-// coefficient * B^batches * L^lengths
-Extent extent(int64_t coefficient, uint8_t batches = 0, uint8_t lengths = 0) {
-  Extent e;
-  e.coefficient = coefficient;
-  e.exponent[kBatch] = batches;
-  e.exponent[kLength] = lengths;
-  return e;
-}
-const Extent B = extent(1, 1), L = extent(1, 0, 1);
-
-Operand dense(Space space, int index, Dtype dtype, const std::vector<Extent>& sizes) {
-  Operand operand{space, index, dtype, 0, sizes, sizes};
-  Extent stride = extent(1);
-  for (size_t d = sizes.size(); d-- > 0;) {
-    operand.strides[d] = stride;
-    stride.coefficient *= sizes[d].coefficient;
-    for (int s = 0; s < kMaxSymbols; ++s) stride.exponent[s] += sizes[d].exponent[s];
-  }
-  return operand;
-}
-
-Step make_step(const char* kind, const std::vector<Operand>& operands,
-               const std::vector<int64_t>& integers, const std::vector<double>& numbers) {
-  return {kind, find_kind(kind)->run, operands, integers, numbers, nullptr};
-}
-
-int64_t op(const char* name) {
-  for (int i = 0; i < kMapOps; ++i)
-    if (!std::strcmp(kMapOpNames[i], name)) return i;
-  CHECK(false);
-  return -1;
-}
 
 enum Input { ids, noise, lengths, kInputs };
 enum Constant { table, scale, weight, bias, merged, merged_bias, square, kConstants };
@@ -82,8 +46,13 @@ struct Model {
       constants.push_back(std::make_unique<Buffer<float>>(random.floats(count, 0.5f), place));
   }
 
-  Plan plan(bool quantised) const {
+  // `apart`: whether users may run on threads of their own.
+  Plan plan(bool quantised, bool apart = true) const {
     Plan plan;
+    if (apart) {
+      plan.users = kBatch;
+      plan.rows = {L};
+    }
     for (const auto& values : constants)
       plan.constants.push_back(reinterpret_cast<const std::byte*>(values->data()));
     const int64_t bytes = kDims * 4;
@@ -240,9 +209,11 @@ TEST(engine_agrees_within_bounds) {
     });
     for_every_setting(quantised ? "u8" : "f32", [&](Place place) {
       const Model model(place);
-      Executor executor(model.plan(quantised));
-      for (size_t r = 0; r < requests.size(); ++r)
-        check_answer(answer(executor, requests[r], quantised, place), expected[r], quantised);
+      for (const bool apart : {false, true}) {
+        Executor executor(model.plan(quantised, apart));
+        for (size_t r = 0; r < requests.size(); ++r)
+          check_answer(answer(executor, requests[r], quantised, place), expected[r], quantised);
+      }
     });
   }
 }
@@ -380,7 +351,8 @@ TEST(engine_times_each_step) {
 TEST(engine_allocates_nothing_for_a_size_that_it_has_seen) {
   for_every_setting("allocations", [](Place place) {
     const Model model(place);
-    Executor executor(model.plan(false));
+    // Users apart need an arena for each thread that happens to come.
+    Executor executor(model.plan(false, false));
     Placed large(Request(8, 64, 73), false, place), small(Request(1, 3, 79), false, place);
     CHECK(large.run(executor).fault == Fault::none);
     const int64_t before = allocations;
@@ -392,7 +364,7 @@ TEST(engine_allocates_nothing_for_a_size_that_it_has_seen) {
 
 TEST(engine_keeps_its_arena_where_memory_runs_out) {
   const Model model(Place::heap);
-  Executor executor(model.plan(false));
+  Executor executor(model.plan(false, false));
   Placed placed(Request(1, 3, 79), false, Place::heap);
   CHECK(placed.run(executor).fault == Fault::none);
   bool refused = false;

@@ -2,7 +2,7 @@
 
 Hot path: the shapes of a call are looked up in a cache of shapes already found good; then one
 comparison covers all ids. A negative int64 read as uint64 is huge, so ``ids >= rows`` also finds
-the ids below 0.
+the ids below 0. A NaN would make every score of its request a NaN, which no caller wants to rank.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class InputSpec:
             the inputs as numpy arrays (views), and whether they came as torch tensors.
 
         Raises:
-            ArgumentError: the wrong number of inputs.
+            ArgumentError: the wrong number of inputs; a NaN in a float one.
             DtypeError: an input is neither array nor tensor, kinds are mixed, or a dtype is wrong.
             DeviceError: a tensor is not in the CPU's memory.
             ShapeError: a rank or size does not fit the spec or the other inputs.
@@ -147,6 +147,9 @@ class InputSpec:
             bounds = self._accept(arrays)
             if len(known) < _CACHED_SHAPES:
                 known[key] = bounds
+        for f, a in zip(fields, arrays, strict=True):
+            if a.dtype.kind == "f" and np.isnan(a).any():
+                raise ArgumentError(f.name, "numbers", "a NaN")
         if bounds is None:
             self._check_ranges(arrays)
             return arrays, from_torch

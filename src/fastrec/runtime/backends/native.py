@@ -15,7 +15,7 @@ from torch import nn
 
 import fastrec
 from fastrec import kernels
-from fastrec.errors import BackendError
+from fastrec.errors import ArgumentError, BackendError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models.attention import Attention, CrossAttention
 from fastrec.nn import Int8Embedding, SparseInt8Linear
@@ -34,6 +34,7 @@ from fastrec.runtime.onnx_export import evaluated
 from fastrec.runtime.plan.engine import PlanEngine
 from fastrec.runtime.plan.lower import lower, plan_spec
 from fastrec.runtime.plan.passes import optimise
+from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.threads import with_torch_threads
 
 PRECISIONS = ("fp32", "int8")
@@ -54,8 +55,11 @@ def versions() -> dict[str, str]:
 def build(
     model: nn.Module, example_inputs: tuple[torch.Tensor, ...], options: BuildOptions
 ) -> Engine:
-    """The model as it is; settings: ``executor`` (``plan`` or ``torch``), ``torch_threads``."""
-    options.allow("executor", "torch_threads")
+    """The model as it is; settings: ``executor`` (``plan`` or ``torch``), ``torch_threads``, and
+    ``max_batch``: larger ones are refused before memory is asked for (no limit by default).
+    """
+    options.allow("executor", "torch_threads", "max_batch")
+    largest = _largest_batch(options)
     executor = options.setting("executor", ("plan", "torch"))
     quantised = quantised_module(model)
     if options.precision == "int8" and quantised is None:
@@ -66,7 +70,7 @@ def build(
     if options.precision == "fp32" and quantised is not None:
         raise BackendError(f"native runs a model as it is, and {quantised} is int8")
     plan, refusal = (
-        (None, None) if executor == "torch" else _planned(model, example_inputs, options)
+        (None, None) if executor == "torch" else _planned(model, example_inputs, options, largest)
     )
     if executor == "plan" and plan is None:
         raise BackendError(str(refusal))
@@ -103,14 +107,31 @@ def build(
         backend="native",
         precision="fp32" if quantised is None else "int8",
         threads=options.threads,
-        spec=options.spec,
+        spec=_up_to(options.spec, largest),
         rows=[*_module_rows(models[attention], example_inputs), *rows],
         versions=versions(),
     )
 
 
+def _largest_batch(options: BuildOptions) -> int | None:
+    limit = options.settings.get("max_batch")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ArgumentError("settings['max_batch']", "a positive integer or None", limit)
+    return limit
+
+
+def _up_to(spec: InputSpec, batch: int | None) -> InputSpec:
+    """The spec, with a largest batch. The plan is made without it: exporting would use it."""
+    if batch is None or "B" not in spec.limits:
+        return spec
+    return InputSpec(spec.fields, {**spec.limits, "B": (spec.limits["B"][0], batch)})
+
+
 def _planned(
-    model: nn.Module, example_inputs: tuple[torch.Tensor, ...], options: BuildOptions
+    model: nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    options: BuildOptions,
+    largest: int | None,
 ) -> tuple[PlanEngine | None, BackendError | None]:
     """The model as one plan, or why it can't be."""
     if (reason := reason_missing()) is not None:
@@ -125,7 +146,7 @@ def _planned(
         backend="native",
         precision="fp32" if quantised_module(model) is None else "int8",
         threads=options.threads,
-        spec=plan_spec(options.spec, plan, example_inputs),
+        spec=_up_to(plan_spec(options.spec, plan, example_inputs), largest),
         rows=[],
         versions=versions(),
     )

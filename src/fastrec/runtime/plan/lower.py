@@ -96,13 +96,15 @@ def _most(spec: InputSpec, symbol: str) -> int:
 def _apart_from_one(
     examples: Sequence[torch.Tensor], spec: InputSpec, symbols: Sequence[str]
 ) -> tuple[torch.Tensor, ...]:
-    """The examples with every free size of 1 doubled: torch.export takes a 1 for a constant."""
+    """The examples with every free size of 1 doubled, in order: torch.export takes a 1 for a
+    constant, and a view's strides for a constraint on its sizes.
+    """
     grown = []
     for f, tensor in zip(spec.fields, examples, strict=True):
         for dim, name in enumerate(f.dims):
             if name in symbols and tensor.shape[dim] == 1:
                 tensor = torch.cat((tensor, tensor), dim)
-        grown.append(tensor)
+        grown.append(tensor.contiguous())
     return tuple(grown)
 
 

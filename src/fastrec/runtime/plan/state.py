@@ -12,7 +12,6 @@ import numpy as np
 
 from fastrec import kernels
 from fastrec.errors import ArgumentError, ShapeError
-from fastrec.kernels import _compiled
 from fastrec.runtime.plan.emit import executor
 from fastrec.runtime.plan.faults import error_of
 from fastrec.runtime.plan.ir import Plan
@@ -167,10 +166,10 @@ def _places(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Like a buffer of the executor's arena: on a cache line, with room behind it."""
+    """Like a buffer of the executor's arena: it begins on a cache line."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.empty(size + _LINE + _compiled.native().engine.SLACK, np.uint8)
+    memory = np.empty(size + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE
     return memory[start : start + size].view(dtype).reshape(shape)
 

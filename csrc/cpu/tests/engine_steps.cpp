@@ -1,0 +1,476 @@
+// The steps of plans, each alone on operands that end at a guard page, and a plan with several
+// outputs, tiles between its layers and outputs that it reads again.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <thread>
+
+#include "engine/executor.h"
+#include "engine/steps.h"
+#include "engine_plans.h"
+#include "parallel.h"
+
+namespace fastrec::tests {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+Tensor tensor(const void* data, Dtype dtype, const std::vector<int64_t>& sizes,
+              std::vector<int64_t> strides = {}) {
+  Tensor t{};
+  t.data = static_cast<std::byte*>(const_cast<void*>(data));
+  t.dtype = dtype;
+  t.dims = static_cast<int>(sizes.size());
+  int64_t stride = 1;
+  for (int d = t.dims; d-- > 0; stride *= sizes[d]) {
+    t.sizes[d] = sizes[d];
+    t.strides[d] = strides.empty() ? stride : strides[d];
+  }
+  return t;
+}
+
+Status run_step(const char* kind, const std::vector<Tensor>& operands,
+                const std::vector<int64_t>& integers, const std::vector<double>& numbers = {}) {
+  Step step = make_step(kind, {}, integers, numbers);
+  step.operands.resize(operands.size());
+  if (const Prepare prepare = find_kind(kind)->prepare)
+    step.prepared = prepare(step, operands.data());
+  return step.run(step, operands.data());
+}
+
+std::string named(const char* kind, const std::vector<int64_t>& sizes) {
+  std::string name = kind;
+  for (const int64_t size : sizes) name += " " + std::to_string(size);
+  return name;
+}
+
+bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+struct Heads {
+  int64_t batch, heads, queries, keys, dims;
+  int64_t count(int64_t rows) const { return batch * heads * rows * dims; }
+};
+
+enum class Masking { none, whole, of_keys, hides_all };
+
+// softmax(scale q k^T + mask) v in float64, [B, Lq, H, D]; rows that see nothing are zeros. The
+// mask is [B, H, Lq, Lk] by strides.
+std::vector<float> attended(const Heads& s, const float* q, const float* k, const float* v,
+                            const float* mask, const std::vector<int64_t>& mask_strides,
+                            bool causal, double scale) {
+  std::vector<float> out(static_cast<size_t>(s.count(s.queries)), 0.0f);
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.heads; ++h)
+      for (int64_t i = 0; i < s.queries; ++i) {
+        const float* query = q + ((b * s.heads + h) * s.queries + i) * s.dims;
+        const int64_t head = (b * s.heads + h) * s.keys * s.dims;
+        std::vector<double> score(static_cast<size_t>(s.keys));
+        double top = -kInfinity, sum = 0;
+        for (int64_t j = 0; j < s.keys; ++j) {
+          double dot = 0;
+          for (int64_t d = 0; d < s.dims; ++d)
+            dot += static_cast<double>(query[d]) * k[head + j * s.dims + d];
+          score[j] = dot * scale;
+          if (mask)
+            score[j] += mask[b * mask_strides[0] + h * mask_strides[1] + i * mask_strides[2] +
+                             j * mask_strides[3]];
+          if (causal && j > i) score[j] = -kInfinity;
+          top = std::max(top, score[j]);
+        }
+        if (top == -kInfinity) continue;
+        for (double& value : score) sum += value = std::exp(value - top);
+        for (int64_t d = 0; d < s.dims; ++d) {
+          double total = 0;
+          for (int64_t j = 0; j < s.keys; ++j) total += score[j] * v[head + j * s.dims + d];
+          out[((b * s.queries + i) * s.heads + h) * s.dims + d] = static_cast<float>(total / sum);
+        }
+      }
+  return out;
+}
+
+// Values lie within 1; a sum of some hundred products, softmax and a mean of the values are off by
+// less than 1e-5, and any wrong key, row or head by far more.
+constexpr double kAttentionError = 1e-5;
+
+void compare_masked(const Heads& s, Masking masking, bool causal) {
+  Random random(11);
+  const auto q = random.floats(s.count(s.queries)), k = random.floats(s.count(s.keys)),
+             v = random.floats(s.count(s.keys));
+  std::vector<float> mask;
+  std::vector<int64_t> strides;
+  if (masking == Masking::whole) {
+    mask = random.floats(s.batch * s.heads * s.queries * s.keys);
+    for (size_t i = 0; i < mask.size(); i += 3) mask[i] = -kInfinity;
+    strides = {s.heads * s.queries * s.keys, s.queries * s.keys, s.keys, 1};
+  } else if (masking != Masking::none) {
+    mask.assign(static_cast<size_t>(s.batch * s.keys), 0.0f);
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t j = 0; j < s.keys; ++j)
+        if (masking == Masking::hides_all || (b % 2 ? j < b : j >= s.keys - b))
+          mask[b * s.keys + j] = -kInfinity;
+    strides = {s.keys, 0, 0, 1};
+  }
+  const bool has_mask = masking != Masking::none;
+  const double scale = 1 / std::sqrt(static_cast<double>(s.dims));
+  const auto expected = attended(s, q.data(), k.data(), v.data(), has_mask ? mask.data() : nullptr,
+                                 strides, causal, scale);
+  for_every_setting(
+      named("masked_attention",
+            {s.batch, s.heads, s.queries, s.keys, s.dims, static_cast<int>(masking)}),
+      [&](Place place) {
+        const Buffer<float> qs(q, place), ks(k, place), vs(v, place), ms(mask, place);
+        Buffer<float> out(expected.size(), place);
+        const std::vector<int64_t> rows = {s.batch, s.heads, s.keys, s.dims};
+        std::vector<Tensor> operands = {
+            tensor(qs.data(), Dtype::f32, {s.batch, s.heads, s.queries, s.dims}),
+            tensor(ks.data(), Dtype::f32, rows), tensor(vs.data(), Dtype::f32, rows)};
+        if (has_mask)
+          operands.push_back(
+              tensor(ms.data(), Dtype::f32, {s.batch, s.heads, s.queries, s.keys}, strides));
+        operands.push_back(tensor(out.data(), Dtype::f32, {s.batch, s.queries, s.heads, s.dims}));
+        CHECK(run_step("masked_attention", operands, {has_mask, causal}, {scale}).fault ==
+              Fault::none);
+        CHECK(worst_error(out.values(), expected, kAttentionError, 0) <= 1);
+      });
+}
+
+void compare_causal(const Heads& s) {
+  Random random(13);
+  const auto q = random.floats(s.count(s.keys)), k = random.floats(s.count(s.keys)),
+             v = random.floats(s.count(s.keys));
+  const auto expected = attended(s, q.data(), k.data(), v.data(), nullptr, {}, true, 0.5);
+  for_every_setting(
+      named("causal_attention", {s.batch, s.heads, s.keys, s.dims}), [&](Place place) {
+        const Buffer<float> qs(q, place), ks(k, place), vs(v, place);
+        Buffer<float> out(expected.size(), place);
+        const std::vector<int64_t> rows = {s.batch, s.heads, s.keys, s.dims};
+        CHECK(run_step("causal_attention",
+                       {tensor(qs.data(), Dtype::f32, rows), tensor(ks.data(), Dtype::f32, rows),
+                        tensor(vs.data(), Dtype::f32, rows),
+                        tensor(out.data(), Dtype::f32, {s.batch, s.keys, s.heads, s.dims})},
+                       {}, {0.5})
+                  .fault == Fault::none);
+        CHECK(worst_error(out.values(), expected, kAttentionError, 0) <= 1);
+      });
+}
+
+void compare_reduce(const std::vector<int64_t>& sizes, int64_t kind) {
+  const int64_t outer = sizes[0], count = sizes[1], width = sizes[2];
+  auto x = Random(17).floats(outer * count * width);
+  for (size_t i = 7; i < x.size(); i += 211) x[i] = NAN;
+  std::vector<float> expected;
+  for (int64_t a = 0; a < outer; ++a)
+    for (int64_t c = 0; c < width; ++c) {
+      double total = kind == 2 ? -kInfinity : 0.0;
+      for (int64_t n = 0; n < count; ++n) {
+        const float value = x[(a * count + n) * width + c];
+        if (kind != 2)
+          total += value;
+        else if (std::isnan(value) || value > total)
+          total = value;
+      }
+      expected.push_back(
+          static_cast<float>(kind == 1 ? total / static_cast<double>(count) : total));
+    }
+  for_every_setting(named("reduce", sizes), [&](Place place) {
+    const Buffer<float> in(x, place);
+    Buffer<float> out(expected.size(), place);
+    CHECK(run_step("reduce",
+                   {tensor(in.data(), Dtype::f32, sizes),
+                    tensor(out.data(), Dtype::f32, {outer, width})},
+                   {kind})
+              .fault == Fault::none);
+    for (size_t i = 0; i < expected.size(); ++i) CHECK(same(out.data()[i], expected[i]));
+  });
+}
+
+void compare_softmax(int64_t rows, int64_t width) {
+  auto x = Random(19).floats(rows * width, 20.0f);
+  if (rows > 2) x[2 * width] = NAN;
+  std::vector<float> expected;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = x.data() + r * width;
+    double top = -kInfinity, sum = 0;
+    for (int64_t i = 0; i < width; ++i) top = std::max<double>(top, row[i]);
+    for (int64_t i = 0; i < width; ++i) sum += std::exp(row[i] - top);
+    for (int64_t i = 0; i < width; ++i)
+      expected.push_back(static_cast<float>(std::exp(row[i] - top) / sum));
+  }
+  for_every_setting(named("softmax", {rows, width}), [&](Place place) {
+    const Buffer<float> in(x, place);
+    Buffer<float> out(x.size(), place);
+    CHECK(run_step("softmax",
+                   {tensor(in.data(), Dtype::f32, {rows, width}),
+                    tensor(out.data(), Dtype::f32, {rows, width})},
+                   {})
+              .fault == Fault::none);
+    // exp of a difference up to 40 that is rounded (40 * 2^-24), and a sum of `width` terms.
+    const double bound = (45 + static_cast<double>(width)) * 0x1p-24;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = r * width; i < (r + 1) * width; ++i)
+        if (r == 2)
+          CHECK(std::isnan(out.data()[i]));
+        else
+          CHECK(std::abs(out.data()[i] - expected[i]) <= bound * expected[i] + 1e-30);
+  });
+}
+
+void compare_linear(int64_t rows, int64_t outputs, int64_t inputs, bool bias, int64_t activation) {
+  Random random(23);
+  const auto x = random.floats(rows * inputs), w = random.floats(outputs * inputs),
+             b = random.floats(outputs);
+  std::vector<float> expected;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < outputs; ++n) {
+      double sum = bias ? b[n] : 0.0;
+      for (int64_t i = 0; i < inputs; ++i)
+        sum += static_cast<double>(x[r * inputs + i]) * w[n * inputs + i];
+      if (activation == 1) sum = std::max(sum, 0.0);
+      if (activation == 2) sum = 0.5 * sum * (1 + std::erf(sum / std::sqrt(2.0)));
+      expected.push_back(static_cast<float>(sum));
+    }
+  for_every_setting(named("linear", {rows, outputs, inputs, bias, activation}), [&](Place place) {
+    const Buffer<float> xs(x, place), ws(w, place), bs(b, place);
+    Buffer<float> out(expected.size(), place);
+    std::vector<Tensor> operands = {tensor(xs.data(), Dtype::f32, {rows, inputs}),
+                                    tensor(ws.data(), Dtype::f32, {outputs, inputs})};
+    if (bias) operands.push_back(tensor(bs.data(), Dtype::f32, {outputs}));
+    operands.push_back(tensor(out.data(), Dtype::f32, {rows, outputs}));
+    CHECK(run_step("linear", operands, {bias, activation}).fault == Fault::none);
+    // Products within 1 added in any order: K units of 2^-24 of partial sums up to K, on average
+    // far less; gelu's erf is off by 4.3e-7 of the sum.
+    const double bound = 1e-5 + static_cast<double>(inputs) * 0x1p-24;
+    CHECK(worst_error(out.values(), expected, bound, 1e-6) <= 1);
+  });
+}
+
+}  // namespace
+
+TEST(step_masked_attention) {
+  for (const Heads& s : {Heads{1, 1, 1, 1, 1}, Heads{2, 2, 3, 5, 8}, Heads{3, 1, 17, 17, 9},
+                         Heads{2, 4, 7, 33, 32}, Heads{3, 2, 33, 16, 17}})
+    for (const Masking masking :
+         {Masking::none, Masking::whole, Masking::of_keys, Masking::hides_all})
+      for (const bool causal : {false, true}) compare_masked(s, masking, causal);
+}
+
+TEST(step_causal_attention) {
+  for (const Heads& s : {Heads{1, 1, 1, 1, 1}, Heads{2, 2, 15, 15, 8}, Heads{1, 3, 16, 16, 32},
+                         Heads{2, 1, 17, 17, 9}, Heads{1, 2, 65, 65, 64}})
+    compare_causal(s);
+}
+
+TEST(step_reduce) {
+  for (const std::vector<int64_t>& sizes :
+       {std::vector<int64_t>{1, 1, 1}, {2, 3, 5}, {0, 4, 3}, {3, 1, 17}, {2, 16, 65}, {5, 70, 129}})
+    for (const int64_t kind : {0, 1, 2}) compare_reduce(sizes, kind);
+}
+
+TEST(step_softmax) {
+  for (const int64_t width : {1, 15, 16, 17, 64, 65, 700})
+    for (const int64_t rows : {0, 1, 2, 5, 60}) compare_softmax(rows, width);
+}
+
+TEST(step_linear_of_few_outputs) {
+  for (const int64_t outputs : {1, 2, 3, 4, 5})
+    for (const int64_t inputs : {1, 15, 16, 17, 63, 65, 300})
+      for (const int64_t rows : {0, 1, 15, 16, 17, 50})
+        compare_linear(rows, outputs, inputs, (rows + inputs) % 2, (rows + outputs) % 3);
+  compare_linear(700, 3, 300, true, 1);  // on threads
+}
+
+// Several outputs, tiles, and outputs that later steps read.
+
+namespace {
+
+constexpr int64_t kWidth = 40, kHidden = 70, kScores = 33;
+
+enum Weighted { values, groups, starts, scales, sums, biases, kParts };
+enum Output { scores, total, shares, codes, kOutputs };
+
+// An int8 layer's constants, as random as its seed.
+struct Int8Layer {
+  Int8Layer(int64_t outputs, int64_t inputs, uint64_t seed, Place place) {
+    Random random(seed);
+    const int64_t panels = (outputs + 31) / 32, all = (inputs + 3) / 4;
+    std::vector<int8_t> value;
+    std::vector<int32_t> index, start = {0}, sum(static_cast<size_t>(outputs), 0);
+    for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t g = p % 2; g < all; g += 1 + g % 2) {  // some groups are left out
+        index.push_back(static_cast<int32_t>(g));
+        auto group = random.integers<int8_t>(128, -128, 127);
+        for (int i = 0; i < 128; ++i) {
+          const int64_t n = p * 32 + i / 4;
+          if (n >= outputs || g * 4 + i % 4 >= inputs) group[i] = 0;
+          if (n < outputs) sum[n] += group[i];
+        }
+        value.insert(value.end(), group.begin(), group.end());
+      }
+      start.push_back(static_cast<int32_t>(index.size()));
+    }
+    add(value, place);
+    add(index, place);
+    add(start, place);
+    add(random.floats(outputs, 0.01f), place);
+    add(sum, place);
+    add(random.floats(outputs), place);
+    sizes = {{static_cast<int64_t>(index.size()), 128},
+             {static_cast<int64_t>(index.size())},
+             {panels + 1},
+             {outputs},
+             {outputs},
+             {outputs}};
+  }
+
+  template <class T>
+  void add(const std::vector<T>& from, Place place) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(from.data());
+    parts.push_back(std::make_unique<Buffer<uint8_t>>(
+        std::vector<uint8_t>(bytes, bytes + from.size() * sizeof(T)), place));
+  }
+
+  std::vector<std::unique_ptr<Buffer<uint8_t>>> parts;
+  std::vector<std::vector<int64_t>> sizes;
+};
+
+// total = x + residual; hidden = relu(int8(norm(total))); scores = int8(hidden);
+// shares = softmax(scores); codes = int8(total) as u8.
+struct Branches {
+  explicit Branches(Place place)
+      : first(kHidden, kWidth, 29, place),
+        second(kScores, kHidden, 31, place),
+        third(kScores, kWidth, 37, place),
+        weight(Random(41).floats(kWidth), place),
+        bias(Random(43).floats(kWidth), place) {}
+
+  Plan plan(bool tiles, bool apart) const {
+    Plan plan;
+    if (apart) {
+      plan.users = kBatch;
+      plan.rows = {L};
+    }
+    const Int8Layer* layers[] = {&first, &second, &third};
+    for (const Int8Layer* layer : layers)
+      for (const auto& part : layer->parts)
+        plan.constants.push_back(reinterpret_cast<const std::byte*>(part->data()));
+    for (const Buffer<float>* affine : {&weight, &bias})
+      plan.constants.push_back(reinterpret_cast<const std::byte*>(affine->data()));
+    const auto room = [](int64_t width) { return extent(2 * ((width + 31) / 32 * 32), 1, 1); };
+    plan.slots = {{{room(kWidth)}}, {{room(kHidden)}}};
+    const auto rows = [](Space space, int index, Dtype dtype, int64_t width) {
+      return dense(space, index, dtype, {B, L, extent(width)});
+    };
+    const auto layer = [&](int which, int64_t outputs, int64_t inputs, const Operand& x,
+                           const Operand& y, int64_t activation, bool x_tiles, bool y_tiles) {
+      static constexpr Dtype kDtypes[] = {Dtype::s8,  Dtype::i32, Dtype::i32,
+                                          Dtype::f32, Dtype::i32, Dtype::f32};
+      std::vector<Operand> operands = {x};
+      for (int p = 0; p < kParts; ++p) {
+        std::vector<Extent> sizes;
+        for (const int64_t size : layers[which]->sizes[p]) sizes.push_back(extent(size));
+        operands.push_back(dense(Space::constant, which * kParts + p, kDtypes[p], sizes));
+      }
+      operands.push_back(y);
+      plan.steps.push_back(make_step("linear_int8", operands,
+                                     {outputs, inputs, 113, activation, 1, 101, x_tiles, y_tiles},
+                                     {0.03, 0.05}));
+    };
+    const auto affine = [&](int which) {
+      return dense(Space::constant, 3 * kParts + which, Dtype::f32, {extent(kWidth)});
+    };
+    const Operand sum = rows(Space::output, total, Dtype::f32, kWidth);
+    const Operand normed = rows(Space::arena, 0, Dtype::u8, kWidth);
+    const Operand hidden = rows(Space::arena, 1, Dtype::u8, kHidden);
+    const Operand score = rows(Space::output, scores, Dtype::f32, kScores);
+    plan.steps.push_back(
+        make_step("layer_norm",
+                  {rows(Space::input, 0, Dtype::f32, kWidth),
+                   rows(Space::input, 1, Dtype::f32, kWidth), affine(0), affine(1), sum, normed},
+                  {1, 113, tiles}, {1e-5, 0.03}));
+    layer(0, kHidden, kWidth, normed, hidden, 1, tiles, tiles);
+    layer(1, kScores, kHidden, hidden, score, 0, tiles, false);
+    plan.steps.push_back(
+        make_step("softmax", {score, rows(Space::output, shares, Dtype::f32, kScores)}, {}, {}));
+    layer(2, kScores, kWidth, sum, rows(Space::output, codes, Dtype::u8, kScores), 2, false, false);
+    return plan;
+  }
+
+  Int8Layer first, second, third;
+  Buffer<float> weight, bias;
+};
+
+struct Answers {
+  std::vector<uint8_t> bytes[kOutputs];
+  bool operator==(const Answers&) const = default;
+};
+
+// Outputs without a byte behind them, some of which steps read again.
+Answers answers(Executor& executor, int64_t batch, int64_t length, Place place) {
+  Random random(47 + static_cast<uint64_t>(batch * 100 + length));
+  const int64_t rows = batch * length;
+  const Buffer<float> x(random.floats(rows * kWidth, 3.0f), place),
+      residual(random.floats(rows * kWidth, 3.0f), place);
+  Buffer<uint8_t> score(rows * kScores * 4, place), sum(rows * kWidth * 4, place),
+      share(rows * kScores * 4, place), code(rows * kScores, place);
+  const std::byte* const inputs[] = {reinterpret_cast<const std::byte*>(x.data()),
+                                     reinterpret_cast<const std::byte*>(residual.data())};
+  std::byte* outputs[kOutputs];
+  Buffer<uint8_t>* const made[] = {&score, &sum, &share, &code};
+  for (int o = 0; o < kOutputs; ++o) outputs[o] = reinterpret_cast<std::byte*>(made[o]->data());
+  CHECK(executor.run({batch, length}, inputs, outputs).fault == Fault::none);
+  Answers answers;
+  for (int o = 0; o < kOutputs; ++o) answers.bytes[o] = made[o]->values();
+  return answers;
+}
+
+constexpr std::pair<int64_t, int64_t> kRequests[] = {{1, 1}, {2, 7}, {0, 3}, {1, 33}, {5, 40}};
+
+// Rows, on the scalar kernels.
+std::vector<Answers> expected_answers() {
+  std::vector<Answers> expected;
+  as_scalar([&] {
+    const Branches model(Place::heap);
+    Executor executor(model.plan(false, false));
+    for (const auto& [batch, length] : kRequests)
+      expected.push_back(answers(executor, batch, length, Place::heap));
+  });
+  return expected;
+}
+
+}  // namespace
+
+TEST(engine_writes_several_outputs_and_reads_them_again) {
+  const auto expected = expected_answers();
+  for (const bool tiles : {false, true})
+    for_every_setting(tiles ? "outputs, tiles" : "outputs, rows", [&](Place place) {
+      const Branches model(place);
+      for (const bool apart : {false, true}) {
+        Executor executor(model.plan(tiles, apart));
+        for (size_t r = 0; r < std::size(kRequests); ++r)
+          CHECK(answers(executor, kRequests[r].first, kRequests[r].second, place) == expected[r]);
+      }
+    });
+}
+
+TEST(engine_serves_concurrent_callers_of_several_outputs) {
+  constexpr int kCallers = 4, kRounds = 10;
+  const auto expected = expected_answers();
+  for_every_setting("callers of outputs", [&](Place place) {
+    const int threads = exchange_call_threads(0);
+    exchange_call_threads(threads);
+    const Branches model(place);
+    Executor executor(model.plan(true, true));
+    std::vector<std::thread> callers;
+    for (int i = 0; i < kCallers; ++i)
+      callers.emplace_back([&, i] {
+        exchange_call_threads(threads);
+        for (int round = 0; round < kRounds; ++round) {
+          const size_t r = static_cast<size_t>(i + round) % std::size(kRequests);
+          CHECK(answers(executor, kRequests[r].first, kRequests[r].second, place) == expected[r]);
+        }
+      });
+    for (std::thread& caller : callers) caller.join();
+  });
+}
+
+}  // namespace fastrec::tests
