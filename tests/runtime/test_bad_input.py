@@ -208,11 +208,13 @@ def test_a_nan_is_refused_wherever_it_is(
     features.reshape(-1).view(np.uint32)[place] = bits
     for inputs in ((features, weight), tuple(map(torch.from_numpy, (features, weight)))):
         assert dense._straight(inputs, 1) is None
-        with pytest.raises(ArgumentError, match="features: expected numbers, got a NaN"):
+        with pytest.raises(
+            ArgumentError, match="features: expected an input of numbers, got a NaN"
+        ):
             dense(*inputs)
     features.reshape(-1)[place] = 1
     weight[1] = np.nan
-    with pytest.raises(ArgumentError, match="weight: expected numbers, got a NaN"):
+    with pytest.raises(ArgumentError, match="weight: expected an input of numbers, got a NaN"):
         dense(features, weight)
     weight[1] = np.inf  # a number, as far as arithmetic goes
     assert np.isinf(dense(features, weight)[1]).any()

@@ -149,7 +149,7 @@ class InputSpec:
                 known[key] = bounds
         for f, a in zip(fields, arrays, strict=True):
             if a.dtype.kind == "f" and np.isnan(a).any():
-                raise ArgumentError(f.name, "numbers", "a NaN")
+                raise ArgumentError(f.name, "an input of numbers", "a NaN")
         if bounds is None:
             self._check_ranges(arrays)
             return arrays, from_torch
