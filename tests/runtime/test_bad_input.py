@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import nn
 import fastrec
 from fastrec.errors import (
     ArgumentError,
+    BackendError,
     DtypeError,
     FastrecError,
     IdRangeError,
@@ -236,3 +240,44 @@ def test_the_limit_where_torch_runs_the_model() -> None:
         assert made(torch.ones(3, 20), torch.ones(3, 1)).shape == (3, 3)
         with pytest.raises(ShapeError, match=r"1\.\.3"):
             made(torch.ones(4, 20), torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "scores"])
+def test_closing_while_others_call(kind: str) -> None:
+    """Each call gives its scores, or says that the engine is closed."""
+    rows = np.random.default_rng(0).standard_normal((3, 20), np.float32)
+    inputs: tuple[Any, ...] = (rows, np.ones((3, 1), np.float32))
+    if kind == "torch":
+        inputs = tuple(map(torch.from_numpy, inputs))
+    model = Dense().eval()
+    examples = (torch.ones(2, 20), torch.ones(2, 1))
+    for _ in range(5):
+        engine = fastrec.compile(model, examples, "native", 1, settings=SETTINGS)
+        expected = np.asarray(engine(*inputs))
+        begun = threading.Barrier(5)
+
+        def client(engine: Any = engine, begun: Any = begun) -> tuple[str, list[np.ndarray]]:
+            found: list[np.ndarray] = []
+            begun.wait()
+            for _ in range(100_000):
+                try:
+                    if kind == "scores":
+                        state = engine.encode(inputs[0], candidates=["weight"])
+                        found.append(np.asarray(engine.score(state, inputs[1])))
+                    else:
+                        found.append(np.asarray(engine(*inputs)))
+                except BackendError as error:
+                    return str(error), found
+                del found[:-3]
+            raise AssertionError("the engine was never closed")
+
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(client) for _ in range(4)]
+            begun.wait()
+            time.sleep(0.01)
+            engine.close()
+            for made in clients:
+                message, found = made.result()
+                assert "closed" in message
+                for scores in found:
+                    np.testing.assert_array_equal(scores, expected)

@@ -128,7 +128,9 @@ class PlanEngine(Engine):
         sizes = [arrays[i].shape[d] for i, d in self._sizes]
         known = dict(zip(self._plan.symbols, sizes, strict=True))
         out = np.empty([size.at(known) for size in self._out_shape], np.float32)
-        fault, step, value = self._executor.run(
+        # Held until the call is over: another thread may close the engine meanwhile.
+        native, _constants = self._held()
+        fault, step, value = native.run(
             sizes,
             [a.ctypes.data for a in arrays],
             [out.ctypes.data],
@@ -137,6 +139,14 @@ class PlanEngine(Engine):
         if fault:
             raise self._error(fault, step, value, arrays)
         return out
+
+    def _held(self) -> tuple[Any, list[np.ndarray]]:
+        """The executor, and the constants that it borrows."""
+        try:
+            return self._executor, self._constants
+        except AttributeError:
+            self._require_open()
+            raise
 
     def _error(self, fault: int, step: int, value: int, arrays: Sequence[np.ndarray]) -> Exception:
         sizes = {
@@ -190,7 +200,7 @@ class PlanEngine(Engine):
     def close(self) -> None:
         """Free the executor and the constants."""
         if not self._closed:
+            super().close()
             self._halves.clear()
             self._door = None
             del self._executor, self._constants
-        super().close()
