@@ -199,6 +199,8 @@ ALTERED = [
     ("masked_attention", without(3), "a mask, or none"),
     ("masked_attention", integer(0, 0), "a mask, or none"),
     ("masked_attention", integer(1, 2), "flags of 0 or 1"),
+    ("masked_attention", integer(3, -1), "flags of 0 or 1"),
+    ("masked_attention", lambda s: s.update(integers=[1, 1, 1, 0]), "causal mask, or one that"),
     ("masked_attention", size(3, 3, 2), "a number a score"),
     ("masked_attention", size(3, 2, 2), "a number a score"),
     ("masked_attention", stride(3, 3, 0), "contiguous rows of the mask"),

@@ -204,6 +204,7 @@ SUMS = {
     "integers": lambda x: (x > 0).sum(1).float(),
     "largest integer": lambda x: (x * 9).abs().gt(1).long().mul(3).amax(-1).float(),
     "masked mean": lambda x: (x * (x > 0)).sum(1) / (x > 0).sum(1).clamp_min(1),
+    "clamp": lambda x: x.clamp(-0.5, 0.25) + x.clamp(max=0) + (x > 0).sum(1, True).clamp(1),
     "pad": lambda x: F.pad(x, (1, 2)) + F.pad(x, (0, 3), value=2.5),
     "pad rows": lambda x: F.pad(x, (0, 0, 2, 1)),
     "zeros": lambda x: F.linear(x[..., :0], torch.zeros(4, 0), torch.arange(4.0)) + x[..., :1],

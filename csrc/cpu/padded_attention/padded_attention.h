@@ -5,9 +5,9 @@
 // and batches have strides of their own (in floats), so that views into a merged projection need no
 // copy. out f32 [B, Lq, H, D] is contiguous.
 // Keys outside starts and lengths cost nothing and may hold anything, NaN too. A batch without keys
-// gives zeros, and so does a row whose mask is -inf for all of them. Accumulators and softmax in
-// fp32, the row's maximum subtracted first; scratch is O(Lk * D) a thread, never Lq x Lk. Kernels
-// read nothing outside the given rows.
+// gives zeros (or NaN, Call::nothing), and so does a row whose mask is -inf for all of them.
+// Accumulators and softmax in fp32, the row's maximum subtracted first; scratch is O(Lk * D) a
+// thread, never Lq x Lk. Kernels read nothing outside the given rows.
 #pragma once
 
 #include <cstdint>
@@ -22,11 +22,12 @@ struct Rows {
   int64_t batch_stride, head_stride, row_stride;  // in floats
 };
 
-// What is added to the scores; the Lk floats of a row are contiguous, strides may be 0. Those of
-// keys outside starts and lengths are not read.
+// What is added to the scores, or caps them; the Lk floats of a row are contiguous, strides may be
+// 0. Those of keys outside starts and lengths are not read.
 struct Mask {
-  const float* data;  // or null: nothing is added
+  const float* data;  // or null: scores stay as they are
   int64_t batch_stride, head_stride, row_stride;
+  bool caps = false;  // the smaller of score and mask instead of their sum
 };
 
 struct Call {
@@ -37,6 +38,7 @@ struct Call {
   float scale;
   Mask mask{};
   const int64_t* starts = nullptr;  // [B], each 0..length, or null: 0
+  float nothing = 0.0f;             // what a row gives that sees no key: 0 or NaN
 
   int64_t first_key(int64_t b) const { return starts ? starts[b] : 0; }
   int64_t end_key(int64_t b) const { return lengths ? lengths[b] : key_rows; }

@@ -30,15 +30,18 @@ void part(const Call& call, const Part& part, float* weights) {
                    first * call.v.row_stride;
   for (int64_t i = part.begin; i < part.end; ++i) {
     float* out = call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims;
-    std::fill(out, out + dims, 0.0f);
-    const float* added = call.mask.data ? mask_row(call, part, i) : nullptr;
+    const float* masked = call.mask.data ? mask_row(call, part, i) : nullptr;
     for (int64_t j = 0; j < keys; ++j) {
       float score = 0.0f;
       for (int64_t d = 0; d < dims; ++d)
         score += q[i * call.q.row_stride + d] * k[j * call.k.row_stride + d];
-      weights[j] = score * call.scale + (added ? added[j] : 0.0f);
+      weights[j] = score * call.scale;
+      if (masked && !call.mask.caps) weights[j] += masked[j];
+      if (masked && call.mask.caps && masked[j] < weights[j]) weights[j] = masked[j];
     }
-    if (keys == 0 || (added && sees_nothing(weights, keys))) continue;
+    const bool nothing = keys == 0 || (masked && sees_nothing(weights, keys));
+    std::fill(out, out + dims, nothing ? call.nothing : 0.0f);
+    if (nothing) continue;
     const float inverse_sum = softmax(weights, keys);
     for (int64_t j = 0; j < keys; ++j)
       for (int64_t d = 0; d < dims; ++d)

@@ -82,13 +82,16 @@ FASTREC_VEC __attribute__((noinline)) void scores(const float* const* q, int64_t
       store(out + r * width + c * kLanes, multiply(acc[r][c], splat(scale)));
 }
 
-// row += added, `keys` floats of each.
-FASTREC_VEC_INLINE void add_mask(float* row, const float* added, int64_t keys) {
+// row += mask, or row = min(row, mask); `keys` floats of each. A NaN in the row stays.
+template <bool caps>
+FASTREC_VEC_INLINE void apply_mask(float* row, const float* mask, int64_t keys) {
   const int64_t whole = keys / kLanes * kLanes;
-  for (int64_t j = 0; j < whole; j += kLanes) store(row + j, add(load(row + j), load(added + j)));
+  for (int64_t j = 0; j < whole; j += kLanes)
+    store(row + j,
+          caps ? minimum(load(mask + j), load(row + j)) : add(load(row + j), load(mask + j)));
   if (whole < keys) {
-    const Lanes tail = first_lanes(keys - whole);
-    store(row + whole, add(load(row + whole), load(added + whole, tail)));
+    const Floats last = load(mask + whole, first_lanes(keys - whole));
+    store(row + whole, caps ? minimum(last, load(row + whole)) : add(load(row + whole), last));
   }
 }
 
@@ -207,11 +210,15 @@ FASTREC_VEC void row_block(const Call& call, const Part& part, int64_t i0, int64
   for (int r = 0; r < rows; ++r) {
     float* const row = weights + r * width;
     if (call.mask.data) {
-      add_mask(row, mask_row(call, part, i0 + r), key_count);
+      const float* const mask = mask_row(call, part, i0 + r);
+      if (call.mask.caps)
+        apply_mask<true>(row, mask, key_count);
+      else
+        apply_mask<false>(row, mask, key_count);
       // The first score that is not -inf settles it, mostly the very first.
       if (sees_nothing(row, key_count)) {
         std::fill_n(row, key_count, 0.0f);
-        inverse_sum[r] = 0.0f;
+        inverse_sum[r] = call.nothing;
         continue;
       }
     }
@@ -240,7 +247,7 @@ FASTREC_VEC void part(const Call& call, const Part& part, float* scratch) {
   if (keys == 0) {
     for (int64_t i = part.begin; i < part.end; ++i)
       std::fill_n(call.out + ((part.batch * call.query_rows + i) * call.heads + part.head) * dims,
-                  dims, 0.0f);
+                  dims, call.nothing);
     return;
   }
   float* const transposed = scratch;                     // [D][width]

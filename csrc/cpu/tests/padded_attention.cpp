@@ -54,7 +54,8 @@ void compare(const Shape& shape, const std::vector<int64_t>& lengths) {
 
 // With a mask of `mask_heads` x `mask_rows` (1: broadcast), some of it and some rows of it hidden.
 void compare_masked(const Shape& shape, int64_t mask_heads, int64_t mask_rows,
-                    const std::vector<int64_t>& starts, const std::vector<int64_t>& lengths) {
+                    const std::vector<int64_t>& starts, const std::vector<int64_t>& lengths,
+                    bool caps = false) {
   Random random(11);
   const auto [batch, queries, keys, heads, dims] = shape;
   const int64_t width = heads * dims;
@@ -77,21 +78,21 @@ void compare_masked(const Shape& shape, int64_t mask_heads, int64_t mask_rows,
     const Buffer<float> qs(q, place), ks(k, place), vs(v, place), ms(mask, place);
     const Buffer<int64_t> ss(starts, place), ls(lengths, place);
     Buffer<float> out(q.size(), place);
-    CHECK(
-        padded_attention::run({{qs.data(), queries * width, dims, width},
-                               {ks.data(), keys * width, dims, width},
-                               {vs.data(), keys * width, dims, width},
-                               out.data(),
-                               lengths.empty() ? nullptr : ls.data(),
-                               batch,
-                               queries,
-                               keys,
-                               heads,
-                               dims,
-                               1.0f / std::sqrt(static_cast<float>(dims)),
-                               {ms.data(), mask_heads * mask_rows * keys,
-                                mask_heads == 1 ? 0 : mask_rows * keys, mask_rows == 1 ? 0 : keys},
-                               starts.empty() ? nullptr : ss.data()}) == -1);
+    CHECK(padded_attention::run(
+              {{qs.data(), queries * width, dims, width},
+               {ks.data(), keys * width, dims, width},
+               {vs.data(), keys * width, dims, width},
+               out.data(),
+               lengths.empty() ? nullptr : ls.data(),
+               batch,
+               queries,
+               keys,
+               heads,
+               dims,
+               1.0f / std::sqrt(static_cast<float>(dims)),
+               {ms.data(), mask_heads * mask_rows * keys, mask_heads == 1 ? 0 : mask_rows * keys,
+                mask_rows == 1 ? 0 : keys, caps},
+               starts.empty() ? nullptr : ss.data()}) == -1);
     return out.values();
   };
   std::vector<float> expected;
@@ -115,6 +116,7 @@ TEST(padded_attention_agrees_under_masks) {
   for (const int64_t keys : {1, 15, 16, 17, 65, 100}) {
     compare_masked({2, 9, keys, 3, 16}, 3, 9, {}, {});
     compare_masked({3, 9, keys, 2, 17}, 1, 1, {}, {});
+    compare_masked({2, 9, keys, 3, 16}, 3, 9, {}, {}, true);
   }
   compare_masked({3, 13, 40, 2, 32}, 1, 1, {0, 7, 40}, {40, 33, 40});
   compare_masked({3, 13, 40, 2, 32}, 2, 13, {1, 39, 0}, {40, 40, 0});

@@ -323,8 +323,9 @@ def _causal_attention(step: Step) -> None:
 
 
 def _masked_attention(step: Step) -> None:
-    _counts(step, (3, 4), 2, 1)
+    _counts(step, (3, 4), 4, 1)
     _flags(*step.integers)
+    require(not (step.integers[1] and step.integers[2]), "a causal mask, or one that caps")
     require(len(step.inputs) == 3 + step.integers[0], "a mask, or none, as the step says")
     batch, heads, queries, _ = _heads(step)
     if step.integers[0]:

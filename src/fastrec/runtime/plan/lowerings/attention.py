@@ -46,7 +46,7 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
             "causal_attention" if fast else "masked_attention",
             inputs,
             (batch, queries, heads, dims),
-            integers=[] if fast else [int(mask is not None), int(causal)],
+            integers=[] if fast else [int(mask is not None), int(causal), 0, 0],
             numbers=[scale],
         )
         return out.permuted((0, 2, 1, 3))

@@ -89,6 +89,21 @@ def _binary(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     return to.map(node, program.inputs, program.code, to.shape_of(node), dtype_of(node))
 
 
+@lowers(aten.clamp.default)
+def _clamp(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    low, high = [*args[1:], None, None][:2]
+    low, high = kwargs.get("min", low), kwargs.get("max", high)
+    dtype = dtype_of(node)
+    kind = "f32" if dtype == "float32" else "i64"
+    program = Program()
+    (a,) = program.operands([args[0]], floating=dtype == "float32")
+    for name, bound in (("max", low), ("min", high)):
+        if bound is not None:
+            limit = program.append("number" if kind == "f32" else "integer", bound)
+            a = program.append(f"{name}_{kind}", a, limit)
+    return to.map(node, program.inputs, program.code, to.shape_of(node), dtype)
+
+
 @lowers(aten.rsub.Scalar)
 def _rsub(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     program = Program()

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from fastrec.runtime.plan.ir import ONE, Extent, View
 from fastrec.runtime.plan.lower import Lowerer, constant, lowers
+from fastrec.runtime.plan.lowerings.spelled_out import attention_of
 
 aten = torch.ops.aten
 
@@ -30,6 +31,8 @@ def _matmul(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
         weight = constant(torch.from_numpy(np.ascontiguousarray(b.constant.T)))
         inputs = [to.contiguous(a), weight]
         return to.emit(node, "linear", inputs, shape, integers=[0, 0])
+    if len(a.shape) > 2 and (attention := attention_of(to, node, a, b)) is not None:
+        return attention
     vector_a, vector_b = len(a.shape) == 1, len(b.shape) == 1
     if vector_a:
         a = to.reshaped(a, (ONE, *a.shape))
