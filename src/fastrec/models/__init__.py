@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "EncoderConfig": "fastrec.models.encoder",
     "Ranker": "fastrec.models.ranker",
     "RankerConfig": "fastrec.models.ranker",
     "SASRec": "fastrec.models.sasrec",
@@ -17,6 +18,7 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from fastrec.models.attention import fuse_attention_, record_attention
+    from fastrec.models.encoder import EncoderConfig
     from fastrec.models.ranker import Ranker, RankerConfig
     from fastrec.models.sasrec import SASRec, SASRecConfig
     from fastrec.models.validate import validate_inputs
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODELS",
+    "EncoderConfig",
     "Ranker",
     "RankerConfig",
     "SASRec",

@@ -5,15 +5,19 @@ Glossary: B batch, H heads, L history length, m candidates, d model width, D = d
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrec.kernels.padded_attention import padded_attention
+from fastrec.models.encoder import EncoderConfig
+from fastrec.nn import WindowSparseAttention
+from fastrec.nn._projections import make_projection, project
 
 # Added to the scores of masked keys. Finite, so that a row with no valid key stays finite, and
 # exact in fp16 and bf16; exp(-30000) is 0 in every dtype.
@@ -37,11 +41,11 @@ class Attention(nn.Module):
     whether inference runs on our ``padded_attention`` kernel (:func:`fuse_attention_`).
     """
 
-    def __init__(self, d: int, n_heads: int) -> None:
+    def __init__(self, d: int, n_heads: int, out_proj: nn.Module | None = None) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.head_dim = d // n_heads
-        self.out_proj = nn.Linear(d, d)
+        self.out_proj = nn.Linear(d, d) if out_proj is None else out_proj
         self.record: list[Tensor] | None = None
         self.fused = False
 
@@ -49,6 +53,8 @@ class Attention(nn.Module):
     def _kernel_takes(*tensors: Tensor) -> bool:
         """Whether ``padded_attention`` may run: it has no backward."""
         if any(t.dtype is not torch.float32 or not t.is_cpu for t in tensors):
+            return False
+        if len({t.shape[-1] for t in tensors}) > 1:  # narrow q and k
             return False
         return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
@@ -65,7 +71,10 @@ class Attention(nn.Module):
         if self.fused and not (spelled_out or causal) and self._kernel_takes(q, k, v):
             context = padded_attention(q, k, v, lengths=None if mask is None else mask.length)
         elif not spelled_out:
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+            scale = None if q.shape[-1] == self.head_dim else self.head_dim**-0.5
+            context = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=causal, scale=scale
+            )
         else:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             if bias is not None:
@@ -77,21 +86,48 @@ class Attention(nn.Module):
             if self.record is not None:
                 self.record.append(weights)
             context = weights @ v
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        lengths = None if mask is None else mask.length
+        return project(self.out_proj, context.transpose(1, 2).flatten(2), lengths)
 
 
 class SelfAttention(Attention):
-    """Multi-head self attention with one merged projection ``in_proj`` [3d, d] (q, k, v rows)."""
+    """Multi-head self attention with one merged projection ``in_proj`` [3d, d] (q, k, v rows).
 
-    def __init__(self, d: int, n_heads: int) -> None:
-        super().__init__(d, n_heads)
-        self.in_proj = nn.Linear(d, 3 * d)
+    ``encoder`` chooses what projects, and may narrow q and k; its pattern is not looked at.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        n_heads: int,
+        encoder: EncoderConfig | None = None,
+        causal: bool = False,
+    ) -> None:
+        encoder = EncoderConfig() if encoder is None else encoder
+        options: dict[str, Any] = {
+            "groups": encoder.groups,
+            "kernel_size": encoder.kernel_size,
+            "rank": encoder.rank,
+            "causal": causal,
+        }
+        kind = encoder.projection
+        super().__init__(d, n_heads, make_projection(kind, d, d, **options))
+        self.qk_dim = self.head_dim if encoder.qk_rank is None else encoder.qk_rank
+        outputs = 2 * n_heads * self.qk_dim + d
+        # Shuffled, so that every head sees every group.
+        self.in_proj = make_projection(kind, d, outputs, shuffle=True, **options)
 
     def forward(self, x: Tensor, mask: KeyMask | None = None, causal: bool = False) -> Tensor:
         """x [B, L, d] -> [B, L, d]."""
-        # [B, L, 3d] -> 3 x [B, H, L, D], all views
-        qkv = self.in_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        merged = project(self.in_proj, x, None if mask is None else mask.length)
+        if self.qk_dim == self.head_dim:
+            # [B, L, 3d] -> 3 x [B, H, L, D], all views
+            qkv = merged.unflatten(-1, (3, self.n_heads, self.head_dim))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            width = self.n_heads * self.qk_dim
+            parts = merged.split([width, width, self.n_heads * self.head_dim], -1)
+            q, k, v = (p.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for p in parts)
         return self.attend(q, k, v, mask, causal)
 
 
@@ -128,22 +164,65 @@ class CrossAttention(Attention):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + ffn(norm(x)), GELU."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + ffn(norm(x)), GELU.
 
-    def __init__(self, d: int, n_heads: int, ffn: int, dropout: float = 0.0) -> None:
+    Args:
+        d, n_heads, ffn: width, heads, hidden width of the feed-forward part.
+        dropout: rate on what the two parts add, while training.
+        encoder: what attends and projects; None is a plain transformer's.
+        causal: whether the block will be called so; a pattern and a convolution must know.
+    """
+
+    attention: SelfAttention | WindowSparseAttention
+
+    def __init__(
+        self,
+        d: int,
+        n_heads: int,
+        ffn: int,
+        dropout: float = 0.0,
+        encoder: EncoderConfig | None = None,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
+        encoder = EncoderConfig() if encoder is None else encoder
         self.attention_norm = nn.LayerNorm(d)
-        self.attention = SelfAttention(d, n_heads)
+        if encoder.pattern is None:
+            self.attention = SelfAttention(d, n_heads, encoder, causal)
+        else:
+            pattern = encoder.pattern
+            self.attention = WindowSparseAttention(
+                d,
+                n_heads,
+                pattern=dataclasses.replace(pattern, causal=True) if causal else pattern,
+                projection=encoder.projection,
+                groups=encoder.groups,
+                kernel_size=encoder.kernel_size,
+                rank=encoder.rank,
+                qk_rank=encoder.qk_rank,
+            )
         self.ffn_norm = nn.LayerNorm(d)
-        self.ffn = nn.Sequential(nn.Linear(d, ffn), nn.GELU(), nn.Linear(ffn, d))
+        kind = encoder.ffn_projection
+        options: dict[str, Any] = {"groups": encoder.groups, "rank": encoder.rank}
+        self.ffn = nn.Sequential(
+            make_projection(kind, d, ffn, shuffle=True, **options),
+            nn.GELU(),
+            make_projection(kind, ffn, d, **options),
+        )
         self.dropout = dropout
+
+    def _attend(self, x: Tensor, mask: KeyMask | None, causal: bool) -> Tensor:
+        if isinstance(self.attention, WindowSparseAttention):
+            lengths = None if mask is None else mask.length
+            return self.attention(self.attention_norm(x), lengths=lengths)[0]
+        return self.attention(self.attention_norm(x), mask, causal)
 
     def forward(self, x: Tensor, mask: KeyMask | None = None, causal: bool = False) -> Tensor:
         """x [B, L, d] -> [B, L, d]."""
         if self.training and self.dropout:
-            x = x + F.dropout(self.attention(self.attention_norm(x), mask, causal), self.dropout)
+            x = x + F.dropout(self._attend(x, mask, causal), self.dropout)
             return x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout)
-        x = x + self.attention(self.attention_norm(x), mask, causal)
+        x = x + self._attend(x, mask, causal)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -168,7 +247,8 @@ def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
     slower than the fused call; clear the list between forwards to keep memory flat.
     """
     maps: list[Tensor] = []
-    modules = [module for module in model.modules() if isinstance(module, Attention)]
+    recordable = (Attention, WindowSparseAttention)
+    modules = [module for module in model.modules() if isinstance(module, recordable)]
     before = [module.record for module in modules]
     for module in modules:
         module.record = maps

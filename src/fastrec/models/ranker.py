@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from fastrec.errors import ArgumentError
 from fastrec.models.attention import MASKED, CrossAttention, EncoderBlock, KeyMask
 from fastrec.models.config import Config
+from fastrec.models.encoder import EncoderConfig, as_encoder
+from fastrec.nn._projections import output_layer
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,11 @@ class RankerConfig(Config):
         item_dim: width of the item table; None means ``d``, less means a factorised table (a Linear
             without bias brings it to ``d``).
         dropout: rate in the encoder blocks while training.
+        encoder: what the blocks attend and project with; the default is a plain transformer's.
 
     Raises:
-        ArgumentError: a size is not positive, or ``d`` is not a multiple of ``n_heads``.
+        ArgumentError: a size is not positive, ``d`` is not a multiple of ``n_heads``, or
+            ``encoder`` does not fit.
     """
 
     n_items: int
@@ -60,8 +64,10 @@ class RankerConfig(Config):
     tower: tuple[int, ...] = (1024,) * 6
     item_dim: int | None = None
     dropout: float = 0.0
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "encoder", as_encoder(self.encoder))
         object.__setattr__(self, "tower", tuple(int(width) for width in self.tower))
         for name in ("n_items", "n_categories", "n_behaviours", "history_length", "d", "n_heads"):
             if getattr(self, name) < 1:
@@ -79,6 +85,7 @@ class RankerConfig(Config):
             raise ArgumentError("item_dim", "a positive integer or None", self.item_dim)
         if not 0 <= self.dropout < 1:
             raise ArgumentError("dropout", "a rate in [0, 1)", self.dropout)
+        self.encoder.check(self.d, self.n_heads, self.ffn, causal=False)
 
     @classmethod
     def taobao(cls) -> RankerConfig:
@@ -95,11 +102,14 @@ class RankerConfig(Config):
         Raises:
             ArgumentError: not even an item table of width 1 fits.
         """
+        d = max(self.n_heads, self.d // 2 // self.n_heads * self.n_heads)
+        ffn = max(1, self.ffn // 2)
         small = dataclasses.replace(
             self,
-            d=max(self.n_heads, self.d // 2 // self.n_heads * self.n_heads),
+            d=d,
             category_dim=max(1, self.category_dim // 2),
-            ffn=max(1, self.ffn // 2),
+            ffn=ffn,
+            encoder=self.encoder.halved(d, ffn),
             tower=tuple(
                 max(1, width // 2) for width in self.tower[: math.ceil(len(self.tower) / 2)]
             ),
@@ -120,7 +130,9 @@ class RankerConfig(Config):
         total = self.n_items * item_dim + (item_dim * d if self.item_dim else 0)
         total += self.n_categories * self.category_dim + self.category_dim * d
         total += (self.n_behaviours + 1) * d + self.history_length * d
-        total += self.n_blocks * (4 * d * (d + 1) + 2 * d * ffn + ffn + d + 4 * d)
+        with torch.device("meta"):
+            block = EncoderBlock(d, self.n_heads, ffn, encoder=self.encoder)
+        total += self.n_blocks * sum(p.numel() for p in block.parameters())
         total += 2 * d + 4 * d * (d + 1) + 2 * d
         widths = (3 * d, *self.tower, 1)
         return total + sum((a + 1) * b for a, b in itertools.pairwise(widths))
@@ -146,7 +158,7 @@ class Ranker(nn.Module):
         self.behaviour_embedding = nn.Embedding(config.n_behaviours + 1, d, padding_idx=0)
         self.position_embedding = nn.Embedding(config.history_length, d)
         self.blocks = nn.ModuleList(
-            EncoderBlock(d, config.n_heads, config.ffn, config.dropout)
+            EncoderBlock(d, config.n_heads, config.ffn, config.dropout, config.encoder)
             for _ in range(config.n_blocks)
         )
         self.final_norm = nn.LayerNorm(d)
@@ -174,8 +186,8 @@ class Ranker(nn.Module):
                         table.weight[table.padding_idx].zero_()
         with torch.no_grad():
             for block in self.blocks:
-                block.attention.out_proj.weight.mul_(0.1)
-                block.ffn[-1].weight.mul_(0.1)
+                output_layer(block.attention.out_proj)[0].mul_(0.1)
+                output_layer(block.ffn[-1])[0].mul_(0.1)
         if self.item_proj is not None:
             # Keeps the scale of the projected rows that of an unfactorised table.
             nn.init.normal_(self.item_proj.weight, std=self.item_proj.in_features**-0.5)

@@ -6,7 +6,7 @@ the same data, and the tied item table is the paper's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastrec.errors import ArgumentError
 from fastrec.models.attention import EncoderBlock
 from fastrec.models.config import Config
+from fastrec.models.encoder import EncoderConfig, as_encoder
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,12 @@ class SASRecConfig(Config):
         n_heads: heads of each block.
         ffn: hidden width of the feed-forward part.
         dropout: rate on the input and inside the blocks while training.
+        encoder: what the blocks attend and project with; the default is a plain transformer's. A
+            pattern is made causal.
 
     Raises:
-        ArgumentError: a size is not positive, or ``d`` is not a multiple of ``n_heads``.
+        ArgumentError: a size is not positive, ``d`` is not a multiple of ``n_heads``, or
+            ``encoder`` does not fit.
     """
 
     n_items: int
@@ -41,8 +45,10 @@ class SASRecConfig(Config):
     n_heads: int = 2
     ffn: int = 256
     dropout: float = 0.2
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "encoder", as_encoder(self.encoder))
         for name in ("n_items", "max_length", "d", "n_blocks", "n_heads", "ffn"):
             if getattr(self, name) < 1:
                 raise ArgumentError(name, "a positive integer", getattr(self, name))
@@ -50,6 +56,7 @@ class SASRecConfig(Config):
             raise ArgumentError("d", f"a multiple of n_heads = {self.n_heads}", self.d)
         if not 0 <= self.dropout < 1:
             raise ArgumentError("dropout", "a rate in [0, 1)", self.dropout)
+        self.encoder.check(self.d, self.n_heads, self.ffn, causal=True)
 
 
 class SASRec(nn.Module):
@@ -61,7 +68,9 @@ class SASRec(nn.Module):
         self.item_embedding = nn.Embedding(config.n_items, config.d, padding_idx=0)
         self.position_embedding = nn.Embedding(config.max_length, config.d)
         self.blocks = nn.ModuleList(
-            EncoderBlock(config.d, config.n_heads, config.ffn, config.dropout)
+            EncoderBlock(
+                config.d, config.n_heads, config.ffn, config.dropout, config.encoder, causal=True
+            )
             for _ in range(config.n_blocks)
         )
         self.final_norm = nn.LayerNorm(config.d)

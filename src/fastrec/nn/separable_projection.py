@@ -39,6 +39,8 @@ class SeparableProjection(nn.Module):
         ArgumentError: a size outside what is written above.
     """
 
+    takes_lengths = True
+
     def __init__(
         self,
         in_features: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,14 @@ from fastrec.kernels.window_sparse_attention import window_sparse_attention
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.nn._common import check_size, like
 from fastrec.nn._masks import bias_of_lengths, bias_of_mask, lengths_of_mask
-from fastrec.nn.grouped_linear import GroupedLinear
-from fastrec.nn.low_rank_linear import LowRankLinear
-from fastrec.nn.separable_projection import SeparableProjection
-
-Projection = Literal["dense", "grouped", "separable", "low_rank"]
-PROJECTIONS = ("dense", "grouped", "separable", "low_rank")
+from fastrec.nn._projections import (
+    PROJECTIONS,
+    Projection,
+    load_dense,
+    make_projection,
+    output_layer,
+    project,
+)
 
 
 class WindowSparseAttention(nn.Module):
@@ -63,6 +65,8 @@ class WindowSparseAttention(nn.Module):
     Attributes:
         in_proj: d -> 2 H r + d: q's heads, k's heads, v's heads.
         out_proj: d -> d.
+        record: None, or the list to which ``fastrec.models.record_attention`` has each forward
+            append its weights [B, H, L, L].
 
     Raises:
         ArgumentError: a value outside what is written above.
@@ -127,29 +131,30 @@ class WindowSparseAttention(nn.Module):
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, float(dropout)
         self.batch_first, self.pattern, self.projection = batch_first, pattern, projection
         self.groups, self.kernel_size, self.rank = groups, kernel_size, rank
+        self.record: list[Tensor] | None = None
         like_torch = {"bias": bias, "device": device, "dtype": dtype}
         self.in_proj = self._make(2 * num_heads * self.qk_dim + embed_dim, True, like_torch)
         self.out_proj = self._make(embed_dim, False, like_torch)
         self.reset_parameters()
 
     def _make(self, outputs: int, shuffle: bool, like_torch: dict[str, Any]) -> nn.Module:
-        d = self.embed_dim
-        if self.projection == "grouped":
-            return GroupedLinear(d, outputs, self.groups, shuffle=shuffle, **like_torch)
-        if self.projection == "separable":
-            return SeparableProjection(
-                d, outputs, self.kernel_size, self.groups, causal=self.pattern.causal, **like_torch
-            )
-        if self.projection == "low_rank":
-            assert self.rank is not None
-            return LowRankLinear(d, outputs, self.rank, **like_torch)
-        return nn.Linear(d, outputs, **like_torch)
+        return make_projection(
+            self.projection,
+            self.embed_dim,
+            outputs,
+            groups=self.groups,
+            kernel_size=self.kernel_size,
+            rank=self.rank,
+            causal=self.pattern.causal,
+            shuffle=shuffle,
+            **like_torch,
+        )
 
     def reset_parameters(self) -> None:
         """``nn.MultiheadAttention``'s: Xavier for a dense ``in_proj``, biases zero."""
         for layer in (self.in_proj, self.out_proj):
             layer.reset_parameters()
-            bias = layer.up.bias if isinstance(layer, LowRankLinear) else layer.bias
+            bias = output_layer(layer)[1]
             if bias is not None:
                 nn.init.zeros_(bias)
         if isinstance(self.in_proj, nn.Linear):
@@ -207,8 +212,8 @@ class WindowSparseAttention(nn.Module):
         bias = None if bias is None else bias.detach()
         if module.qk_dim < module.head_dim:
             weight, bias = _low_rank_scores(weight, bias, module.num_heads, module.qk_dim)
-        _load(module.in_proj, weight, bias)
-        _load(module.out_proj, mha.out_proj.weight, mha.out_proj.bias)
+        load_dense(module.in_proj, weight, bias)
+        load_dense(module.out_proj, mha.out_proj.weight, mha.out_proj.bias)
         return module.train(mha.training)
 
     @classmethod
@@ -283,10 +288,13 @@ class WindowSparseAttention(nn.Module):
             lengths, hidden = lengths_of_mask(hidden)
         q, k, v = self._project(inputs, lengths, hidden)
         drops = self.training and self.dropout > 0
-        if need_weights or drops or attn_mask is not None or hidden is not None:
+        records = self.record is not None
+        if need_weights or drops or records or attn_mask is not None or hidden is not None:
             if lengths is not None:
                 hidden = bias_of_lengths(lengths, inputs[0])
             heads, weights = self._spelled_out(q, k, v, hidden, attn_mask)
+            if self.record is not None:
+                self.record.append(weights)
         else:
             q, k = (self._as_wide_as_v(x) for x in (q, k))
             heads = window_sparse_attention(
@@ -295,7 +303,7 @@ class WindowSparseAttention(nn.Module):
             weights = None
         # [B, H, L, D] -> [B, L, d]; the kernel's result is a view of [B, L, H, D]
         merged = heads.transpose(1, 2).flatten(2)
-        out = self._run(self.out_proj, merged, lengths)
+        out = project(self.out_proj, merged, lengths)
         if not batched:
             out = out.squeeze(0)
         elif not self.batch_first:
@@ -305,22 +313,17 @@ class WindowSparseAttention(nn.Module):
         weights = weights.mean(1) if average_attn_weights else weights
         return out, weights if batched else weights.squeeze(0)
 
-    @staticmethod
-    def _run(layer: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
-        result: Tensor = layer(x, lengths) if isinstance(layer, SeparableProjection) else layer(x)
-        return result
-
     def _project(
         self, inputs: list[Tensor], lengths: Tensor | None, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k [B, H, L, r] and v [B, H, L, D], views of one projection of one input."""
-        if hidden is not None and isinstance(self.in_proj, SeparableProjection):
+        if hidden is not None and getattr(self.in_proj, "takes_lengths", False):
             # Neighbours must not see through the convolution what they may not attend.
             seen = (hidden > -torch.inf).unsqueeze(-1)
             inputs = [torch.where(seen, x, 0.0) for x in inputs]
         sizes = [self.num_heads * self.qk_dim] * 2 + [self.embed_dim]
         if len(inputs) == 1:
-            parts = list(self._run(self.in_proj, inputs[0], lengths).split(sizes, -1))
+            parts = list(project(self.in_proj, inputs[0], lengths).split(sizes, -1))
         elif type(self.in_proj) is nn.Linear:
             weights = self.in_proj.weight.split(sizes)
             bias = self.in_proj.bias
@@ -328,7 +331,7 @@ class WindowSparseAttention(nn.Module):
             parts = [F.linear(*args) for args in zip(inputs, weights, biases, strict=True)]
         else:
             # One kernel's layout: each input is projected in full, and its part taken.
-            projected = [self._run(self.in_proj, x, lengths).split(sizes, -1) for x in inputs]
+            projected = [project(self.in_proj, x, lengths).split(sizes, -1) for x in inputs]
             parts = [rows[n] for n, rows in enumerate(projected)]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
         return q, k, v
@@ -369,16 +372,6 @@ class WindowSparseAttention(nn.Module):
             f"batch_first={self.batch_first}, projection={self.projection!r}, "
             f"qk_dim={self.qk_dim}, pattern={self.pattern}"
         )
-
-
-def _load(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    if isinstance(layer, nn.Linear):
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            if bias is not None:
-                layer.bias.copy_(bias)
-    else:
-        layer.load_dense(weight, bias)
 
 
 def _low_rank_scores(
