@@ -49,12 +49,12 @@ struct Heads {
 
 enum class Masking { none, whole, of_keys, hides_all };
 
-// softmax(scale q k^T + mask) v in float64, [B, Lq, H, D]; rows that see nothing are zeros. The
-// mask is [B, H, Lq, Lk] by strides.
+// softmax(scale q k^T + mask) v in float64, [B, Lq, H, D]; rows that see nothing are `nothing`. The
+// mask is [B, H, Lq, Lk] by strides, and the scores' upper bound where it `caps`.
 std::vector<float> attended(const Heads& s, const float* q, const float* k, const float* v,
                             const float* mask, const std::vector<int64_t>& mask_strides,
-                            bool causal, double scale) {
-  std::vector<float> out(static_cast<size_t>(s.count(s.queries)), 0.0f);
+                            bool causal, double scale, bool caps = false, float nothing = 0) {
+  std::vector<float> out(static_cast<size_t>(s.count(s.queries)), nothing);
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t h = 0; h < s.heads; ++h)
       for (int64_t i = 0; i < s.queries; ++i) {
@@ -67,9 +67,11 @@ std::vector<float> attended(const Heads& s, const float* q, const float* k, cons
           for (int64_t d = 0; d < s.dims; ++d)
             dot += static_cast<double>(query[d]) * k[head + j * s.dims + d];
           score[j] = dot * scale;
-          if (mask)
-            score[j] += mask[b * mask_strides[0] + h * mask_strides[1] + i * mask_strides[2] +
-                             j * mask_strides[3]];
+          if (mask) {
+            const double masking = mask[b * mask_strides[0] + h * mask_strides[1] +
+                                        i * mask_strides[2] + j * mask_strides[3]];
+            score[j] = caps ? std::min(score[j], masking) : score[j] + masking;
+          }
           if (causal && j > i) score[j] = -kInfinity;
           top = std::max(top, score[j]);
         }
@@ -88,7 +90,7 @@ std::vector<float> attended(const Heads& s, const float* q, const float* k, cons
 // less than 1e-5, and any wrong key, row or head by far more.
 constexpr double kAttentionError = 1e-5;
 
-void compare_masked(const Heads& s, Masking masking, bool causal) {
+void compare_masked(const Heads& s, Masking masking, bool causal, bool caps, bool nans) {
   Random random(11);
   const auto q = random.floats(s.count(s.queries)), k = random.floats(s.count(s.keys)),
              v = random.floats(s.count(s.keys));
@@ -109,7 +111,7 @@ void compare_masked(const Heads& s, Masking masking, bool causal) {
   const bool has_mask = masking != Masking::none;
   const double scale = 1 / std::sqrt(static_cast<double>(s.dims));
   const auto expected = attended(s, q.data(), k.data(), v.data(), has_mask ? mask.data() : nullptr,
-                                 strides, causal, scale);
+                                 strides, causal, scale, caps, nans ? NAN : 0.0f);
   for_every_setting(
       named("masked_attention",
             {s.batch, s.heads, s.queries, s.keys, s.dims, static_cast<int>(masking)}),
@@ -124,9 +126,12 @@ void compare_masked(const Heads& s, Masking masking, bool causal) {
           operands.push_back(
               tensor(ms.data(), Dtype::f32, {s.batch, s.heads, s.queries, s.keys}, strides));
         operands.push_back(tensor(out.data(), Dtype::f32, {s.batch, s.queries, s.heads, s.dims}));
-        CHECK(run_step("masked_attention", operands, {has_mask, causal}, {scale}).fault ==
-              Fault::none);
-        CHECK(worst_error(out.values(), expected, kAttentionError, 0) <= 1);
+        CHECK(
+            run_step("masked_attention", operands, {has_mask, causal, caps, nans}, {scale}).fault ==
+            Fault::none);
+        for (size_t i = 0; i < expected.size(); ++i)
+          CHECK(same(out.data()[i], expected[i]) ||
+                std::abs(out.data()[i] - expected[i]) <= kAttentionError);
       });
 }
 
@@ -348,7 +353,10 @@ TEST(step_masked_attention) {
                          Heads{2, 4, 7, 33, 32}, Heads{3, 2, 33, 16, 17}})
     for (const Masking masking :
          {Masking::none, Masking::whole, Masking::of_keys, Masking::hides_all})
-      for (const bool causal : {false, true}) compare_masked(s, masking, causal);
+      for (const bool nans : {false, true}) {
+        compare_masked(s, masking, true, false, nans);
+        for (const bool caps : {false, true}) compare_masked(s, masking, false, caps, nans);
+      }
 }
 
 TEST(step_causal_attention) {
