@@ -25,9 +25,10 @@ from fastrec.compress.selection import (
     set_module,
 )
 from fastrec.errors import ArgumentError, DtypeError
-from fastrec.nn import Int8Embedding, SparseInt8Linear
+from fastrec.nn import GroupedLinear, Int8Embedding, SeparableProjection, SparseInt8Linear
 
 MIN_OUTPUTS = 16  # narrower layers (a final score) cost nothing in float and would lose accuracy
+_FLOAT_ONLY = (GroupedLinear, SeparableProjection, nn.modules.conv._ConvNd, nn.RNNBase)
 MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) are no bytes and one more step
 
 
@@ -114,9 +115,9 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What :func:`quantize_` did: quantised layers and tables, and the selected ones that were left
-    in float with the reason. After QAT's "prepare", ``prepared`` names the fake-quantised
-    modules."""
+    """What :func:`quantize_` did: quantised layers and tables, and those that were left in float
+    because they could not be replaced, with the reason. After QAT's "prepare", ``prepared`` names
+    the fake-quantised modules."""
 
     layers: dict[str, LinearReport] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
@@ -198,7 +199,8 @@ def _static(
             None,
         )
     seen = _calibrate(model, linears, tables, calibration)
-    left = _leave_uncalled(model, linears, tables, seen)
+    left = _unsupported(model, config.embeddings)
+    left |= _leave_uncalled(model, linears, tables, seen)
     fusions = plan_fusions(model, linears, seen.runs_whole) if config.fuse else {}
     swaps: dict[str, nn.Module] = {}
     for name, linear in linears.items():
@@ -218,11 +220,11 @@ def _prepare(
     model: nn.Module, config: QAT, calibration: Iterable[Any] | None, filter_fn: FilterFn
 ) -> QuantizeReport:
     linears, tables = _selected(model, config.embeddings, filter_fn)
-    left: dict[str, str] = {}
+    left = _unsupported(model, config.embeddings)
     seen = None
     if calibration is not None:
         seen = _calibrate(model, linears, tables, calibration)
-        left = _leave_uncalled(model, linears, tables, seen)
+        left |= _leave_uncalled(model, linears, tables, seen)
     for name, linear in linears.items():
         twin = FakeQuantLinear.from_float(linear, config.averaging)
         if seen is not None:
@@ -303,6 +305,28 @@ def _selected(
     for name, layer in {**linears, **tables}.items():
         _check_finite(name, layer)
     return linears, tables
+
+
+def _unsupported(model: nn.Module, embeddings: bool) -> dict[str, str]:
+    """Layers with weights that have no INT8 form here, by name, with the reason."""
+    bypassed = bypassed_children(model)
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            left[name] = "torch's attention reads its weights itself; see WindowSparseAttention"
+        elif isinstance(module, _FLOAT_ONLY):
+            left[name] = f"{type(module).__name__} has no INT8 form"
+        elif isinstance(module, nn.Linear):
+            if id(module) in bypassed:
+                left[name] = "its parent reads its weight without calling it"
+            elif type(module).forward is not nn.Linear.forward:
+                left[name] = f"{type(module).__name__} computes something else than nn.Linear"
+        elif embeddings and isinstance(module, nn.Embedding):
+            if type(module).forward is not nn.Embedding.forward:
+                left[name] = f"{type(module).__name__} computes something else than nn.Embedding"
+            elif module.max_norm is not None:
+                left[name] = "max_norm changes the table while it is read"
+    return left
 
 
 def _check_finite(name: str, layer: nn.Module) -> None:
