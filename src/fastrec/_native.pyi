@@ -45,6 +45,7 @@ class engine:
             origins: list[int] = ...,
             users: int = -1,
             rows: list[list[int]] = ...,
+            groups: list[tuple[int, int, int]] = ...,
         ) -> None: ...
         def run(
             self, symbols: list[int], inputs: list[int], outputs: list[int], step_ns: int = 0

@@ -224,7 +224,7 @@ def test_the_executor_refuses_a_weight_of_nothing(shape: tuple[int, int]) -> Non
 
     def operand(space: int, index: int, *sizes: int) -> tuple[Any, ...]:
         extents = [[s, 0, 0, 0, 0] for s in sizes]
-        return (space, index, 0, 0, extents, extents)
+        return (space, index, 0, 0, extents, extents, 0)
 
     data = torch.zeros(4)
     operands = [operand(0, 0, 1, shape[1]), operand(1, 0, *shape), operand(3, 0, 1, shape[0])]

@@ -399,6 +399,6 @@ def test_the_executor_refuses_what_it_cannot_run() -> None:
     with pytest.raises(ValueError, match="unknown step kind warp"):
         native().engine.Executor([], [], [("warp", [], [], [])])
     add = native().engine.MAP_OPS.index("add_f32")
-    vector = (0, 0, 0, 0, [[8, 0, 0, 0, 0]], [[1, 0, 0, 0, 0]])
+    vector = (0, 0, 0, 0, [[8, 0, 0, 0, 0]], [[1, 0, 0, 0, 0]], 0)
     with pytest.raises(ValueError, match=r"map: instruction 0 \(add_f32\) reads 7 of 2"):
         native().engine.Executor([], [], [("map", [vector] * 3, [add, 0, 7, 0], [])])

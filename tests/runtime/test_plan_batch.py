@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastrec
+from fastrec import kernels
 from fastrec.errors import ArgumentError, IdRangeError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime.model_spec import spec_of
 from fastrec.runtime.plan.batch import batch_symbol, rows_of_layers
+from fastrec.runtime.plan.emit import ITEMSIZE
 from fastrec.runtime.plan.engine import PlanEngine
 from fastrec.runtime.plan.ir import Extent
 from fastrec.runtime.plan.lower import lower, plan_spec
+from fastrec.runtime.plan.memory import assign_slots
 from fastrec.runtime.plan.passes import optimise
+from fastrec.runtime.plan.rows import row_groups
 from fastrec.runtime.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
@@ -130,3 +134,46 @@ def test_a_nan_of_one_user_is_an_error() -> None:
     x[50, 1] = float("nan")
     with pytest.raises(ArgumentError, match="NaN"):
         engine(x)
+
+
+def test_rows_of_a_group_are_shared_out(engine: PlanEngine) -> None:
+    groups = row_groups(engine._plan, "B")
+    assert {g.symbol for g in groups} == {"L", "m"}
+    for length, m in ((33, 40), (32, 1), (1, 33), (31, 32)):
+        request = engine.spec.sample({"B": 1, "L": length, "m": m}, seed=length)
+        together = engine(*request)
+        with kernels.call_threads(1):
+            alone = engine._call([np.ascontiguousarray(a) for a in request])
+        np.testing.assert_array_equal(together, alone)
+
+
+def test_buffers_of_a_group_share_no_memory(engine: PlanEngine) -> None:
+    plan = engine._plan
+    groups = row_groups(plan, "B")
+    assign_slots(plan, ITEMSIZE, groups)
+    for group in groups:
+        steps = plan.steps[group.begin : group.end]
+        buffers = {v.buffer for s in steps for v in (*s.inputs, *s.outputs)}
+        slots = [b.index for b in buffers if b.space == "arena"]
+        assert len(slots) == len(set(slots))
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        lambda x: F.relu(F.relu(x) * 2 + F.relu(x)[:, :1]),
+        lambda x: F.layer_norm(x * torch.arange(x.shape[1])[:, None], [6]) * 2,
+        lambda x: (F.relu(x) @ F.relu(x).transpose(1, 2)).sum(-1, keepdim=True) * F.relu(x),
+        lambda x: F.softmax(F.relu(x).sum(-1), -1),
+    ],
+    ids=["first", "position", "product", "softmax"],
+)
+def test_a_step_that_reads_other_rows_is_in_no_group_with_them(
+    reading: Callable[[Tensor], Tensor],
+) -> None:
+    spec = InputSpec((InputField("x", ("B", "L", 6), "float32"),), {"B": (1, 8), "L": (1, 99)})
+    model = nn.Sequential(nn.Linear(6, 6), Lambda(reading))
+    engine = engine_of(model, spec, torch.randn(2, 50, 6))
+    for batch, length in ((1, 99), (2, 64), (1, 3)):
+        x = torch.randn(batch, length, 6)
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)

@@ -18,8 +18,11 @@ namespace {
 
 // As Python writes them: [coefficient, exponent of symbol 0, ...].
 using PyExtent = std::vector<int64_t>;
-// space, index, dtype, offset, sizes, strides
-using PyOperand = std::tuple<int, int, int, int64_t, std::vector<PyExtent>, std::vector<PyExtent>>;
+// space, index, dtype, offset, sizes, strides, bytes of a row's place in tiles
+using PyOperand =
+    std::tuple<int, int, int, int64_t, std::vector<PyExtent>, std::vector<PyExtent>, int64_t>;
+// begin, end, symbol
+using PyGroup = std::tuple<int, int, int>;
 using PyStep =
     std::tuple<std::string, std::vector<PyOperand>, std::vector<int64_t>, std::vector<double>>;
 
@@ -39,8 +42,9 @@ std::vector<Extent> extents(const std::vector<PyExtent>& from) {
 Plan make_plan(const std::vector<uintptr_t>& constants,
                const std::vector<std::vector<PyExtent>>& slots, const std::vector<PyStep>& steps,
                const Executor* whole, const std::vector<int64_t>& origins, int users,
-               const std::vector<PyExtent>& rows) {
+               const std::vector<PyExtent>& rows, const std::vector<PyGroup>& groups) {
   Plan plan;
+  for (const auto& [begin, end, symbol] : groups) plan.groups.push_back({begin, end, symbol});
   plan.users = users;
   plan.rows = extents(rows);
   for (uintptr_t address : constants)
@@ -50,10 +54,10 @@ Plan make_plan(const std::vector<uintptr_t>& constants,
     const Kind* known = find_kind(kind);
     if (!known) throw std::invalid_argument("unknown step kind " + kind);
     Step step{kind, known->run, {}, integers, numbers, nullptr};
-    for (const auto& [space, index, dtype, offset, sizes, strides] : operands) {
+    for (const auto& [space, index, dtype, offset, sizes, strides, tile_row] : operands) {
       if (sizes.size() > kMaxDims) throw std::invalid_argument("too many dimensions");
       step.operands.push_back({static_cast<Space>(space), index, static_cast<Dtype>(dtype), offset,
-                               extents(sizes), extents(strides)});
+                               extents(sizes), extents(strides), tile_row});
     }
     if (step.operands.size() > kMaxOperands) throw std::invalid_argument("too many operands");
     const size_t position = plan.steps.size();
@@ -203,13 +207,13 @@ void bind(py::module_& parent) {
                        const std::vector<std::vector<PyExtent>>& slots,
                        const std::vector<PyStep>& steps, const Executor* whole,
                        const std::vector<int64_t>& origins, int users,
-                       const std::vector<PyExtent>& rows) {
+                       const std::vector<PyExtent>& rows, const std::vector<PyGroup>& groups) {
              return std::make_unique<Executor>(
-                 make_plan(constants, slots, steps, whole, origins, users, rows));
+                 make_plan(constants, slots, steps, whole, origins, users, rows, groups));
            }),
            py::arg("constants"), py::arg("slots"), py::arg("steps"), py::arg("whole") = nullptr,
            py::arg("origins") = std::vector<int64_t>{}, py::arg("users") = -1,
-           py::arg("rows") = std::vector<PyExtent>{},
+           py::arg("rows") = std::vector<PyExtent>{}, py::arg("groups") = std::vector<PyGroup>{},
            "Borrows the constants: the caller keeps them alive and has checked the plan. A part of "
            "a plan shares what `whole` has prepared: step i that of step origins[i], if not -1.")
       .def("run", run, py::arg("symbols"), py::arg("inputs"), py::arg("outputs"),

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <exception>
+#include <limits>
 #include <mutex>
 #include <new>
 
@@ -34,6 +35,9 @@ using Clock = std::chrono::steady_clock;
 constexpr int64_t kLine = 64;
 // Rows that a layer needs for its weights to be worth reading: the arithmetic then takes longer.
 constexpr int64_t kRowsAPart = 32;
+// Fewer rows than that are not worth a thread's start; more at a time than that would leave its
+// caches before the next step reads them.
+constexpr int64_t kRowsWorthAThread = 16, kRowsInCache = 64;
 // Beyond what any machine has, and far from what 64 bits hold.
 constexpr double kMaxSlotBytes = 1e14;
 
@@ -50,6 +54,48 @@ Tensor resolve(const Operand& operand, std::byte* data, const Symbols& symbols) 
   }
   return tensor;
 }
+
+// Leaves of the dimension that counts the rows only a part.
+void narrow(Tensor& tensor, const Operand& operand, int symbol, int64_t begin, int64_t count) {
+  for (int d = 0; d < tensor.dims; ++d) {
+    if (operand.sizes[d].exponent[symbol] == 0) continue;
+    const int64_t row =
+        operand.tile_row ? operand.tile_row : tensor.strides[d] * bytes_of(tensor.dtype);
+    tensor.data += begin * row;
+    tensor.sizes[d] = count;
+    return;
+  }
+}
+
+// What parts that run beside each other came to: the first part's failure.
+class Failure {
+ public:
+  template <class F>
+  void watch(int64_t part, F&& run) {
+    Status found;
+    std::exception_ptr error;
+    try {
+      found = run();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    if (!error && found.fault == Fault::none) return;
+    const std::lock_guard lock(mutex_);  // taken only by what ends the call
+    if (error) thrown_ = error;
+    if (part < part_) part_ = part, status_ = found;
+  }
+
+  Status status() const {
+    if (thrown_) std::rethrow_exception(thrown_);
+    return status_;
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t part_ = std::numeric_limits<int64_t>::max();
+  Status status_;
+  std::exception_ptr thrown_;
+};
 
 }  // namespace
 
@@ -87,6 +133,21 @@ struct Executor::Request {
   const std::byte* const* inputs;
   std::byte* const* outputs;
   int64_t* step_ns;
+};
+
+// Where the users of a part, and what is computed of them, lie.
+struct Executor::Place {
+  const Request& request;
+  const Symbols& symbols;
+  int64_t user0, users;
+  std::byte* base;
+  const int64_t* slot_begin;
+  int64_t beside;  // parts at work at once: a step's time is shared among them
+};
+
+struct Executor::Rows {
+  int symbol;
+  int64_t begin, count;
 };
 
 // An arena for the time of a call, given back however the call ends: an allocation may throw.
@@ -145,45 +206,86 @@ int64_t Executor::users_a_part(const Symbols& symbols) const {
   return users;
 }
 
-Status Executor::run_part(const Request& request, int64_t user0, int64_t users) {
+Status Executor::run_step(const Place& place, size_t position, const Rows* rows) {
+  const Request& request = place.request;
+  const Step& step = plan_.steps[position];
+  Tensor tensors[kMaxOperands];
+  for (size_t o = 0; o < step.operands.size(); ++o) {
+    const Operand& operand = step.operands[o];
+    std::byte* data = nullptr;
+    switch (operand.space) {
+      case Space::input:
+        data = const_cast<std::byte*>(request.inputs[operand.index]);
+        break;
+      case Space::constant:
+        data = const_cast<std::byte*>(plan_.constants[operand.index]);
+        break;
+      case Space::arena:
+        data = place.base + place.slot_begin[operand.index];
+        break;
+      case Space::output:
+        data = request.outputs[operand.index];
+        break;
+    }
+    Tensor& tensor = tensors[o] = resolve(operand, data, place.symbols);
+    const bool of_call = operand.space == Space::input || operand.space == Space::output;
+    if (of_call && place.user0 > 0 && tensor.dims > 0 && operand.sizes[0].exponent[plan_.users])
+      tensor.data +=
+          tensor.sizes[0] / place.users * tensor.strides[0] * place.user0 * bytes_of(tensor.dtype);
+    if (rows) narrow(tensor, operand, rows->symbol, rows->begin, rows->count);
+  }
+  const auto start = request.step_ns ? Clock::now() : Clock::time_point{};
+  Status status = step.run(step, tensors);
+  if (request.step_ns)
+    std::atomic_ref(request.step_ns[position])
+        .fetch_add(std::chrono::nanoseconds(Clock::now() - start).count() / place.beside,
+                   std::memory_order_relaxed);
+  if (status.fault != Fault::none) status.step = static_cast<int>(position);
+  return status;
+}
+
+Status Executor::run_rows(const Place& place, const RowGroup& group, int threads) {
+  const int64_t rows = place.symbols[group.symbol];
+  const int64_t rounds = (rows + threads * kRowsInCache - 1) / (threads * kRowsInCache);
+  const int64_t parts = std::min(rows / kRowsWorthAThread, rounds * threads);
+  Place here = place;
+  here.beside = std::min<int64_t>(threads, parts);
+  Failure failure;
+  parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row0 = p * rows / parts;
+      const Rows part{group.symbol, row0, (p + 1) * rows / parts - row0};
+      failure.watch(p, [&] {
+        Status status;
+        for (int s = group.begin; s < group.end && status.fault == Fault::none; ++s)
+          status = run_step(here, s, &part);
+        return status;
+      });
+    }
+  });
+  return failure.status();
+}
+
+Status Executor::run_part(const Request& request, int64_t user0, int64_t users, int64_t beside) {
   Symbols symbols = request.symbols;
   if (plan_.users >= 0) symbols[plan_.users] = users;
   const Lent arena(*this);
   arena->lay_out(plan_, symbols);
-  std::byte* const base = arena->base();
-  Tensor tensors[kMaxOperands];
+  const Place place{request, symbols, user0, users, arena->base(), arena->slot_begin.data(),
+                    beside};
+  const int threads = users == 1 ? num_threads() : 1;
+  auto group = plan_.groups.begin();
   Status status;
-  for (size_t s = 0; s < plan_.steps.size() && status.fault == Fault::none; ++s) {
-    const Step& step = plan_.steps[s];
-    for (size_t o = 0; o < step.operands.size(); ++o) {
-      const Operand& operand = step.operands[o];
-      std::byte* data = nullptr;
-      switch (operand.space) {
-        case Space::input:
-          data = const_cast<std::byte*>(request.inputs[operand.index]);
-          break;
-        case Space::constant:
-          data = const_cast<std::byte*>(plan_.constants[operand.index]);
-          break;
-        case Space::arena:
-          data = base + arena->slot_begin[operand.index];
-          break;
-        case Space::output:
-          data = request.outputs[operand.index];
-          break;
+  for (size_t s = 0; s < plan_.steps.size() && status.fault == Fault::none;) {
+    if (group != plan_.groups.end() && s == static_cast<size_t>(group->begin)) {
+      const RowGroup& here = *group++;
+      if (threads > 1 && symbols[here.symbol] >= 2 * kRowsWorthAThread) {
+        status = run_rows(place, here, threads);
+        s = here.end;
+        continue;
       }
-      Tensor& tensor = tensors[o] = resolve(operand, data, symbols);
-      const bool of_call = operand.space == Space::input || operand.space == Space::output;
-      if (of_call && user0 > 0 && tensor.dims > 0 && operand.sizes[0].exponent[plan_.users])
-        tensor.data += tensor.sizes[0] / users * tensor.strides[0] * user0 * bytes_of(tensor.dtype);
     }
-    const auto start = request.step_ns ? Clock::now() : Clock::time_point{};
-    status = step.run(step, tensors);
-    if (request.step_ns)
-      std::atomic_ref(request.step_ns[s])
-          .fetch_add(std::chrono::nanoseconds(Clock::now() - start).count(),
-                     std::memory_order_relaxed);
-    if (status.fault != Fault::none) status.step = static_cast<int>(s);
+    status = run_step(place, s++, nullptr);
   }
   return status;
 }
@@ -192,7 +294,7 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
                      std::byte* const* outputs, int64_t* step_ns) {
   const Request request{symbols, inputs, outputs, step_ns};
   if (step_ns) std::fill_n(step_ns, plan_.steps.size(), 0);
-  if (plan_.users < 0) return run_part(request, 0, 1);
+  if (plan_.users < 0) return run_part(request, 0, 1, 1);
   const int64_t users = symbols[plan_.users];
   const int threads = num_threads();
   const int64_t parts = std::max<int64_t>(users / users_a_part(symbols), 1);
@@ -200,35 +302,19 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
   // are better used by running it together, unless most have a part.
   const int64_t left = parts % threads;
   const int64_t apart = parts - (2 * left <= threads ? left : 0);
-  if (apart < 2) return run_part(request, 0, users);
+  if (apart < 2) return run_part(request, 0, users, 1);
 
-  std::mutex failing;  // taken only where a call fails
-  int64_t failed = users;
-  Status status;
-  std::exception_ptr thrown;
+  Failure failure;
   const auto user0 = [&](int64_t of) { return of * users / parts; };
-  const auto run_parts = [&](int64_t begin, int64_t end) {
-    Status found;
-    std::exception_ptr error;
-    try {
-      found = run_part(request, user0(begin), user0(end) - user0(begin));
-    } catch (...) {
-      error = std::current_exception();
-    }
-    if (!error && found.fault == Fault::none) return;
-    const std::lock_guard lock(failing);
-    if (error) thrown = error;
-    if (begin < failed) failed = begin, status = found;
+  const auto run_parts = [&](int64_t begin, int64_t end, int64_t beside) {
+    failure.watch(
+        begin, [&] { return run_part(request, user0(begin), user0(end) - user0(begin), beside); });
   };
   parallel_for(apart, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) run_parts(p, p + 1);
+    for (int64_t p = begin; p < end; ++p) run_parts(p, p + 1, std::min<int64_t>(threads, apart));
   });
-  if (apart < parts) run_parts(apart, parts);
-  if (thrown) std::rethrow_exception(thrown);
-  // As if one after another: a step's share of the call.
-  if (step_ns)
-    for (size_t s = 0; s < plan_.steps.size(); ++s) step_ns[s] /= std::min<int64_t>(threads, apart);
-  return status;
+  if (apart < parts) run_parts(apart, parts, 1);
+  return failure.status();
 }
 
 }  // namespace fastrec::engine

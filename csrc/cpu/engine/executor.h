@@ -3,7 +3,8 @@
 //
 // A batch of independent users is run a few users at a time, one part on each thread: a part's
 // activations stay in that core's caches, and threads meet once a call, not once a step. What does
-// not divide among the threads is run by all of them together.
+// not divide among the threads is run by all of them together, which take the rows of a group of
+// steps apart.
 #pragma once
 
 #include <atomic>
@@ -27,7 +28,7 @@ class Executor {
 
   // Inputs and outputs are contiguous, of the sizes that the symbols say; the caller has checked
   // them. Steps may read outputs again. Where `step_ns` is not null it receives the time of each
-  // step (of all threads, over their number).
+  // step (over the number of parts at work at once).
   Status run(const Symbols& symbols, const std::byte* const* inputs, std::byte* const* outputs,
              int64_t* step_ns = nullptr);
 
@@ -35,10 +36,14 @@ class Executor {
   struct Arena;
   struct Lent;
   struct Request;
+  struct Place;
+  struct Rows;
   Arena* take();
   void give(Arena* arena);
   int64_t users_a_part(const Symbols& symbols) const;
-  Status run_part(const Request& request, int64_t user0, int64_t users);
+  Status run_part(const Request& request, int64_t user0, int64_t users, int64_t beside);
+  Status run_rows(const Place& place, const RowGroup& group, int threads);
+  Status run_step(const Place& place, size_t position, const Rows* rows);
 
   Plan plan_;
   // Arenas that no call uses, as a stack without a lock: a taken one is marked in its own flag.

@@ -53,6 +53,7 @@ struct Operand {
   Dtype dtype;
   int64_t offset;  // elements
   std::vector<Extent> sizes, strides;
+  int64_t tile_row = 0;  // bytes of a row's place where the rows lie in tiles, else 0
 };
 
 // An operand of one call: address, sizes and strides in elements.
@@ -101,10 +102,16 @@ struct Slot {
   std::vector<Extent> bytes;  // the buffers that take turns in it: the largest counts
 };
 
+// Steps begin .. end - 1 keep the rows of one user apart, of which a symbol says how many.
+struct RowGroup {
+  int begin, end, symbol;
+};
+
 struct Plan {
   // The symbol that counts independent users, the first dimension of what depends on it; -1: none.
   int users = -1;
   std::vector<Extent> rows;                 // of one user, that linear layers see
+  std::vector<RowGroup> groups;             // in order
   std::vector<const std::byte*> constants;  // borrowed from the artifact, which outlives the plan
   std::vector<Slot> slots;
   std::vector<Step> steps;

@@ -46,12 +46,13 @@ struct Model {
       constants.push_back(std::make_unique<Buffer<float>>(random.floats(count, 0.5f), place));
   }
 
-  // `apart`: whether users may run on threads of their own.
+  // `apart`: whether users may run on threads of their own, and so may the rows of one.
   Plan plan(bool quantised, bool apart = true) const {
     Plan plan;
     if (apart) {
       plan.users = kBatch;
       plan.rows = {L};
+      plan.groups = {{norm, project + 1, kLength}};
     }
     for (const auto& values : constants)
       plan.constants.push_back(reinterpret_cast<const std::byte*>(values->data()));
@@ -197,8 +198,18 @@ TEST(engine_agrees_within_bounds) {
   for (const bool quantised : {false, true}) {
     std::vector<Request> requests;
     // Growing and shrinking: a larger arena replaces a smaller one, a smaller call uses a larger.
-    for (const auto& [batch, length] : std::vector<std::pair<int64_t, int64_t>>{
-             {1, 1}, {2, 7}, {3, 64}, {0, 5}, {1, 15}, {1, 16}, {4, 33}, {1, 1}, {9, 130}, {2, 7}})
+    for (const auto& [batch, length] : std::vector<std::pair<int64_t, int64_t>>{{1, 1},
+                                                                                {2, 7},
+                                                                                {3, 64},
+                                                                                {0, 5},
+                                                                                {1, 15},
+                                                                                {1, 16},
+                                                                                {4, 33},
+                                                                                {1, 1},
+                                                                                {9, 130},
+                                                                                {1, 33},
+                                                                                {2, 7},
+                                                                                {1, 200}})
       requests.emplace_back(batch, length, 41 + requests.size());
     std::vector<Answer> expected;
     as_scalar([&] {
@@ -227,7 +238,7 @@ TEST(engine_serves_concurrent_callers) {
     Executor executor(model.plan(false));
     std::vector<Request> requests;
     for (const auto& [batch, length] :
-         std::vector<std::pair<int64_t, int64_t>>{{1, 3}, {2, 17}, {4, 40}, {8, 64}})
+         std::vector<std::pair<int64_t, int64_t>>{{1, 50}, {2, 17}, {4, 40}, {8, 64}})
       requests.emplace_back(batch, length, 53 + requests.size());
     std::vector<Answer> alone;
     for (const Request& request : requests)

@@ -11,6 +11,7 @@ from fastrec.kernels import _compiled
 from fastrec.runtime.plan.batch import batch_symbol, rows_of_layers
 from fastrec.runtime.plan.ir import DTYPES, SPACES, Buffer, Plan, Step, View
 from fastrec.runtime.plan.memory import assign_slots
+from fastrec.runtime.plan.rows import row_groups, tiled
 from fastrec.runtime.spec import InputSpec
 
 _ANY = (1 << 62) - 1
@@ -30,11 +31,14 @@ def executor(
     symbols = [*plan.symbols, *([""] * (native.MAX_SYMBOLS - len(plan.symbols)))]
     for index, view in enumerate((plan.output, *plan.more_outputs)):
         view.buffer.space, view.buffer.index = "output", index
-    slots = [[size.powers(symbols) for size in users] for users in assign_slots(plan, ITEMSIZE)]
+    users = batch_symbol(plan)
+    groups = row_groups(plan, users)
+    taken = assign_slots(plan, ITEMSIZE, groups)
+    slots = [[size.powers(symbols) for size in buffers] for buffers in taken]
     constants: dict[Buffer, int] = {}
     codes = {name: code for code, name in enumerate(native.MAP_OPS)}
 
-    def operand(view: View) -> tuple[Any, ...]:
+    def operand(view: View, tiles: bool) -> tuple[Any, ...]:
         buffer = view.buffer
         index = buffer.index
         if buffer.space == "constant":
@@ -46,6 +50,7 @@ def executor(
             view.offset,
             [size.powers(symbols) for size in view.shape],
             [stride.powers(symbols) for stride in view.strides],
+            buffer.shape[-1].coefficient if tiles else 0,
         )
 
     def encoded(step: Step) -> tuple[Any, ...]:
@@ -56,11 +61,11 @@ def executor(
                 operands = [len(numbers) - 1]
             integers += [codes[name], *operands, *([0] * (3 - len(operands)))]
         views = [*step.inputs, *step.outputs]
-        return (step.kind, [operand(v) for v in views], integers, numbers)
+        tiles = tiled(step)
+        return (step.kind, [operand(v, v in tiles) for v in views], integers, numbers)
 
     steps = [encoded(step) for step in plan.steps]
     data = [np.ascontiguousarray(b.data) for b in constants]
-    users = batch_symbol(plan)
     made = native.Executor(
         [a.ctypes.data for a in data],
         slots,
@@ -69,6 +74,7 @@ def executor(
         list(origins),
         -1 if users is None else plan.symbols.index(users),
         [] if users is None else [r.powers(symbols) for r in rows_of_layers(plan, users)],
+        [(g.begin, g.end, plan.symbols.index(g.symbol)) for g in groups],
     )
     return made, data
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastrec.runtime.plan.ir import Buffer, Extent, Plan
+from fastrec.runtime.plan.rows import RowGroup
 
 
-def lifetimes(plan: Plan) -> dict[Buffer, tuple[int, int]]:
-    """First and last step of every arena buffer."""
+def lifetimes(plan: Plan, groups: Sequence[RowGroup] = ()) -> dict[Buffer, tuple[int, int]]:
+    """First and last step of every arena buffer. Threads are at different steps of a group, so
+    what one of its steps uses is in use throughout.
+    """
+    within = {p: (g.begin, g.end - 1) for g in groups for p in range(g.begin, g.end)}
     spans: dict[Buffer, tuple[int, int]] = {}
     for position, step in enumerate(plan.steps):
+        begin, end = within.get(position, (position, position))
         for view in (*step.inputs, *step.outputs):
             if view.buffer.space == "arena":
-                first, _ = spans.get(view.buffer, (position, position))
-                spans[view.buffer] = (first, position)
+                first, _ = spans.get(view.buffer, (begin, end))
+                spans[view.buffer] = (first, end)
     return spans
 
 
-def assign_slots(plan: Plan, itemsize: dict[str, int]) -> list[list[Extent]]:
+def assign_slots(
+    plan: Plan, itemsize: dict[str, int], groups: Sequence[RowGroup] = ()
+) -> list[list[Extent]]:
     """Give every arena buffer the slot whose last user is done and whose size fits best.
 
     Sizes may depend on free sizes, so a slot is as large as the largest of its buffers turns out to
@@ -27,7 +36,7 @@ def assign_slots(plan: Plan, itemsize: dict[str, int]) -> list[list[Extent]]:
     """
     slots: list[list[Extent]] = []
     busy_until: list[int] = []
-    for buffer, (first, last) in sorted(lifetimes(plan).items(), key=lambda item: item[1]):
+    for buffer, (first, last) in sorted(lifetimes(plan, groups).items(), key=lambda item: item[1]):
         size = Extent(itemsize[buffer.dtype])
         for extent in buffer.shape:
             size = size * extent

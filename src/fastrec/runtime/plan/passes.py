@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from fastrec.runtime.plan.batch import batch_symbol
 from fastrec.runtime.plan.copies import remove_copies
 from fastrec.runtime.plan.ir import Extent, Instruction, Plan, Step, View
+from fastrec.runtime.plan.rows import TILES_IN, TILES_OUT, order_by_rows
 
 # csrc/cpu/engine: kMaxRegisters and kMaxOperands bound a fused map.
 MAX_REGISTERS, MAX_INPUTS = 24, 8
 # Instruction -> csrc/cpu/activation_quantize/activation_quantize.h: Activation.
 ACTIVATIONS = {"relu_f32": 1, "gelu_f32": 2}
-# csrc/cpu/engine/{linear_int8,layer_norm}.cpp: which integer says that x, or y, is in tiles.
-TILES_IN, TILES_OUT = 6, {"linear_int8": 7, "layer_norm": 2}
 # csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: kTileChunk.
 CHUNK = 32
 
@@ -27,6 +27,7 @@ def optimise(plan: Plan) -> None:
     write_in_place(plan)
     keep_tiles(plan)
     remove_unused(plan)
+    order_by_rows(plan, batch_symbol(plan))
 
 
 def remove_unused(plan: Plan) -> None:
