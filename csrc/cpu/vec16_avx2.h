@@ -192,18 +192,30 @@ FASTREC_VEC_INLINE void store_f16(uint16_t* to, Floats x, const Lanes& lanes) {
   std::memcpy(to, halves, static_cast<size_t>(lanes.count) * sizeof(uint16_t));
 }
 
-FASTREC_VEC_INLINE __m256 sum_eight(const Floats* rows) {
-  __m256 pair[4];
+template <class Row>
+FASTREC_VEC_INLINE __m256 sum_eight(const Row& row, int first) {
+  __m256 four[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    __m256 one[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    pair[i] = _mm256_hadd_ps(_mm256_add_ps(rows[2 * i].low, rows[2 * i].high),
-                             _mm256_add_ps(rows[2 * i + 1].low, rows[2 * i + 1].high));
-  const __m256 low = _mm256_hadd_ps(pair[0], pair[1]), high = _mm256_hadd_ps(pair[2], pair[3]);
-  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                       _mm256_permute2f128_ps(low, high, 0x31));
+    for (int r = 0; r < 4; ++r) {
+      const Floats x = row(first + 4 * i + r);
+      one[r] = _mm256_add_ps(x.low, x.high);
+    }
+    four[i] = _mm256_hadd_ps(_mm256_hadd_ps(one[0], one[1]), _mm256_hadd_ps(one[2], one[3]));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                       _mm256_permute2f128_ps(four[0], four[1], 0x31));
+}
+// Each row is asked for when it is added: sixteen would not fit the registers.
+template <class Row>
+FASTREC_VEC_INLINE Floats sum_rows_of(const Row& row) {
+  const __m256 low = sum_eight(row, 0);
+  return {low, sum_eight(row, 8)};
 }
 FASTREC_VEC_INLINE Floats sum_rows(const Floats (&rows)[16]) {
-  return {sum_eight(rows), sum_eight(rows + 8)};
+  return sum_rows_of([&](int r) FASTREC_VEC __attribute__((always_inline)) { return rows[r]; });
 }
 
 FASTREC_VEC_INLINE void transpose_eight(const float* rows, int64_t stride, int64_t count,

@@ -147,6 +147,15 @@ FASTREC_VEC_INLINE Floats sum_rows(const Floats (&rows)[16]) {
                        _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
 }
 
+// The same of row(0) to row(15).
+template <class Row>
+FASTREC_VEC_INLINE Floats sum_rows_of(const Row& row) {
+  Floats rows[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) rows[r] = row(r);
+  return sum_rows(rows);
+}
+
 // out[d][0..16) = rows[0..16)[d]: 16 dims of `count` rows (zeros for the rows behind), which start
 // `stride` floats apart; nothing outside `dims` is read.
 FASTREC_VEC_INLINE void transpose_tile(const float* rows, int64_t stride, int64_t count,

@@ -6,7 +6,7 @@
 
 namespace fastrec::padded_attention {
 namespace {
-constexpr int kMaxRows = 6, kScoreVectors = 1, kValueVectors = 1;
+constexpr int kMaxRows = 6, kMaskedRows = 5, kScoreVectors = 1, kValueVectors = 1;
 }
 }  // namespace fastrec::padded_attention
 

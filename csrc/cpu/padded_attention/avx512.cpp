@@ -6,7 +6,7 @@
 
 namespace fastrec::padded_attention {
 namespace {
-constexpr int kMaxRows = 8, kScoreVectors = 3, kValueVectors = 2;
+constexpr int kMaxRows = 8, kMaskedRows = 8, kScoreVectors = 3, kValueVectors = 2;
 }
 }  // namespace fastrec::padded_attention
 

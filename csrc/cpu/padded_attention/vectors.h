@@ -192,9 +192,16 @@ FASTREC_VEC void value_rows(const float* weights, int64_t width, int64_t keys, c
     weighted_sum<rows, kValueVectors, true>(weights, width, keys, values + d, row_stride,
                                             kValueVectors * kLanes, inverse_sum, out + d,
                                             out_stride);
-  for (; d < dims; d += kLanes)
-    weighted_sum<rows, 1, false>(weights, width, keys, values + d, row_stride, dims - d,
-                                 inverse_sum, out + d, out_stride);
+  // The mask takes registers too: then half of the rows at a time.
+  constexpr int first = rows > kMaskedRows ? (rows + 1) / 2 : rows, second = rows - first;
+  for (; d < dims; d += kLanes) {
+    weighted_sum<first, 1, false>(weights, width, keys, values + d, row_stride, dims - d,
+                                  inverse_sum, out + d, out_stride);
+    if constexpr (second > 0)
+      weighted_sum<second, 1, false>(weights + first * width, width, keys, values + d, row_stride,
+                                     dims - d, inverse_sum + first, out + first * out_stride + d,
+                                     out_stride);
+  }
 }
 
 // `rows` query rows from i0 on; keys [D][width] are transposed, weights [rows][width] is scratch.

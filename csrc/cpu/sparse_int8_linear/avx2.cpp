@@ -12,6 +12,7 @@ namespace {
 struct Avx2 : Simd256 {
   static constexpr Isa kIsa = Isa::avx2;
   static constexpr int kStripOutputs = 8;
+  static constexpr int kSets = 2;  // an addition is all that waits for the one before it
   using Element = uint16_t;
 
   // Each output has two sums, of its even and its odd pair of inputs.

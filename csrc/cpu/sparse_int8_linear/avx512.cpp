@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512 : Simd512 {
   static constexpr Isa kIsa = Isa::avx512;
+  static constexpr int kSets = 4;
   static constexpr int kStripOutputs = 16;
   using Element = uint16_t;
 

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512Vnni : Simd512 {
   static constexpr Isa kIsa = Isa::avx512vnni;
+  static constexpr int kSets = 4;
   static constexpr int kStripOutputs = 32;
   using Element = uint8_t;
 

@@ -10,6 +10,7 @@ namespace {
 
 struct AvxVnni : Simd256 {
   static constexpr Isa kIsa = Isa::avxvnni;
+  static constexpr int kSets = 4;
   static constexpr int kStripOutputs = 16;
   using Element = uint8_t;
 

@@ -34,7 +34,11 @@ struct Strip {
 
 // Few rows have too few accumulators to hide the latency of the dot product: then consecutive
 // groups go to sets of their own, which are added up in the end.
-constexpr int sets_for(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+template <class Simd>
+constexpr int sets_for(int rows) {
+  return std::max(1, Simd::kSets / rows);
+}
+constexpr int kFewRows = 2;  // take a panel faster than it comes
 
 template <int R, class Simd>
 FASTREC_LINEAR_INLINE void multiply_group(const Strip<Simd>& strip, int64_t group,
@@ -55,7 +59,7 @@ FASTREC_LINEAR_INLINE void multiply_group(const Strip<Simd>& strip, int64_t grou
 // times slower): hence noinline, every loop over rows unrolled, and sums handed over through `acc`.
 template <int R, class Simd>
 FASTREC_LINEAR_TARGET __attribute__((noinline)) void accumulate(const Strip<Simd>& given) {
-  constexpr int kSets = sets_for(R);
+  constexpr int kSets = sets_for<Simd>(R);
   const Strip<Simd> strip = given;
   typename Simd::Int first[kSets][R], second[kSets][R];
   Simd::start(strip.start, first[0][0], second[0][0]);
@@ -71,9 +75,8 @@ FASTREC_LINEAR_TARGET __attribute__((noinline)) void accumulate(const Strip<Simd
   for (; g + kSets <= strip.groups; g += kSets) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s) {
-      // One or two rows take a panel faster than it comes: the hardware fetches such a stream
-      // itself.
-      if constexpr (kSets == 1) Simd::prefetch(ahead);
+      // The hardware itself fetches what few rows stream through.
+      if constexpr (R > kFewRows) Simd::prefetch(ahead);
       ahead += strip.ahead_stride_bytes;
       multiply_group<R, Simd>(strip, g + s, first[s], second[s]);
     }

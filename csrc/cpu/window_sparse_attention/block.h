@@ -150,26 +150,26 @@ FASTREC_VEC __attribute__((noinline)) void near_scores(const float* columns, con
 template <int vectors, class T>
 FASTREC_VEC __attribute__((noinline)) void far_scores(const float* lanes, Rows<const T> others,
                                                       const Far& far, int64_t dims, float* out) {
-  Floats acc[kLanes];
   const bool all_meet = far.first == 0 && far.last == kLanes;
-#pragma GCC unroll 16
-  for (int r = 0; r < kLanes; ++r) {
-    acc[r] = zeros();
+  const auto products = [&](int r) FASTREC_VEC __attribute__((always_inline)) {
+    Floats sum = zeros();
     if (all_meet || (r >= far.first && r < far.last)) {
       const T* other = others[far.row + r];
       const float* own = lanes + r * kStride;
       if constexpr (vectors > 0) {
-        acc[r] = multiply(load(own), load_row(other));
+        sum = multiply(load(own), load_row(other));
 #pragma GCC unroll 4
         for (int c = 1; c < vectors; ++c)
-          acc[r] = fma(load(own + c * kLanes), load_row(other + c * kLanes), acc[r]);
+          sum = fma(load(own + c * kLanes), load_row(other + c * kLanes), sum);
       } else {
-        for (int64_t c = 0; c < dims; c += kLanes)
-          acc[r] = fma(load(own + c), load_row(other + c, first_lanes(dims - c)), acc[r]);
+        int64_t c = 0;
+        for (; c + kLanes <= dims; c += kLanes) sum = fma(load(own + c), load_row(other + c), sum);
+        if (c < dims) sum = fma(load(own + c), load_row(other + c, first_lanes(dims - c)), sum);
       }
     }
-  }
-  store(out, sum_rows(acc));
+    return sum;
+  };
+  store(out, sum_rows_of(products));
 }
 
 // Scores of all pairs of the block, [pairs][16]; lanes that do not meet hold anything finite inputs
