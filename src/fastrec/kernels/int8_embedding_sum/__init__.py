@@ -34,6 +34,7 @@ TYPE_CODES = {torch.int8: 0, torch.float32: 1, torch.bfloat16: 2}
 BAD_ID, NOT_A_NUMBER = 1, 2
 
 Ids = Sequence[torch.Tensor | None]
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _ids_shape(ids: Ids, device: torch.device) -> torch.Size:
@@ -141,9 +142,13 @@ def int8_embedding_sum(
         IdRangeError: an id outside its table; names table and position; nothing is written.
         BackendError: the backend asked for can't run.
     """
-    shape, period_of, padding_of = _check(ids, tables, scales, periods, padding_ids)
     if out_scale is not None:
         check_output_quantisation(out_scale, out_zero_point)
+    if padding_ids is periods is backend is None and not torch.compiler.is_compiling():
+        plain = _plain_rows(ids, tables, scales)
+        if plain is not None and BACKENDS.cpu_is_compiled:
+            return _call(*plain, ids, tables, out_scale, out_zero_point)
+    shape, period_of, padding_of = _check(ids, tables, scales, periods, padding_ids)
     first = tables[0]
     learning = backend is None and (
         torch.is_grad_enabled()
@@ -178,8 +183,7 @@ def int8_embedding_sum(
 
 
 def _traced(ids: Ids, tables: Sequence[torch.Tensor]) -> bool:
-    plain = (torch.Tensor, torch.nn.Parameter)
-    return any(t is not None and type(t) not in plain for t in (*ids, *tables))
+    return any(t is not None and type(t) not in _PLAIN for t in (*ids, *tables))
 
 
 def _run(
@@ -197,24 +201,102 @@ def _run(
     ids = [None if i is None else i.contiguous() for i in ids]
     tables = [table.contiguous() for table in tables]
     scales = [None if s is None else s.contiguous() for s in scales]
+    rows = [
+        (
+            table.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if row_ids is None else row_ids.data_ptr(),
+            TYPE_CODES[table.dtype],
+            table.shape[0],
+            period,
+            padding,
+        )
+        for table, scale, row_ids, period, padding in zip(
+            tables, scales, ids, periods, padding_ids, strict=True
+        )
+    ]
+    return _call(rows, shape, ids, tables, out_scale, out_zero_point)
+
+
+# What the compiled kernel takes of a table: see int8_embedding_sum/bind.cpp.
+Row = tuple[int, int, int, int, int, int, int]
+
+
+def _plain_rows(
+    ids: Ids, tables: Sequence[torch.Tensor], scales: Ids
+) -> tuple[list[Row], torch.Size] | None:
+    """The rows of a call as it mostly is, checked and gathered in one go; None for any other.
+
+    100 lookups take the kernel 5 us; a call takes 14 this way and 20 through the full checks.
+    """
+    learning = torch.is_grad_enabled()
+    if not len(ids) == len(tables) == len(scales) <= MAX_TABLES:
+        return None
+    shape: torch.Size | None = None
+    dims = None
+    rows: list[Row] = []
+    for row_ids, table, scale in zip(ids, tables, scales, strict=True):
+        size, code = table.shape, TYPE_CODES.get(table.dtype)
+        if (
+            type(table) not in _PLAIN
+            or code is None
+            or len(size) != 2
+            or size[1] != (dims or size[1])
+            or not table.is_cpu
+            or not table.is_contiguous()
+            or (learning and table.requires_grad)
+            or (scale is None) != (code > 0)
+        ):
+            return None
+        count, dims = size
+        ids_at = scales_at = period = 0
+        if scale is not None:
+            if (
+                type(scale) not in _PLAIN
+                or scale.dtype is not torch.float32
+                or scale.shape != (count,)
+                or not scale.is_cpu
+                or not scale.is_contiguous()
+                or (learning and scale.requires_grad)
+            ):
+                return None
+            scales_at = scale.data_ptr()
+        if row_ids is None:
+            if not shape or not 1 <= shape[-1] <= count:
+                return None
+            period = shape[-1]
+        else:
+            if (
+                type(row_ids) is not torch.Tensor
+                or row_ids.dtype is not torch.int64
+                or (shape is not None and row_ids.shape != shape)
+                or not row_ids.is_cpu
+                or not row_ids.is_contiguous()
+            ):
+                return None
+            shape = row_ids.shape
+            ids_at = row_ids.data_ptr()
+        rows.append((table.data_ptr(), scales_at, ids_at, code, count, period, -1))
+    return None if shape is None or not dims or 0 in shape else (rows, shape)
+
+
+def _call(
+    rows: list[Row],
+    shape: torch.Size,
+    ids: Ids,
+    tables: Sequence[torch.Tensor],
+    out_scale: float | None,
+    out_zero_point: int,
+) -> torch.Tensor:
     dims = tables[0].shape[1]
     quantised = out_scale is not None
-    out = torch.empty((*shape, dims), dtype=torch.uint8 if quantised else torch.float32)
+    # Sizes one by one: torch takes half a microsecond longer over a tuple of them.
+    dtype = torch.uint8 if quantised else torch.float32
+    out = torch.empty(*shape, dims, dtype=dtype)
+    if not out.is_cpu:  # the caller's default device; naming ours always costs as much
+        out = torch.empty(*shape, dims, dtype=dtype, device="cpu")
     status, bad, position = _compiled.native().int8_embedding_sum.run(
-        [
-            (
-                table.data_ptr(),
-                0 if scale is None else scale.data_ptr(),
-                0 if rows is None else rows.data_ptr(),
-                TYPE_CODES[table.dtype],
-                table.shape[0],
-                period,
-                padding,
-            )
-            for table, scale, rows, period, padding in zip(
-                tables, scales, ids, periods, padding_ids, strict=True
-            )
-        ],
+        rows,
         out.data_ptr(),
         quantised,
         out_scale if quantised else 1.0,
@@ -223,9 +305,9 @@ def _run(
         dims,
     )
     if status == BAD_ID:
-        rows = ids[bad]
-        assert rows is not None
-        raise bad_id(bad, position, tables[bad].shape[0], rows)
+        row_ids = ids[bad]
+        assert row_ids is not None
+        raise bad_id(bad, position, tables[bad].shape[0], row_ids)
     if status == NOT_A_NUMBER:
         raise not_a_number()
     return out

@@ -108,22 +108,22 @@ def sparse_int8_linear(
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument, a NaN in a float input.
         BackendError: the backend asked for can't run.
     """
-    epilogue: dict[str, Any] = {
-        "x_scale": x_scale,
-        "x_zero_point": x_zero_point,
-        "bias": bias,
-        "activation": activation,
-        "out": out,
-        "out_scale": out_scale,
-        "out_zero_point": out_zero_point,
-    }
-    if torch.compiler.is_compiling():
-        return _traced(x_u8, packed, epilogue)
+    compiling = torch.compiler.is_compiling()
     key = (x_scale, x_zero_point, id(bias), activation, out, out_scale, out_zero_point)
-    held = packed._handles.get(key) if backend is None or backend == "cpu" else None
-    if held is not None and held.versions == _versions(packed, bias):
-        run = held.run
-    else:
+    known = not compiling and (backend is None or backend == "cpu")
+    held = packed._handles.get(key) if known else None
+    if held is None or not held.is_current():
+        epilogue: dict[str, Any] = {
+            "x_scale": x_scale,
+            "x_zero_point": x_zero_point,
+            "bias": bias,
+            "activation": activation,
+            "out": out,
+            "out_scale": out_scale,
+            "out_zero_point": out_zero_point,
+        }
+        if compiling:
+            return _traced(x_u8, packed, epilogue)
         if out not in _cpu.OUT_DTYPES:
             raise ArgumentError("out", "None, 'bfloat16' or 'uint8'", out)
         if (out == "uint8") != (out_scale is not None):
@@ -136,13 +136,14 @@ def sparse_int8_linear(
             check_numbers(x_u8)
             return sparse_int8_linear_reference(x_u8, packed, **epilogue)
         held = _Held(packed, epilogue)
-        run = held.run
         if held.versions is not None and all(type(part) in _PLAIN for part in key):
             if len(packed._handles) >= _MAX_HANDLES:
                 packed._handles.clear()
             packed._handles[key] = held
-    check_input(x_u8, packed.inputs, packed.values.device)
-    return _cpu.call(run, x_u8, packed.outputs, _cpu.OUT_DTYPES[out])
+    shape = x_u8.shape
+    if not (x_u8.is_cpu and x_u8.dtype in _cpu.DTYPE_CODES and shape and shape[-1] == held.inputs):
+        check_input(x_u8, packed.inputs, packed.values.device)
+    return _cpu.call(held.run, x_u8, held.outputs, held.out_dtype)
 
 
 _MAX_HANDLES = 8
@@ -159,6 +160,13 @@ class _Held:
         self.bias = bias
         self.contiguous_bias = None if bias is None else bias.contiguous()
         self.run = _cpu.prepare(packed, **epilogue | {"bias": self.contiguous_bias})
+        self.inputs, self.outputs = packed.inputs, packed.outputs
+        self.out_dtype = _cpu.OUT_DTYPES[epilogue["out"]]
+        self._watched = [*packed.parts(), *(() if bias is None else (bias,))]
+
+    def is_current(self) -> bool:
+        """Whether nothing that the handle was made from has been written to since."""
+        return self.versions == tuple([part._version for part in self._watched])
 
 
 def _versions(packed: PackedWeight, bias: torch.Tensor | None) -> tuple[Any, ...] | None:

@@ -47,16 +47,13 @@ class PackedWeight:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": {}}
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return self.values, self.group_index, self.panel_start, self.scale, self.sum
+
     def versions(self) -> tuple[int, ...] | None:
         """What changes when a part is written to in place; None where torch does not count."""
         try:
-            return (
-                self.values._version,
-                self.group_index._version,
-                self.panel_start._version,
-                self.scale._version,
-                self.sum._version,
-            )
+            return tuple(part._version for part in self.parts())
         except RuntimeError:  # tensors made in inference mode
             return None
 
@@ -177,8 +174,7 @@ class PackedWeight:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the packed parts, scales included."""
-        parts = (self.values, self.group_index, self.panel_start, self.scale, self.sum)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in self.parts())
 
 
 def check_inputs(inputs: int) -> None:
