@@ -25,30 +25,45 @@ int threads_for(int64_t multiply_adds) {
   return multiply_adds < kParallelMultiplyAdds ? 1 : num_threads();
 }
 
+// A line of h, 16 channels of `rows` rows, rounded into its half of a line of bf16 pairs.
+void store_pairs(const grouped_linear::Kernel& linear, const float* h, int rows, int64_t line,
+                 bool last, float* tile) {
+  constexpr int64_t kPairLine = 2 * kLine;
+  auto* const to = reinterpret_cast<uint16_t*>(tile + line / 2 * rows * kLine) + line % 2 * kLine;
+  linear.store(h, kLine, rows, kLine, to, Dtype::bf16, kPairLine, 1);
+  if (last && line % 2 == 0)  // no channels beside them
+    for (int r = 0; r < rows; ++r) std::fill_n(to + r * kPairLine + kLine, kLine, uint16_t{0});
+}
+
 // One group of one block: convolved into tiles, which meet the group's panels at once.
 void project_group(const Kernel& kernel, const grouped_linear::Kernel& linear, const Sequences& x,
                    const Shape& shape, const float* taps, const grouped_linear::Panels& panels,
                    const Block& block, int64_t group, const grouped_linear::Matrix& y,
                    Line* memory) {
-  const int64_t inputs = panels.depth, lines = lines_of(inputs);
+  const int64_t inputs = shape.channels / panels.groups, lines = lines_of(inputs);
+  const int64_t tile_lines = (panels.depth + kLine - 1) / kLine;
   const int64_t window_rows = block.rows + shape.width - 1;
+  const bool pairs = linear.unit_inputs == 2;
   float* const window = memory->units;
   float* const tiles = window + lines * window_rows * kLine;
-  load_window(linear, x, shape, block.batch, block.row0, window_rows, group * inputs, inputs,
-              window);
+  load_window(grouped_linear::select(Dtype::f32), x, shape, block.batch, block.row0, window_rows,
+              group * inputs, inputs, window);
   const int64_t count = (block.rows + kTileRows - 1) / kTileRows;
   const auto row0 = [&](int64_t t) { return grouped_linear::tile_row0(t, block.rows, count); };
   for (int64_t t = 0; t < count; ++t) {
     const int rows = static_cast<int>(row0(t + 1) - row0(t));
-    float* const tile = tiles + row0(t) * lines * kLine;
-    for (int64_t line = 0; line < lines; ++line)
+    float* const tile = tiles + row0(t) * tile_lines * kLine;
+    alignas(64) float h[kTileRows * kLine];
+    for (int64_t line = 0; line < lines; ++line) {
       kernel.convolve(window + (line * window_rows + row0(t)) * kLine,
                       taps + (group * lines + line) * shape.width * kLine, shape.width, rows,
-                      tile + line * rows * kLine);
+                      pairs ? h : tile + line * rows * kLine);
+      if (pairs) store_pairs(linear, h, rows, line, line + 1 == lines, tile);
+    }
   }
   for (int64_t p = 0; p < panels.count; ++p)
     for (int64_t t = 0; t < count; ++t)
-      grouped_linear::multiply_tile(linear, tiles + row0(t) * lines * kLine,
+      grouped_linear::multiply_tile(linear, tiles + row0(t) * tile_lines * kLine,
                                     static_cast<int>(row0(t + 1) - row0(t)), panels, group, p, y,
                                     block.batch * shape.length + block.row0 + row0(t));
 }
@@ -68,8 +83,7 @@ int64_t forward(const Sequences& x, const void* depthwise, const void* pointwise
   if (const int64_t bad = bad_length(shape); bad >= 0) return bad;
   if (shape.batch * shape.length == 0) return -1;
   const Kernel& kernel = select();
-  // h is f32, whatever x is.
-  const grouped_linear::Kernel& linear = grouped_linear::select(Dtype::f32);
+  const grouped_linear::Kernel& linear = grouped_linear::select(x.dtype);
   const int64_t inputs = shape.channels / groups, lines = lines_of(inputs);
   const int64_t taps_floats = groups * lines * shape.width * kLine;
   const int64_t panel_floats = grouped_linear::panel_floats(linear, groups, outputs, inputs);

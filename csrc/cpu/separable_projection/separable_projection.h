@@ -3,10 +3,11 @@
 //
 // x [B, L, C] with strides of its own, channels contiguous; depthwise [C, W], 1 <= W <= kMaxWidth;
 // pointwise [G, O, I] with C = G * I, bias [G * O] or null; y [B, L, G * O] contiguous; all f32 or
-// all bf16, h and sums in f32. `before` of the W taps look back: W / 2 for a centred kernel, W - 1
-// for a causal one. Rows l >= lengths[b] (and l < 0, l >= L) count as zeros and are never read; y
-// is zero there. h never leaves a block of rows in L1 and L2. INT8: depthwise_u8 is exact: integers
-// of at most 255 * 128 * kMaxWidth < 2^24 are summed in f32.
+// all bf16, sums and h in f32 (where grouped_linear's kernel multiplies bf16 as it is, h is rounded
+// to bf16, as it is between two layers). `before` of the W taps look back: W / 2 for a centred
+// kernel, W - 1 for a causal one. Rows l >= lengths[b] (and l < 0, l >= L) count as zeros and are
+// never read; y is zero there. h never leaves a block of rows in L1 and L2. INT8: depthwise_u8 is
+// exact: integers of at most 255 * 128 * kMaxWidth < 2^24 are summed in f32.
 #pragma once
 
 #include <cstdint>

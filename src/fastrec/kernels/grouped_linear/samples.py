@@ -83,6 +83,7 @@ def within(
     exact: torch.Tensor,
     torch_error: torch.Tensor,
     magnitude: torch.Tensor,
+    rounded: torch.Tensor | float = 0.0,
 ) -> None:
     """Asserts |actual - exact| <= 2 x torch's largest error + a floor.
 
@@ -91,12 +92,12 @@ def within(
     number, so the errors of n additions together are of the order of 2^-24 n^(1/2) n^(1/2) / 3 =
     a third of 2^-24 times the magnitude; 4 of it leaves 10 standard deviations. Half-precision
     results add their own rounding, half a unit in the last place; an underflow adds less than
-    2^-126 a term.
+    2^-126 a term. ``rounded`` is what an intermediate result's rounding may add.
     """
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     if not exact.numel():
         return
-    floor = 4 * 2**-24 * magnitude.double() + 2.0**-110
+    floor = 4 * 2**-24 * magnitude.double() + 2.0**-110 + rounded
     if actual.dtype is torch.bfloat16:
         floor = floor + 2**-8 * exact.abs()
     allowed = 2 * torch_error.abs().max() + floor

@@ -97,8 +97,9 @@ def separable_projection(
 
     Returns:
         [B, L, G * O], contiguous, x's dtype; the hidden rows and all sums are float32 (float64 for
-        float64). Differentiable in x, depthwise, pointwise and bias; gradients are the same bits
-        for any number of threads.
+        float64; hidden rows of bfloat16 are rounded to it where the CPU multiplies bfloat16 as it
+        is, as they would be between two layers). Differentiable in x, depthwise, pointwise and
+        bias; gradients are the same bits for any number of threads.
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.

@@ -88,7 +88,11 @@ def samples() -> Sequence[Sample]:
 
 
 def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Against float64; see ``grouped_linear``'s tolerance, whose sums are nested here."""
+    """Against float64; see ``grouped_linear``'s tolerance, whose sums are nested here.
+
+    A kernel on bfloat16 may round what the convolution gives, as two layers would: by 2^-9 of each
+    value, and so each output by at most 2^-9 of the sum of the absolute values of its terms.
+    """
     x = args[0]
     wide = tuple(None if t is None else t.double() for t in args)
     exact = separable_projection_reference(*wide, **kwargs)
@@ -97,4 +101,5 @@ def compare(actual: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
         *(None if t is None else t.abs() for t in wide), **kwargs
     )
     assert actual.dtype is x.dtype, actual.dtype
-    within(actual, exact, plain.double() - exact, magnitude)
+    rounded = 2**-9 * magnitude if x.dtype is torch.bfloat16 else 0.0
+    within(actual, exact, plain.double() - exact, magnitude, rounded)
