@@ -18,18 +18,23 @@ const T* head_of(const Rows& rows, int64_t batch, int64_t head) {
 inline float largest_value(const Call& call, int64_t batch, int64_t head) {
   const float* v = head_of<float>(call.v, batch, head);
   constexpr int kLanes = 16;
-  float lanes[kLanes] = {};
-  bool finite = true;
+  // x - x is 0 for every finite x, NaN otherwise; in lanes too, as one sum would wait for itself.
+  float lanes[kLanes] = {}, differences[kLanes] = {};
   for (int64_t j = 0; j < call.keys(batch); ++j) {
     const float* row = v + j * call.v.row_stride;
-    float difference = 0.0f;  // x - x is 0 for every finite x, NaN otherwise
     int64_t d = 0;
     for (; d + kLanes <= call.dims; d += kLanes)
-      for (int i = 0; i < kLanes; ++i) lanes[i] = std::max(lanes[i], std::fabs(row[d + i]));
-    for (; d < call.dims; ++d) lanes[0] = std::max(lanes[0], std::fabs(row[d]));
-    for (d = 0; d < call.dims; ++d) difference += row[d] - row[d];
-    finite &= difference == 0.0f;
+      for (int i = 0; i < kLanes; ++i) {
+        lanes[i] = std::max(lanes[i], std::fabs(row[d + i]));
+        differences[i] += row[d + i] - row[d + i];
+      }
+    for (; d < call.dims; ++d) {
+      lanes[0] = std::max(lanes[0], std::fabs(row[d]));
+      differences[0] += row[d] - row[d];
+    }
   }
+  const bool finite =
+      std::all_of(differences, differences + kLanes, [](float x) { return x == 0.0f; });
   return finite ? *std::max_element(lanes, lanes + kLanes) : -1.0f;
 }
 
