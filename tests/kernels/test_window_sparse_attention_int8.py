@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -142,6 +143,79 @@ def test_rows_without_keys_and_zero_values_are_zero() -> None:
     assert not window_sparse_attention_int8(q, k, v * 0, PATTERN, **SCALES).any()
 
 
+def cut(starts: list[int], *tensors: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Jagged [T, H, D] into sequences [1, H, L, D]."""
+    return [
+        [x[begin:end].transpose(0, 1)[None] for x in tensors]
+        for begin, end in itertools.pairwise(starts)
+    ]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("out", [None, "uint8"])
+def test_a_jagged_batch_is_its_sequences(isa: str, dtype: torch.dtype, out: str | None) -> None:
+    starts = [0, 0, 1, 130, 147, 400, 400]
+    q, k, v = bytes_of(400, 3, 3, 20).unbind(1)
+    pattern = AttentionPattern(3, [[5, 17, 150], [128], []])
+    kwargs: dict[str, Any] = dict(SCALES)
+    if out:
+        kwargs |= {"out": out, "out_scale": 0.01, "out_zero_point": 100}
+    scales = torch.rand(len(starts) - 1, 3)
+    rows = torch.tensor(starts, dtype=dtype)
+    with kernels.force_isa(isa):
+        bytewise = window_sparse_attention_int8(
+            q, k, v, pattern, **kwargs, v_scale=scales, cu_seqlens=rows
+        )
+        floats = window_sparse_attention_int8(q, k, v * 0.1, pattern, **kwargs, cu_seqlens=rows)
+        assert bytewise.is_contiguous()
+        for b, one in enumerate(cut(starts, q, k, v, v * 0.1, bytewise, floats)):
+            got = window_sparse_attention_int8(
+                *one[:3], pattern, **kwargs, v_scale=scales[b : b + 1]
+            )
+            assert torch.equal(got, one[4])
+            assert torch.equal(
+                window_sparse_attention_int8(one[0], one[1], one[3], pattern, **kwargs), one[5]
+            )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("starts", "error", "text"),
+    [
+        (torch.tensor([0, 9]), ArgumentError, "rising from 0 to T = 10, got 9 at 1"),
+        (torch.tensor([1, 10]), ArgumentError, "got 1 at 0"),
+        (torch.tensor([0, 6, 4, 10]), ArgumentError, "got 4 at 2"),
+        (torch.tensor([0, 11, 10]), ArgumentError, "got 11 at 1"),
+        (torch.tensor([0, -(2**62), 10]), ArgumentError, "at 1"),
+        (torch.tensor([0]), ArgumentError, "got 0 at 0"),
+        (torch.tensor([[0, 10]]), ShapeError, "cu_seqlens"),
+        (torch.tensor([0.0, 10]), DtypeError, "cu_seqlens"),
+    ],
+)
+def test_bad_starts_are_named(backend: str, starts: Any, error: type, text: str) -> None:
+    if backend == "cpu" and reason_missing():
+        pytest.skip(str(reason_missing()))
+    q, v = bytes_of(10, 2, 8), torch.ones(10, 2, 8)
+    with pytest.raises(error, match=text):
+        window_sparse_attention_int8(q, q, v, PATTERN, **SCALES, cu_seqlens=starts, backend=backend)
+
+
+def test_starts_exclude_lengths_and_batches() -> None:
+    q, v = bytes_of(10, 2, 8), torch.ones(10, 2, 8)
+    starts = torch.tensor([0, 10])
+    with pytest.raises(ArgumentError, match="lengths: expected None where cu_seqlens is given"):
+        window_sparse_attention_int8(
+            q, q, v, PATTERN, **SCALES, cu_seqlens=starts, lengths=torch.tensor([1])
+        )
+    with pytest.raises(ShapeError, match=r"q: expected shape \[B, H, L, D\]"):
+        window_sparse_attention_int8(q, q, v, PATTERN, **SCALES)
+    with pytest.raises(ShapeError, match=r"q: expected shape \[T, H, D\]"):
+        window_sparse_attention_int8(
+            q[None], q[None], v[None], PATTERN, **SCALES, cu_seqlens=starts
+        )
+
+
 GOOD = {"q": bytes_of(2, 2, 6, 8), "k": bytes_of(2, 2, 6, 8), "v": torch.ones(2, 2, 6, 8)}
 
 
@@ -211,13 +285,20 @@ def test_more_keys_than_the_sums_hold_are_refused(backend: str) -> None:
 
 
 def op_call(**change: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args = (GOOD["q"], GOOD["k"], GOOD["v"], encoded(PATTERN), 0.1, 0.1, 0)
+    jagged = "cu_seqlens" in change
+    q, k, v = (x.flatten(0, 1) if jagged else x for x in GOOD.values())
+    args = (q, k, v, encoded(PATTERN), 0.1, 0.1, 0)
     return args, change
 
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"lengths": torch.tensor([2, 6])}, {"out_scale": 0.1, "out_zero_point": 3}],
+    [
+        {},
+        {"lengths": torch.tensor([2, 6])},
+        {"cu_seqlens": torch.tensor([0, 1, 4])},
+        {"out_scale": 0.1, "out_zero_point": 3},
+    ],
 )
 def test_torch_op_is_registered_as_torch_wants_it(change: dict[str, Any]) -> None:
     args, kwargs = op_call(**change)

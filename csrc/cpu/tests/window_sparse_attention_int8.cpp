@@ -14,6 +14,7 @@ struct Case {
   bool q_u8 = true, v_f32 = false, out_u8 = false;
   bool together = false;
   std::vector<int64_t> lengths = {};
+  std::vector<int64_t> starts = {};  // of sequences in one batch, as it lies together
 };
 
 std::vector<uint8_t> bytes_of(const std::vector<float>& values) {
@@ -25,7 +26,8 @@ std::vector<uint8_t> bytes_of(const std::vector<float>& values) {
 std::string name(const Case& c) {
   return text_of(c.sizes) + " " + c.seen.text() + (c.q_u8 ? " q u8" : " q s8") +
          (c.v_f32 ? " v f32" : " v s8") + (c.out_u8 ? " out u8" : " out f32") +
-         (c.together ? " together" : "") + (c.lengths.empty() ? "" : " lengths");
+         (c.together ? " together" : "") + (c.lengths.empty() ? "" : " lengths") +
+         (c.starts.empty() ? "" : " jagged");
 }
 
 // q, k and v as they lie in memory.
@@ -42,7 +44,8 @@ struct Inputs {
       v = bytes_of(values);
     } else {
       v = random.integers<uint8_t>(count, 0, 255);
-      v_scale = random.floats(c.sizes.batch * c.sizes.heads);
+      v_scale = random.floats(std::max(c.sizes.batch, static_cast<int64_t>(c.starts.size())) *
+                              c.sizes.heads);
       for (float& scale : v_scale) scale = std::abs(scale);
     }
   }
@@ -76,12 +79,16 @@ Outcome run_at(const Case& c, const Inputs& inputs, Place place) {
   call.q_zero_point = c.q_u8 ? 117 : 0;
   call.exponent_scale = 3e-4f / std::sqrt(static_cast<float>(c.sizes.dims));
   call.v_scale = c.v_f32 ? nullptr : v_scale.data();
-  call.out = out.data();
+  call.out = {out.data(), c.sizes.heads * c.sizes.rows * c.sizes.dims, c.sizes.rows * c.sizes.dims,
+              c.sizes.dims};
+  if (!c.starts.empty()) call.out = {out.data(), 0, c.sizes.dims, c.sizes.heads * c.sizes.dims};
   call.out_scale = 0.04f;
   call.out_zero_point = 120;
   call.lengths = c.lengths.empty() ? nullptr : lengths.data();
   call.pattern = {c.seen.window, c.seen.causal, distances.data(), starts.data()};
-  call.batch = c.sizes.batch;
+  const Buffer<int64_t> sequences(c.starts, place);
+  call.cu_seqlens = c.starts.empty() ? nullptr : sequences.data();
+  call.batch = c.starts.empty() ? c.sizes.batch : static_cast<int64_t>(c.starts.size()) - 1;
   call.heads = c.sizes.heads;
   call.length = c.sizes.rows;
   call.dims = c.sizes.dims;
@@ -137,6 +144,15 @@ TEST(window_sparse_attention_int8_parts_and_threads) {
   compare({{2, 2, 130, 48}, {40, true, {{60, 128}, {}}}, false, false, false, false, {129, 40}});
 }
 
+TEST(window_sparse_attention_int8_jagged) {
+  for (const bool v_f32 : {false, true})
+    for (const bool out_u8 : {false, true}) {
+      const Seen seen{3, v_f32, {{4, 9, 33, 120}, {16, 18}}};
+      compare({{1, 2, 190, 20}, seen, true, v_f32, out_u8, true, {}, {0, 0, 1, 17, 33, 190, 190}});
+      compare({{1, 2, 0, 20}, seen, true, v_f32, out_u8, true, {}, {0, 0}});
+    }
+}
+
 TEST(window_sparse_attention_int8_says_what_is_wrong) {
   const Case floats{{2, 1, 20, 9}, {2, false, {{7}}}, true, true, false, false, {20, 6}};
   for (const float bad : {NAN, INFINITY, -INFINITY})
@@ -158,6 +174,13 @@ TEST(window_sparse_attention_int8_says_what_is_wrong) {
     Case wrong = bytes;
     wrong.lengths = {20, bad};
     CHECK(run_at(wrong, inputs, Place::before_guard).code == 1);
+  }
+  const std::vector<std::vector<int64_t>> bad_starts = {{1, 20}, {0, 21}, {0, 12, 8, 20}, {0}};
+  for (const auto& starts : bad_starts) {
+    Case wrong{{1, 1, 20, 9}, {2, false, {{7}}}};
+    wrong.starts = starts;
+    const int64_t first = starts == bad_starts[2] ? 2 : starts == bad_starts[1] ? 1 : 0;
+    CHECK(run_at(wrong, Inputs(wrong), Place::before_guard).code == first);
   }
 }
 

@@ -174,7 +174,7 @@ FASTREC_NOINLINE void weighted_sums(const int32_t* weights, const uint8_t* value
 }
 
 // Rows of 4 * lines floats -> the output's rows.
-FASTREC_VNNI void store_rows(const Call& call, int64_t at_row, int64_t rows, const float* from,
+FASTREC_VNNI void store_rows(const Call& call, int64_t first, int64_t rows, const float* from,
                              int64_t stride) {
   const __m512 inverse = _mm512_set1_ps(1.0f / call.out_scale);
   const __m512 zero = _mm512_set1_ps(static_cast<float>(call.out_zero_point));
@@ -182,9 +182,9 @@ FASTREC_VNNI void store_rows(const Call& call, int64_t at_row, int64_t rows, con
   const __m512 most = _mm512_sub_ps(_mm512_set1_ps(255.0f), zero);
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = from + r * stride;
-    const int64_t at = (at_row + r) * call.dims;
+    const int64_t at = first + r * call.out.row_stride;
     if (!call.out_u8) {
-      std::copy_n(row, call.dims, static_cast<float*>(call.out) + at);
+      std::copy_n(row, call.dims, static_cast<float*>(call.out.data) + at);
       continue;
     }
     for (int64_t d = 0; d < call.dims; d += kTile) {
@@ -193,7 +193,7 @@ FASTREC_VNNI void store_rows(const Call& call, int64_t at_row, int64_t rows, con
       const __m512 clipped = _mm512_min_ps(_mm512_max_ps(value, least), most);
       const __m128i bytes = _mm512_cvtusepi32_epi8(
           _mm512_add_epi32(_mm512_cvtps_epi32(clipped), _mm512_set1_epi32(call.out_zero_point)));
-      uint8_t* to = static_cast<uint8_t*>(call.out) + at + d;
+      uint8_t* to = static_cast<uint8_t*>(call.out.data) + at + d;
       if (lanes == 0xffff)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
       else
@@ -280,10 +280,10 @@ FASTREC_VNNI void block_of_16(const Call& call, int64_t batch, int64_t head, con
       _mm512_shuffle_f32x4(factor, factor, 0x00), _mm512_shuffle_f32x4(factor, factor, 0x55),
       _mm512_shuffle_f32x4(factor, factor, 0xaa), _mm512_shuffle_f32x4(factor, factor, 0xff)};
   const __m512i across = across_lanes();
-  const int64_t at_row = (batch * call.heads + head) * call.length + i0;
+  const int64_t first_out = out_at(call, batch, head, i0);
   const bool direct = !call.out_u8 && call.dims % 4 == 0 && rows == kTile;
-  float* const out = direct ? static_cast<float*>(call.out) + at_row * call.dims : memory.out;
-  const int64_t stride = direct ? call.dims : 4 * lines;
+  float* const out = direct ? static_cast<float*>(call.out.data) + first_out : memory.out;
+  const int64_t stride = direct ? call.out.row_stride : 4 * lines;
   for (int64_t line = 0; line < lines; line += 2) {
     Sums sums;
     weighted_sums(memory.weights, packed.values + first_tile * tile_bytes, end_tile - first_tile,
@@ -303,7 +303,7 @@ FASTREC_VNNI void block_of_16(const Call& call, int64_t batch, int64_t head, con
       }
     }
   }
-  if (!direct) store_rows(call, at_row, rows, out, stride);
+  if (!direct) store_rows(call, first_out, rows, out, stride);
 }
 
 FASTREC_VNNI void block(const Call& call, int64_t batch, int64_t head, const Packed& packed,

@@ -24,10 +24,10 @@ void bind(py::module_& parent) {
   m.def(
       "run",
       [](const Strided& q, bool q_u8, int32_t q_zero_point, const Strided& k, const Strided& v,
-         bool v_f32, uintptr_t v_scale, float exponent_scale, uintptr_t out, bool out_u8,
-         float out_scale, int32_t out_zero_point, uintptr_t lengths, int64_t window, bool causal,
-         uintptr_t distances, uintptr_t starts, int64_t batch, int64_t heads, int64_t length,
-         int64_t dims) {
+         bool v_f32, uintptr_t v_scale, float exponent_scale, const Strided& out, bool out_u8,
+         float out_scale, int32_t out_zero_point, uintptr_t lengths, uintptr_t cu_seqlens,
+         int64_t window, bool causal, uintptr_t distances, uintptr_t starts, int64_t batch,
+         int64_t heads, int64_t length, int64_t dims) {
         const auto rows = [](const Strided& s) {
           return Rows{reinterpret_cast<const void*>(s[0]), s[1], s[2], s[3]};
         };
@@ -42,10 +42,11 @@ void bind(py::module_& parent) {
                     q_zero_point,
                     exponent_scale,
                     reinterpret_cast<const float*>(v_scale),
-                    reinterpret_cast<void*>(out),
+                    {reinterpret_cast<void*>(out[0]), out[1], out[2], out[3]},
                     out_scale,
                     out_zero_point,
                     ints(lengths),
+                    ints(cu_seqlens),
                     {window, causal, ints(distances), ints(starts)},
                     batch,
                     heads,
@@ -53,7 +54,8 @@ void bind(py::module_& parent) {
                     dims});
       },
       "Addresses, strides in elements, sizes, checked by the caller. -1: done; NOT_FINITE: v "
-      "holds NaN or infinity; BAD_SCALE: of v_scale; else the first batch with a bad length.");
+      "holds NaN or infinity; BAD_SCALE: of v_scale; else the first bad entry of lengths or "
+      "cu_seqlens.");
 }
 
 }  // namespace fastrec::window_sparse_attention_int8

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <type_traits>
+#include <vector>
 
 #include "cpu_features.h"
 #include "parallel.h"
@@ -23,49 +25,109 @@ constexpr int64_t kParallelMultiplyAdds = 500'000;
 // Query rows a part: blocks that share most of their window's keys stay on one thread.
 constexpr int64_t kPartRows = 8 * kBlockRows;
 
+int64_t lines(int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  return (bytes + kLine - 1) / kLine * kLine;
+}
+
+// The first entry of lengths or cu_seqlens that is out of order, or kDone.
+int64_t first_bad(const Call& call) {
+  const int64_t* starts = call.cu_seqlens;
+  if (starts && (starts[0] != 0 || (call.batch == 0 && call.length != 0))) return 0;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    if (starts && (starts[b + 1] < starts[b] || starts[b + 1] > call.length ||
+                   (b + 1 == call.batch && starts[b + 1] != call.length)))
+      return b + 1;
+    if (call.lengths && (call.lengths[b] < 0 || call.lengths[b] > call.length)) return b;
+  }
+  return kDone;
+}
+
+// Sequences behind each other, each as a call of its own.
+std::vector<Call> calls_of(const Call& call) {
+  if (!call.cu_seqlens) return {call};
+  std::vector<Call> calls;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t first = call.cu_seqlens[b];
+    Call one = call;
+    one.batch = 1;
+    one.length = call.cu_seqlens[b + 1] - first;
+    if (one.length == 0) continue;
+    const auto move = [&](auto& rows, int64_t bytes) {
+      using Char = std::conditional_t<std::is_same_v<decltype(rows.data), void*>, char, const char>;
+      rows.data = static_cast<Char*>(rows.data) + first * rows.row_stride * bytes;
+    };
+    move(one.q, 1);
+    move(one.k, 1);
+    move(one.v, call.v_f32 ? 4 : 1);
+    move(one.out, call.out_u8 ? 1 : 4);
+    if (call.v_scale) one.v_scale += b * call.heads;
+    calls.push_back(one);
+  }
+  return calls;
+}
+
+// One head of one sequence.
+struct Task {
+  const Call* call;
+  int64_t batch, head;
+  Packed packed;
+  int64_t first_part;
+};
+
 }  // namespace
 
 const Kernel& select() { return select_kernel(kKernels); }
 
 int64_t run(const Call& call) {
-  if (call.lengths)
-    for (int64_t b = 0; b < call.batch; ++b)
-      if (call.lengths[b] < 0 || call.lengths[b] > call.length) return b;
-  const int64_t heads = call.batch * call.heads;
+  if (const int64_t bad = first_bad(call); bad != kDone) return bad;
   if (call.v_scale)
-    for (int64_t h = 0; h < heads; ++h)
+    for (int64_t h = 0; h < call.batch * call.heads; ++h)
       if (!(call.v_scale[h] >= 0.0f) || !std::isfinite(call.v_scale[h])) return kBadScale;
-  if (heads == 0 || call.length == 0) return kDone;
+  const std::vector<Call> calls = calls_of(call);
   const Kernel& kernel = select();
   int64_t far = 0;
   for (int64_t h = 0; h < call.heads; ++h) far = std::max(far, call.pattern.far_count(h));
-  const int64_t seen = std::min(call.length, 2 * call.pattern.window + 1) + far;
-  const bool alone = 2 * heads * call.length * seen * call.dims < kParallelMultiplyAdds;
-  const int threads = alone ? 1 : num_threads();
 
-  constexpr int64_t kLine = 64;
-  const int64_t bytes = (kernel.packed_bytes(call) + kLine - 1) / kLine * kLine;
-  const int64_t table = (heads * int64_t{sizeof(Packed)} + kLine - 1) / kLine * kLine;
-  uint8_t* const memory = scratch<uint8_t>(table + heads * bytes);
-  auto* const packed = reinterpret_cast<Packed*>(memory);
-  std::atomic<bool> finite{true};
-  parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) {
-      packed[h] = {memory + table + h * bytes, 0.0f};
-      if (!kernel.pack(call, h / call.heads, h % call.heads, &packed[h]))
-        finite.store(false, std::memory_order_relaxed);
+  std::vector<Task> tasks;
+  int64_t rows = 0, parts = 0, bytes = 0, longest = 0, ints = 0;
+  for (const Call& one : calls) {
+    const int64_t each = lines(kernel.packed_bytes(one));
+    longest = std::max(longest, one.length);
+    ints = std::max(ints, kernel.scratch_ints(one, far));
+    for (int64_t h = 0; h < one.batch * one.heads; ++h) {
+      tasks.push_back({&one, h / one.heads, h % one.heads, {nullptr, 0.0f}, parts});
+      rows += one.length;
+      bytes += each;
+      parts += (one.length + kPartRows - 1) / kPartRows;
     }
+  }
+  if (rows == 0) return kDone;
+  const int64_t seen = std::min(longest, 2 * call.pattern.window + 1) + far;
+  const int threads = 2 * rows * seen * call.dims < kParallelMultiplyAdds ? 1 : num_threads();
+  uint8_t* memory = scratch<uint8_t>(bytes);
+  for (Task& task : tasks) {
+    task.packed.data = memory;
+    memory += lines(kernel.packed_bytes(*task.call));
+  }
+  std::atomic<bool> finite{true};
+  parallel_for(static_cast<int64_t>(tasks.size()), 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      if (!kernel.pack(*tasks[t].call, tasks[t].batch, tasks[t].head, &tasks[t].packed))
+        finite.store(false, std::memory_order_relaxed);
   });
   if (!finite.load(std::memory_order_relaxed)) return kNotFinite;
 
-  const int64_t parts_a_head = (call.length + kPartRows - 1) / kPartRows;
-  const int64_t ints = kernel.scratch_ints(call, far);
-  parallel_for(heads * parts_a_head, 1, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {
     int32_t* const own = scratch<int32_t>(ints);
+    auto task = std::upper_bound(tasks.begin(), tasks.end(), begin,
+                                 [](int64_t part, const Task& t) { return part < t.first_part; });
+    --task;
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t h = p / parts_a_head, first = p % parts_a_head * kPartRows;
-      kernel.block(call, h / call.heads, h % call.heads, packed[h], first,
-                   std::min(first + kPartRows, call.length), own);
+      while (task + 1 != tasks.end() && p >= (task + 1)->first_part) ++task;
+      const int64_t first = (p - task->first_part) * kPartRows;
+      kernel.block(*task->call, task->batch, task->head, task->packed, first,
+                   std::min(first + kPartRows, task->call->length), own);
     }
   });
   return kDone;

@@ -44,16 +44,20 @@ inline float inverse_scale(float largest) {
   return std::isfinite(inverse) ? inverse : 0.0f;
 }
 
+inline int64_t out_at(const Call& call, int64_t batch, int64_t head, int64_t row) {
+  return batch * call.out.batch_stride + head * call.out.head_stride + row * call.out.row_stride;
+}
+
 // Writes row i of a head; value(d) is its float.
 template <class Value>
 inline void store_row(const Call& call, int64_t batch, int64_t head, int64_t i, Value value) {
-  const int64_t at = ((batch * call.heads + head) * call.length + i) * call.dims;
+  const int64_t at = out_at(call, batch, head, i);
   if (!call.out_u8) {
-    float* to = static_cast<float*>(call.out) + at;
+    float* to = static_cast<float*>(call.out.data) + at;
     for (int64_t d = 0; d < call.dims; ++d) to[d] = value(d);
     return;
   }
-  uint8_t* to = static_cast<uint8_t*>(call.out) + at;
+  uint8_t* to = static_cast<uint8_t*>(call.out.data) + at;
   const float inverse = 1.0f / call.out_scale;
   const auto zero = static_cast<float>(call.out_zero_point);
   for (int64_t d = 0; d < call.dims; ++d) {

@@ -1,8 +1,8 @@
 // window_sparse_attention_int8: attention over a window and far positions, on 8-bit integers.
 //
 // q u8 or s8, k s8, v s8 or f32: [B, H, L, D] with strides in elements, the D of a row contiguous;
-// out f32 or u8 [B, H, L, D], contiguous. For query i and the keys j that AttentionPattern shows
-// it:
+// out f32 or u8, the same. Or sequences behind each other, [T, H, D], that start and end where
+// cu_seqlens says. For query i and the keys j that AttentionPattern shows it:
 //
 //   s_j = sum_d (q[i, d] - q_zero_point) * k[j, d]              exact int32
 //   t_j = max(f32(s_j - max_j s_j) * exponent_scale, -16)       the difference is exact, <= 2^24
@@ -43,16 +43,22 @@ struct Rows {
   int64_t batch_stride, head_stride, row_stride;
 };
 
+struct OutRows {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
 struct Call {
   Rows q, k, v;
   bool q_u8, v_f32, out_u8;
   int32_t q_zero_point;  // 0 for s8
   float exponent_scale;  // q_scale * k_scale * scale * log2(e), >= 0
   const float* v_scale;  // [B, H]; null where v is f32
-  void* out;
+  OutRows out;
   float out_scale;
   int32_t out_zero_point;
-  const int64_t* lengths;  // [B], each 0..L, or null: all of L
+  const int64_t* lengths;     // [B], each 0..L, or null: all of L
+  const int64_t* cu_seqlens;  // [B + 1], rising from 0 to T, or null; length is T then
   AttentionPattern pattern;
   int64_t batch, heads, length, dims;
 
@@ -87,7 +93,7 @@ const Kernel& select();
 
 inline constexpr int64_t kDone = -1, kNotFinite = -2, kBadScale = -3;
 // kDone; kNotFinite: a valid v is NaN or infinite; kBadScale: a v_scale is negative, NaN or
-// infinite; or the first batch whose length lies outside 0..L.
+// infinite; or the first entry of lengths or cu_seqlens that is out of order.
 int64_t run(const Call& call);
 
 }  // namespace fastrec::window_sparse_attention_int8

@@ -41,18 +41,23 @@ def _check_tensors(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     v_scale: float | torch.Tensor | None,
-) -> None:
+) -> int:
+    """The number of sequences."""
+    if lengths is not None and cu_seqlens is not None:
+        raise ArgumentError("lengths", "None where cu_seqlens is given", "both")
+    rank, layout = (4, "[B, H, L, D]") if cu_seqlens is None else (3, "[T, H, D]")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in _DTYPES[name]:
             raise DtypeError(name, " or ".join(map(str, _DTYPES[name])), tensor.dtype)
-        if tensor.dim() != 4:
-            raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
+        if tensor.dim() != rank:
+            raise ShapeError(name, f"shape {layout}", list(tensor.shape))
         if tensor.shape != q.shape:
             raise ShapeError(name, f"q's shape {list(q.shape)}", list(tensor.shape))
         if tensor.device != q.device:
             raise DeviceError(name, f"q's device {q.device}", tensor.device)
-    batch, heads, _, dims = q.shape
+    batch, heads, dims = q.shape[0], q.shape[1], q.shape[-1]
     if heads == 0 or not 1 <= dims <= MAX_DIMS:
         raise ShapeError("q", f"at least one head and 1 to {MAX_DIMS} dimensions", list(q.shape))
     if lengths is not None:
@@ -62,6 +67,14 @@ def _check_tensors(
             raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
         if lengths.device != q.device:
             raise DeviceError("lengths", f"q's device {q.device}", lengths.device)
+    if cu_seqlens is not None:
+        if cu_seqlens.dtype not in (torch.int64, torch.int32):
+            raise DtypeError("cu_seqlens", "int64 or int32", cu_seqlens.dtype)
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            raise ShapeError("cu_seqlens", "shape [B + 1]", list(cu_seqlens.shape))
+        if cu_seqlens.device != q.device:
+            raise DeviceError("cu_seqlens", f"q's device {q.device}", cu_seqlens.device)
+        batch = len(cu_seqlens) - 1
     if v.dtype is torch.float32:
         if v_scale is not None:
             raise ArgumentError("v_scale", "None with a float v, which brings its own", "a scale")
@@ -74,6 +87,7 @@ def _check_tensors(
             raise DeviceError("v_scale", f"q's device {q.device}", v_scale.device)
     elif v_scale is None:
         raise ArgumentError("v_scale", "a positive number or float32 [B, H] with int8 v", None)
+    return batch
 
 
 def _check_scale(name: str, value: Any, *, zero: bool = False) -> None:
@@ -112,6 +126,7 @@ def window_sparse_attention_int8(
     q_zero_point: int | None = None,
     v_scale: float | torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     out: str | None = None,
     out_scale: float | None = None,
@@ -124,21 +139,24 @@ def window_sparse_attention_int8(
     bits relative to the largest of their row: one below 1 / 510 of it counts as 0.
 
     Args:
-        q: uint8 or int8 [B, H, L, D], D at most 256.
-        k: int8 [B, H, L, D], zero point 0.
-        v: float32 [B, H, L, D], which is brought to int8 by the largest valid |v| of each (batch,
+        q: uint8 or int8 [B, H, L, D], D at most 256; or jagged [T, H, D] with ``cu_seqlens``, as k
+            and v then.
+        k: int8, q's shape, zero point 0.
+        v: float32, q's shape, which is brought to int8 by the largest valid |v| of each (batch,
             head): the dynamic range of the paper's Value branch; or int8 with ``v_scale``.
         pattern: who sees whom; a query sees at most 65,536 keys (its sums are int32).
         q_scale, k_scale: step sizes, > 0.
         q_zero_point: of a uint8 q, default 128; int8 has none.
         v_scale: of an int8 v: a number or float32 [B, H].
         lengths: int64 [B], keys at or beyond it are not seen and never read; None means L.
+        cu_seqlens: int64 or int32 [B + 1], rising from 0 to T: sequence b is rows
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``.
         scale: factor of the scores, >= 0; None means D ** -0.5.
         out: None for float32, "uint8" to requantise with ``out_scale`` and ``out_zero_point``.
         backend: None picks the best once per signature; "cpu" or "reference" forces one.
 
     Returns:
-        [B, H, L, D], contiguous, float32 or uint8; a query without keys gives 0. Not
+        q's shape, contiguous, float32 or uint8; a query without keys gives 0. Not
         differentiable.
 
     Raises:
@@ -146,8 +164,7 @@ def window_sparse_attention_int8(
             the valid values.
         BackendError: the backend asked for can't run.
     """
-    _check_tensors(q, k, v, lengths, v_scale)
-    batch, heads = q.shape[:2]
+    batch, heads = _check_tensors(q, k, v, lengths, cu_seqlens, v_scale), q.shape[1]
     check_pattern(pattern, heads)
     if q.dtype is torch.uint8:
         q_zero_point = 128 if q_zero_point is None else q_zero_point
@@ -179,18 +196,30 @@ def window_sparse_attention_int8(
             q_zero_point or 0,
             v_scale=v_scale,
             lengths=lengths,
+            cu_seqlens=cu_seqlens,
             scale=scale,
             out_scale=out_scale,
             out_zero_point=out_zero_point,
         )
-    call = _run if BACKENDS.choose(Signature(q.device.type), backend) == "cpu" else _reference
+    compiled = backend is None and q.is_cpu and BACKENDS.cpu_is_compiled
+    if not compiled:
+        compiled = BACKENDS.choose(Signature(q.device.type), backend) == "cpu"
+    call = _run if compiled else _reference
     return call(
-        q, k, v, pattern, q_scale, k_scale, q_zero_point or 0, v_scale, lengths, scale, out_scale,
-        out_zero_point,
+        q, k, v, pattern, q_scale, k_scale, q_zero_point or 0, v_scale, lengths, cu_seqlens, scale,
+        out_scale, out_zero_point,
     )  # fmt: skip
 
 
-def _length_error(lengths: torch.Tensor, position: int, length: int) -> ArgumentError:
+def _entry_error(
+    q: torch.Tensor, lengths: torch.Tensor | None, cu_seqlens: torch.Tensor | None, position: int
+) -> ArgumentError:
+    """For an entry of ``lengths`` or ``cu_seqlens`` that is out of order."""
+    if cu_seqlens is not None:
+        got = f"{int(cu_seqlens[position])} at {position}"
+        return ArgumentError("cu_seqlens", f"values rising from 0 to T = {len(q)}", got)
+    assert lengths is not None
+    length = q.shape[2]
     return ArgumentError("lengths", f"values in [0, {length}]", int(lengths[position]))
 
 
@@ -216,17 +245,24 @@ def _reference(
     q_zero_point: int,
     v_scale: torch.Tensor | None,
     lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     scale: float | None,
     out_scale: float | None,
     out_zero_point: int | None,
 ) -> torch.Tensor:
     _check_zero_points(q_zero_point, out_scale, out_zero_point)
-    _exponent_scale(q_scale, k_scale, scale, q.shape[3])
-    length = q.shape[2]
+    _exponent_scale(q_scale, k_scale, scale, q.shape[-1])
+    length = _longest(q, cu_seqlens)
     if lengths is not None:
         outside = ((lengths < 0) | (lengths > length)).nonzero()
         if len(outside):
-            raise _length_error(lengths, int(outside[0]), length)
+            raise _entry_error(q, lengths, None, int(outside[0]))
+    if cu_seqlens is not None:
+        starts, last = cu_seqlens.tolist(), len(cu_seqlens) - 1
+        for b, start in enumerate(starts):
+            low = starts[b - 1] if b else 0
+            if not low <= start <= (len(q) if b else 0) or (b == last and start != len(q)):
+                raise _entry_error(q, None, cu_seqlens, b)
     keys = far_table(pattern, length, q.shape[1]).keys
     if keys > MAX_KEYS:
         raise _keys_error(keys)
@@ -234,7 +270,8 @@ def _reference(
         raise _scales_error()
     if v.dtype is torch.float32:
         for b in range(len(v)):
-            if not bool(v[b, :, : None if lengths is None else int(lengths[b])].isfinite().all()):
+            valid = v[b] if lengths is None else v[b, :, : int(lengths[b])]
+            if not bool(valid.isfinite().all()):
                 raise _values_error()
     return window_sparse_attention_int8_reference(
         q,
@@ -247,18 +284,29 @@ def _reference(
         q_zero_point=q_zero_point,
         v_scale=v_scale,
         lengths=lengths,
+        cu_seqlens=cu_seqlens,
         out=None if out_scale is None else "uint8",
         out_scale=out_scale,
         out_zero_point=out_zero_point,
     )
 
 
-def _strided(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """The tensor, copied where the dimensions of a row do not follow each other; its address."""
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    batch, head, row, _ = x.stride()
-    return x, (x.data_ptr(), batch, head, row)
+def _longest(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    """Rows of the longest sequence, at most those that there are."""
+    if cu_seqlens is None:
+        return q.shape[2]
+    if len(cu_seqlens) == 1:
+        return 0
+    return min(max(int(cu_seqlens.diff().max()), 0), len(q))
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of batch, head and row."""
+    if x.dim() == 4:
+        batch, head, row, _ = x.stride()
+        return x.data_ptr(), batch, head, row
+    row, head, _ = x.stride()
+    return x.data_ptr(), 0, head, row
 
 
 def _run(
@@ -271,44 +319,53 @@ def _run(
     q_zero_point: int,
     v_scale: torch.Tensor | None,
     lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     scale: float | None,
     out_scale: float | None,
     out_zero_point: int | None,
 ) -> torch.Tensor:
-    batch, heads, length, dims = q.shape
+    heads, dims = q.shape[1], q.shape[-1]
+    length = _longest(q, cu_seqlens)
     _check_zero_points(q_zero_point, out_scale, out_zero_point)
     exponent_scale = _exponent_scale(q_scale, k_scale, scale, dims)
     table = far_table(pattern, length, heads)
     if table.keys > MAX_KEYS:
         raise _keys_error(table.keys)
-    q, q_rows = _strided(q)
-    k, k_rows = _strided(k)
-    v, v_rows = _strided(v)
+    # Copied where the dimensions of a row do not follow each other.
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
     v_scale = None if v_scale is None else v_scale.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    result = torch.empty(q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
+    batch, rows = q.shape[0], length
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+        batch, rows = len(cu_seqlens) - 1, len(q)
+    # Sizes one by one: torch takes half a microsecond longer over a tuple of them.
+    result = torch.empty(*q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
     native = _compiled.native().window_sparse_attention_int8
     status = native.run(
-        q_rows,
+        _strides(q),
         q.dtype is torch.uint8,
         q_zero_point,
-        k_rows,
-        v_rows,
+        _strides(k),
+        _strides(v),
         v.dtype is torch.float32,
         0 if v_scale is None else v_scale.data_ptr(),
         exponent_scale,
-        result.data_ptr(),
+        _strides(result),
         out_scale is not None,
         1.0 if out_scale is None else out_scale,
         out_zero_point or 0,
         0 if lengths is None else lengths.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
         min(pattern.window, length),
         pattern.causal,
         table.distances.data_ptr(),
         table.starts.data_ptr(),
         batch,
         heads,
-        length,
+        rows,
         dims,
     )
     if status == native.NOT_FINITE:
@@ -316,8 +373,7 @@ def _run(
     if status == native.BAD_SCALE:
         raise _scales_error()
     if status >= 0:
-        assert lengths is not None
-        raise _length_error(lengths, status, length)
+        raise _entry_error(q, lengths, cu_seqlens, status)
     return result
 
 
@@ -325,7 +381,8 @@ _LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
 _LIBRARY.define(
     "window_sparse_attention_int8(Tensor q, Tensor k, Tensor v, str pattern, float q_scale, "
     "float k_scale, int q_zero_point, *, Tensor? v_scale=None, Tensor? lengths=None, "
-    "float? scale=None, float? out_scale=None, int? out_zero_point=None) -> Tensor"
+    "Tensor? cu_seqlens=None, float? scale=None, float? out_scale=None, "
+    "int? out_zero_point=None) -> Tensor"
 )
 
 
@@ -340,14 +397,15 @@ def _torch_op(
     *,
     v_scale: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     out_scale: float | None = None,
     out_zero_point: int | None = None,
 ) -> torch.Tensor:
     call = _run if BACKENDS.choose(Signature(q.device.type)) == "cpu" else _reference
     return call(
-        q, k, v, decoded(pattern), q_scale, k_scale, q_zero_point, v_scale, lengths, scale,
-        out_scale, out_zero_point,
+        q, k, v, decoded(pattern), q_scale, k_scale, q_zero_point, v_scale, lengths,
+        cu_seqlens, scale, out_scale, out_zero_point,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fastrec.kernels._sequences import sequences
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.kernels.window_sparse_attention.reference import blocks
 
@@ -52,6 +53,7 @@ def window_sparse_attention_int8_reference(
     q_zero_point: int | None = None,
     v_scale: float | torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     out: str | None = None,
     out_scale: float | None = None,
@@ -61,31 +63,30 @@ def window_sparse_attention_int8_reference(
 
     Integer products are taken in float64, whose 53 bits hold them.
     """
-    batch, heads, length, dims = q.shape
+    heads, dims = q.shape[1], q.shape[-1]
     scale = dims**-0.5 if scale is None else scale
     exponent_scale = exponent_scale_of(q_scale, k_scale, scale)
     zero_point = (128 if q_zero_point is None else q_zero_point) if q.dtype == torch.uint8 else 0
     result = torch.zeros(q.shape)
-    for b in range(batch):
-        keys = length if lengths is None else int(lengths[b])
+    for b, (one, keys) in enumerate(sequences([q, k, v, result], lengths, cu_seqlens)):
         if keys == 0:
             continue
-        values = v[b, :, :keys]
+        values, to = one[2][:, :keys], one[3]
         if values.dtype == torch.float32:
             values, value_scale = quantise_values(values)
         elif isinstance(v_scale, torch.Tensor):
             value_scale = v_scale[b]
         else:
             value_scale = torch.full((heads,), float(v_scale or 0.0))
-        query, key, value = (x.double() for x in (q[b], k[b, :, :keys], values))
-        for head, rows, seen_key, seen in blocks(pattern, length, heads, keys, q.device):
+        query, key, value = (x.double() for x in (one[0], one[1][:, :keys], values))
+        for head, rows, seen_key, seen in blocks(pattern, to.shape[1], heads, keys, q.device):
             chosen = key[head][seen_key]
             scores = torch.einsum("rd,rnd->rn", query[head, rows] - zero_point, chosen).long()
             weights = weights_of(scores, seen, exponent_scale)
             exact = torch.einsum("rn,rnd->rd", weights.double(), value[head][seen_key])
             total = weights.sum(-1)
             factor = torch.where(total > 0, value_scale[head] / total.float(), 0.0)
-            result[b, head, rows] = exact.float() * factor[:, None]
+            to[head, rows] = exact.float() * factor[:, None]
     if out is None:
         return result
     assert out_scale is not None

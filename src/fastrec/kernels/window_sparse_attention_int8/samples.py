@@ -25,18 +25,23 @@ def sample(
     pattern: AttentionPattern = LOG2,
     *,
     lengths: tuple[int, ...] | None = None,
+    starts: tuple[int, ...] | None = None,
     q_dtype: torch.dtype = torch.int8,
     v_dtype: torch.dtype = torch.float32,
     out: str | None = None,
     merged: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """``merged``: strided views of one projection. NaNs fill a float v beyond the length."""
+    """``merged``: strided views of one projection. NaNs fill a float v beyond the length.
+
+    ``starts``: the batch's one sequence, merged, is cut there into a jagged batch.
+    """
     shape = f"B{batch}-H{heads}-L{length}-D{dims}"
     kind = f"w{pattern.window}-{str(pattern.offsets).replace(' ', '')}"
     parts = [shape, kind, *(["causal"] if pattern.causal else [])]
     parts += [str(q_dtype)[6:], str(v_dtype)[6:], out or "float32"]
     name = "-".join(parts) + ("-lengths" if lengths else "") + ("-merged" if merged else "")
+    name += "-jagged" if starts else ""
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -57,7 +62,8 @@ def sample(
             kwargs["q_zero_point"] = 77
         if v_dtype == torch.int8:
             v = integers(-128, 128, torch.int8)
-            kwargs["v_scale"] = torch.rand(batch, heads, generator=generator) + 0.01
+            sequences = batch if starts is None else len(starts) - 1
+            kwargs["v_scale"] = torch.rand(sequences, heads, generator=generator) + 0.01
         else:
             v = torch.randn(layout, generator=generator) * 3
             v = v.transpose(1, 2) if merged else v
@@ -67,6 +73,9 @@ def sample(
             kwargs["lengths"] = torch.tensor(lengths)
         if out is not None:
             kwargs |= {"out": out, "out_scale": 0.013, "out_zero_point": 120}
+        if starts is not None:
+            kwargs["cu_seqlens"] = torch.tensor(starts)
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return (q, k, v, pattern), kwargs
 
     near = min(length, 2 * pattern.window + 1)
@@ -102,6 +111,9 @@ def samples() -> Sequence[Sample]:
         sample(3, 2, 50, 12, small, lengths=(0, 17, 50), q_dtype=u8),
         sample(2, 2, 50, 12, patterns[2], lengths=(3, 33), v_dtype=s8, out="uint8"),
         sample(2, 3, 65, 32, small, q_dtype=u8, merged=True, out="uint8"),
+        sample(1, 2, 90, 20, small, starts=(0, 0, 1, 18, 90, 90), merged=True),
+        sample(1, 2, 90, 12, patterns[2], starts=(0, 50, 90), v_dtype=s8, out="uint8"),
+        sample(1, 2, 0, 12, small, starts=(0,), v_dtype=s8),
         sample(0, 2, 5, 8, small),
         sample(2, 2, 0, 8, small),
     ]
