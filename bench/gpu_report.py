@@ -1,13 +1,16 @@
-"""``make gpu-report``: the canonical ranker in torch on a GPU, the figures our kernels must beat.
+"""``make gpu-report``: our Triton kernels on a GPU, and the ranker in torch, which they must beat.
 
-fastrec has no GPU kernel yet, so this measures rivals only: torch eager and torch.compile with CUDA
-graphs, fp32 and bf16, by CUDA events over repeated calls. Writes gpu_report.json and gpu_report.md.
-It has never been run on a GPU by its authors.
+Runs the tests of the Triton kernels, then times, by CUDA events over repeated calls, the bench's
+samples of the ops that have one beside their reference in torch, and the canonical ranker in torch
+eager and torch.compile with CUDA graphs. Without a GPU: the tests, interpreted, and a report that
+says so.
+Writes gpu_report.json and gpu_report.md. It has never been run on a GPU by its authors.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 import typer
 from rich.console import Console
 
+from fastrec import kernels
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime.machine import machine_card
 
@@ -56,13 +60,50 @@ def random_request(config: RankerConfig, batch: int) -> tuple[torch.Tensor, ...]
     )
 
 
-def main(out: Annotated[Path, typer.Option(help="Folder for the report.")]) -> None:
-    """Measure torch on the canonical ranker."""
-    if not torch.cuda.is_available():
-        Console(stderr=True).print("gpu-report needs a CUDA GPU, and torch sees none here")
-        sys.exit(1)
-    torch.manual_seed(0)
+def run_tests() -> dict[str, Any]:
+    """The Triton kernels' tests: on the GPU, or interpreted where there is none."""
+    folder = Path(__file__).parents[1] / "tests" / "kernels" / "gpu"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", folder], capture_output=True, text=True
+    )
+    return {"status": run.returncode, "summary": (run.stdout.splitlines() or ["none ran"])[-1]}
+
+
+def op_rows() -> list[dict[str, Any]]:
+    """Every op that has a Triton kernel, on its bench samples, beside its torch reference."""
     rows = []
+    for op_id, spec in kernels.registry().items():
+        if "triton" not in spec.backends.can_run:
+            continue
+        for sample in spec.samples():
+            if not sample.bench:
+                continue
+            args, kwargs = sample.make()
+            args = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)
+            spec.compare(spec.function(*args, **kwargs, backend="triton"), args, kwargs)
+            for engine, call in (
+                ("triton", lambda a=args, k=kwargs, f=spec.function: f(*a, **k, backend="triton")),
+                ("torch reference", lambda a=args, k=kwargs, f=spec.reference: f(*a, **k)),
+            ):
+                precision = str(args[0].dtype).removeprefix("torch.")
+                case = {"engine": f"{op_id} {sample.name}, {engine}", "precision": precision}
+                rows.append(case | {"batch": sample.labels["rows"], "device_ms": device_ms(call)})
+    return rows
+
+
+def main(out: Annotated[Path, typer.Option(help="Folder for the report.")]) -> None:
+    """Test and time the Triton kernels, and torch on the canonical ranker."""
+    tests = run_tests()
+    Console(stderr=True).print(f"Triton tests: {tests['summary']}")
+    if not torch.cuda.is_available():
+        why = "torch sees no CUDA device: a dry run, no figure was measured"
+        report = {"machine": machine_card(), "tests": tests, "rows": None, "why": why}
+        (out / "gpu_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        text = f"# No GPU\n\n{why}.\n\nTests of the Triton kernels: {tests['summary']}\n"
+        (out / "gpu_report.md").write_text(text)
+        sys.exit(tests["status"])
+    torch.manual_seed(0)
+    rows = op_rows()
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = Ranker(RankerConfig.taobao()).eval().to("cuda", dtype)
         compiled = torch.compile(model, mode="reduce-overhead")
@@ -75,10 +116,12 @@ def main(out: Annotated[Path, typer.Option(help="Folder for the report.")]) -> N
                     {"engine": engine, "precision": precision, "batch": batch, "device_ms": times}
                 )
     gpu = torch.cuda.get_device_name()
-    report = {"machine": machine_card() | {"gpu": gpu}, "rows": rows}
+    report = {"machine": machine_card() | {"gpu": gpu}, "tests": tests, "rows": rows}
     (out / "gpu_report.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = [
         f"# {gpu}",
+        "",
+        f"Tests of the Triton kernels: {tests['summary']}",
         "",
         "| engine | precision | batch | p50 ms | p99 ms |",
         "|---|---|---|---|---|",

@@ -4,6 +4,7 @@
 |---|---|
 | ``FASTREC_FORCE_ISA`` | newest instruction set CPU kernels may use; unknown ones raise |
 | ``FASTREC_FORCE_BACKEND`` | kernel backend where the caller names none; raises if it can't run |
+| ``TRITON_INTERPRET`` | Triton's own: kernels run in its interpreter, on CPU tensors |
 | ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA`` | build time only, see setup.py |
 """
 
@@ -20,6 +21,11 @@ def force_isa() -> str | None:
 def force_backend() -> str | None:
     """Name in ``FASTREC_FORCE_BACKEND``, or None where unset or empty."""
     return os.environ.get("FASTREC_FORCE_BACKEND") or None
+
+
+def triton_interpret() -> bool:
+    """Whether Triton interprets kernels (it reads this when a kernel's module is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def omp_num_threads() -> str | None:

@@ -17,6 +17,7 @@ import torch
 from fastrec.errors import DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
 from fastrec.kernels.grouped_linear.int8 import pack_grouped_int8
 from fastrec.kernels.grouped_linear.reference import (
@@ -41,7 +42,9 @@ def floats_can_run(signature: Signature) -> str | None:
     return cpu_can_run(signature)
 
 
-BACKENDS = Backends("grouped_linear", {"cpu": floats_can_run, "reference": always})
+BACKENDS = Backends(
+    "grouped_linear", {"cpu": floats_can_run, "triton": triton_can_run, "reference": always}
+)
 
 
 def chosen(backends: Backends, x: torch.Tensor, backend: str | None) -> str:
@@ -141,12 +144,13 @@ def grouped_linear(
     """Projects each group of channels by its own matrix.
 
     Args:
-        x: [..., G * I], float32 or bfloat16 (other float dtypes run on the reference); read in
-            place where one stride leads from row to row and channels are contiguous, else copied.
+        x: [..., G * I], float32 or bfloat16 (other float dtypes run on the reference; float16 on
+            a GPU too); read in place where one stride leads from row to row and channels are
+            contiguous, else copied.
         weight: [G, O, I], x's dtype.
         bias: [G * O] in the order g * O + o, also where ``shuffle`` is set; x's dtype.
         shuffle: output o of group g at channel o * G + g instead of g * O + o.
-        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "triton" or "reference" forces one.
 
     Returns:
         [..., G * O], contiguous, x's dtype; sums are float32 (float64 for float64). Differentiable
@@ -175,8 +179,16 @@ def _forward(
     backend: str | None,
 ) -> torch.Tensor:
     _check(x, weight, bias)
-    if chosen(BACKENDS, x, backend) == "reference":
+    kind = chosen(BACKENDS, x, backend)
+    if kind == "reference":
         return grouped_linear_reference(x, weight, bias, shuffle=shuffle)
+    if kind == "triton":
+        from fastrec.kernels.grouped_linear import _triton
+
+        y = x.new_empty((*x.shape[:-1], weight.shape[0] * weight.shape[1]))
+        bias = None if bias is None else bias.contiguous()
+        _triton.forward(rows(x), weight.contiguous(), bias, y, shuffle)
+        return y
     return _run(
         rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), shuffle, x.shape
     )
@@ -230,7 +242,8 @@ def _backward(
     """(dx, dweight, dbias), those not wanted empty."""
     groups, outputs, inputs = weight.shape
     empty = x.new_empty(0)
-    if chosen(BACKENDS, x, backend) == "reference":
+    kind = chosen(BACKENDS, x, backend)
+    if kind == "reference":
         dx, dweight, dbias = grouped_linear_backward_reference(dy, x, weight, shuffle=shuffle)
         return (
             dx.contiguous() if wants_x else empty,
@@ -238,11 +251,19 @@ def _backward(
             dbias if wants_bias else x.new_empty(0),
         )
     dy, flat, weight = rows(dy), rows(x), weight.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype) if wants_x else empty
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else empty
     # The bias' gradient comes with the weight's.
     sums = wants_weight or wants_bias
     dweight = weight.new_empty(weight.shape) if sums else x.new_empty(0)
     dbias = x.new_empty(groups * outputs) if wants_bias else x.new_empty(0)
+    if kind == "triton":
+        from fastrec.kernels.grouped_linear import _triton
+
+        if wants_x:
+            _triton.backward_x(dy, weight, dx, shuffle)
+        if sums:
+            _triton.backward_weight(dy, flat, dweight, dbias if wants_bias else None, shuffle)
+        return dx, dweight if wants_weight else x.new_empty(0), dbias
     _compiled.native().grouped_linear.backward(
         dy.data_ptr(),
         dy.stride(0),
