@@ -10,13 +10,15 @@ import typer
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="What fastrec.save wrote: a float model.")],
+    model: Annotated[Path, typer.Argument(help="What fastrec.save wrote.")],
     out: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
     history: Annotated[
         int | None, typer.Option(help="History length L; the model's longest by default.")
     ] = None,
     candidates: Annotated[int, typer.Option(help="Candidates per request, m.")] = 50,
-    dynamic_batch: Annotated[bool, typer.Option(help="Leave the batch size free.")] = True,
+    dynamic_batch: Annotated[
+        bool, typer.Option(help="Leave batch, history and candidates free.")
+    ] = True,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write a report here.")] = None,
 ) -> None:
     """Export a checkpoint as ONNX: standard operators only, checked against torch."""

@@ -23,7 +23,7 @@ from fastrec.runtime.choose import choice
 from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine
 from fastrec.runtime.measure import Tolerance, correctness_gate, interleaved
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
-from fastrec.runtime.onnx_export import evaluated
+from fastrec.runtime.trace import evaluated
 
 FALLBACKS = ("torch", "error")
 _EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
@@ -147,7 +147,7 @@ def _auto(
     rows: list[dict[str, Any]] = []
     quantised = quantised_module(model)
     for name in BACKENDS:
-        if quantised is not None and name not in ("native", "torch"):
+        if quantised is not None and name == "torch_compile":
             rows.append(choice(name, False, None, f"{quantised} runs on fastrec's kernels only"))
             continue
         try:

@@ -69,7 +69,7 @@ class InputSpec:
 
     def fixed_to(self, shapes: Sequence[Sequence[int]], *, keep: Sequence[str] = ()) -> InputSpec:
         """This spec with every symbol but those in ``keep`` set to its size in ``shapes``."""
-        sizes = self._sizes(shapes)
+        sizes = self.sizes(shapes)
         fields = tuple(
             dataclasses.replace(
                 f,
@@ -179,8 +179,12 @@ class InputSpec:
             raise DtypeError(name, "a dtype that numpy has", value.dtype) from error
         return array
 
-    def _sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Symbol -> size; raises ShapeError where a symbol or size does not fit."""
+    def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Symbol -> size in these shapes, one an input.
+
+        Raises:
+            ShapeError: a symbol or size does not fit.
+        """
         sizes: dict[str, int] = {}
         for f, shape in zip(self.fields, shapes, strict=True):
             expected = [sizes.get(d, d) if isinstance(d, str) else d for d in f.dims]
@@ -207,7 +211,7 @@ class InputSpec:
         for f, array in zip(self.fields, arrays, strict=True):
             if array.dtype != np.dtype(f.dtype):
                 raise DtypeError(f.name, f.dtype, array.dtype)
-        sizes = self._sizes([a.shape for a in arrays])
+        sizes = self.sizes([a.shape for a in arrays])
         bounds = [
             np.full(a.size, sizes[f.rows] + 1 if isinstance(f.rows, str) else f.rows, np.uint64)
             for f, a in zip(self.fields, arrays, strict=True)
@@ -218,7 +222,7 @@ class InputSpec:
         return np.concatenate(bounds) if bounds else np.empty(0, np.uint64)
 
     def _check_ranges(self, arrays: Sequence[np.ndarray]) -> None:
-        sizes = self._sizes([a.shape for a in arrays])
+        sizes = self.sizes([a.shape for a in arrays])
         for f, a in zip(self.fields, arrays, strict=True):
             if f.rows is None or a.size == 0:
                 continue

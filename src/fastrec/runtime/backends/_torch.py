@@ -12,8 +12,8 @@ from torch import nn
 
 from fastrec.errors import BackendError
 from fastrec.runtime.engine import Engine, missing, package_versions
-from fastrec.runtime.onnx_export import evaluated
 from fastrec.runtime.threads import with_torch_threads
+from fastrec.runtime.trace import evaluated
 
 # libgomp's idle workers, measured.
 SPIN_S = 0.012

@@ -30,12 +30,12 @@ from fastrec.runtime.backends._torch import (
 from fastrec.runtime.choose import choice, fastest
 from fastrec.runtime.engine import BuildOptions, Engine
 from fastrec.runtime.model_spec import quantised_module
-from fastrec.runtime.onnx_export import evaluated
 from fastrec.runtime.plan.engine import PlanEngine
 from fastrec.runtime.plan.lower import lower, plan_spec
 from fastrec.runtime.plan.passes import optimise
 from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.threads import with_torch_threads
+from fastrec.runtime.trace import evaluated
 
 PRECISIONS = ("fp32", "int8")
 PLAN = "one plan"

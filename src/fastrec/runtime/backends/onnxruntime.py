@@ -146,11 +146,21 @@ def _build_in(
     options: BuildOptions,
 ) -> Engine:
     """Build with ``scratch`` for the files, which becomes the engine's."""
-    from fastrec.runtime.onnx_export import quiet, static_shapes, write_onnx
+    from fastrec.runtime.model_spec import quantised_module
+    from fastrec.runtime.onnx_export import static_shapes, write_onnx
+    from fastrec.runtime.trace import quiet
 
     file = scratch / _MODEL
-    write_onnx(model, file, example_inputs)
+    write_onnx(model, file, example_inputs, free=("B",))
+    own = quantised_module(model)
+    if own is not None and options.precision is not None:
+        raise BackendError(
+            f"onnxruntime: {own} is quantised already: leave precision at None to run its own int8"
+        )
+    precision = options.precision or ("fp32" if own is None else "int8")
     why = "fp32, every graph optimisation"
+    if own is not None:
+        why = "int8 of fastrec.quantize_ as QDQ, its own scales"
     if options.precision == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -171,7 +181,7 @@ def _build_in(
         file,
         scratch,
         backend="onnxruntime",
-        precision=options.precision or "fp32",
+        precision=precision,
         threads=options.threads,
         spec=static_shapes(options.spec, example_inputs),
         rows=[choice(threads, True, None, why)],

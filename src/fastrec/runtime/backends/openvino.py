@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,19 +176,27 @@ def build(
     """
     import torch
 
+    from fastrec.runtime.model_spec import quantised_module
     from fastrec.runtime.onnx_export import static_shapes
 
     options.allow("shapes", "hint")
     shapes = options.setting("shapes", ("static", "dynamic"))
     hint = options.setting("hint", ("f32", "bf16"))
     converted = _convert(model, example_inputs)
-    precision = options.precision or "fp32"
-    if precision == "int8":
+    own = quantised_module(model)
+    if own is not None and options.precision is not None:
+        raise BackendError(
+            f"openvino: {own} is quantised already: leave precision at None to run its own int8"
+        )
+    precision = options.precision or ("fp32" if own is None else "int8")
+    if options.precision == "int8":
         calibration = options.calibration or [tuple(t.numpy() for t in example_inputs)]
         converted = _quantise(converted, calibration)
-    wanted = [
-        (s, h) for s, h in _CANDIDATES[precision] if shapes in ("auto", s) and hint in ("auto", h)
-    ] or [("static" if shapes == "auto" else shapes, "f32" if hint == "auto" else hint)]
+    # What quantize_ made answers as it does elsewhere: bf16 between its layers must be asked for.
+    candidates = _CANDIDATES[precision] if own is None else (("static", "f32"), ("dynamic", "f32"))
+    wanted = [(s, h) for s, h in candidates if shapes in ("auto", s) and hint in ("auto", h)] or [
+        ("static" if shapes == "auto" else shapes, "f32" if hint == "auto" else hint)
+    ]
     spec = static_shapes(options.spec, example_inputs)
     engines = {
         f"{s} shapes, {h}": OpenVinoEngine(
@@ -217,7 +226,7 @@ def build(
             True,
             None,
             f"nncf.quantize, TRANSFORMER, {len(options.calibration) or 1} calibration batches"
-            if precision == "int8"
+            if options.precision == "int8"
             else "as OpenVINO advises for one request at a time",
         )
     )
@@ -231,13 +240,16 @@ def _convert(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -
     import torch
 
     from fastrec.runtime.model_spec import quantised_module
-    from fastrec.runtime.onnx_export import evaluated, first_line, quiet
+    from fastrec.runtime.onnx_export import write_onnx
+    from fastrec.runtime.onnx_forms import needs_forms
+    from fastrec.runtime.trace import evaluated, first_line, quiet
 
-    if (name := quantised_module(model)) is not None:
-        raise BackendError(
-            f"openvino: {name} is quantised already: running int8 modules there comes with QDQ "
-            "export, a later version; give it the float model with precision='int8'"
-        )
+    if quantised_module(model) is not None or needs_forms(model):
+        # The frontend for torch knows none of fastrec's ops; the ONNX export spells them out.
+        with tempfile.TemporaryDirectory(prefix="fastrec-openvino-") as folder:
+            file = Path(folder) / "model.onnx"
+            write_onnx(model, file, example_inputs, free=("B",))
+            return ov.convert_model(file)
     if len(example_inputs[0]) == 1:
         example_inputs = tuple(torch.cat((t, t)) for t in example_inputs)
     shapes = [ov.PartialShape([-1, *t.shape[1:]]) for t in example_inputs]
@@ -257,7 +269,7 @@ def _quantise(model: Any, calibration: list[tuple[np.ndarray, ...]]) -> Any:
         import nncf
     except ImportError as error:
         raise MissingDependencyError("nncf", "openvino", "OpenVINO int8") from error
-    from fastrec.runtime.onnx_export import quiet
+    from fastrec.runtime.trace import quiet
 
     nncf.set_log_level(logging.ERROR)
     # Its progress bars go to stdout, which belongs to the program that called.

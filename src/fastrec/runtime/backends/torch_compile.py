@@ -25,8 +25,8 @@ from fastrec.runtime.backends._torch import (
 from fastrec.runtime.choose import choice
 from fastrec.runtime.engine import BuildOptions, Engine
 from fastrec.runtime.model_spec import quantised_module
-from fastrec.runtime.onnx_export import evaluated, first_line, quiet
 from fastrec.runtime.threads import with_torch_threads
+from fastrec.runtime.trace import evaluated, first_line, quiet
 
 PRECISIONS = ("fp32", "bf16")
 

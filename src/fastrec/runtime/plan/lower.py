@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from fastrec.errors import BackendError
-from fastrec.runtime.onnx_export import evaluated, first_line, quiet
 from fastrec.runtime.plan.ir import (
     DTYPES,
     ONE,
@@ -25,6 +24,7 @@ from fastrec.runtime.plan.ir import (
     View,
 )
 from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.trace import evaluated, traced
 
 Lowering = Callable[["Lowerer", torch.fx.Node, list[Any], dict[str, Any]], Any]
 LOWERINGS: dict[Any, Lowering] = {}
@@ -52,60 +52,13 @@ def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputS
     """
     import fastrec.runtime.plan.lowerings  # noqa: F401  (fills LOWERINGS)
 
-    program, symbols = _export(evaluated(model), example_inputs, spec)
+    program, symbols = traced(evaluated(model), example_inputs, spec)
     return Lowerer(program, symbols, spec).run()
 
 
 def plan_spec(spec: InputSpec, plan: Plan, example_inputs: Sequence[torch.Tensor]) -> InputSpec:
     """The spec of what the plan accepts: sizes that the export could not leave free are fixed."""
     return spec.fixed_to([tuple(t.shape) for t in example_inputs], keep=plan.symbols)
-
-
-def _export(
-    model: nn.Module, examples: Sequence[torch.Tensor], spec: InputSpec
-) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
-    """The widest export that works: all free sizes, then the batch alone, then none."""
-    free: list[str] = []
-    for f in spec.fields:
-        free += [d for d in f.dims if isinstance(d, str) and d not in free]
-    problem: Exception | None = None
-    for symbols in dict.fromkeys((tuple(free), ("B",) if "B" in free else (), ())):
-        dims = {s: torch.export.Dim(s, min=1, max=_most(spec, s)) for s in symbols}
-        shapes = tuple(
-            {i: dims[d] for i, d in enumerate(f.dims) if isinstance(d, str) and d in dims}
-            for f in spec.fields
-        )
-        with quiet():
-            try:
-                program = torch.export.export(
-                    model, _apart_from_one(examples, spec, symbols), dynamic_shapes=shapes
-                )
-            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-                problem = error
-                continue
-        return program, symbols
-    assert problem is not None
-    raise BackendError(f"torch.export can't trace this model: {first_line(problem)}") from problem
-
-
-def _most(spec: InputSpec, symbol: str) -> int:
-    high = spec.limits.get(symbol, (1, None))[1]
-    return 2**20 if high is None else max(high, 2)
-
-
-def _apart_from_one(
-    examples: Sequence[torch.Tensor], spec: InputSpec, symbols: Sequence[str]
-) -> tuple[torch.Tensor, ...]:
-    """The examples with every free size of 1 doubled, in order: torch.export takes a 1 for a
-    constant, and a view's strides for a constraint on its sizes.
-    """
-    grown = []
-    for f, tensor in zip(spec.fields, examples, strict=True):
-        for dim, name in enumerate(f.dims):
-            if name in symbols and tensor.shape[dim] == 1:
-                tensor = torch.cat((tensor, tensor), dim)
-        grown.append(tensor.contiguous())
-    return tuple(grown)
 
 
 # Ops whose result is memory of its own.
