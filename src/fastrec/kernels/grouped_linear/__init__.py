@@ -165,8 +165,6 @@ def grouped_linear(
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return _Eager.apply(x, weight, bias, shuffle, backend)
-        if backend is None and _usual(x, weight, bias) and BACKENDS.cpu_is_compiled:
-            return _run(x, weight, bias, shuffle)
         return _forward(x, weight, bias, shuffle, backend)
     return torch.ops.fastrec.grouped_linear(x, weight, bias, shuffle, backend)
 
@@ -178,6 +176,8 @@ def _forward(
     shuffle: bool,
     backend: str | None,
 ) -> torch.Tensor:
+    if backend is None and _usual(x, weight, bias) and BACKENDS.cpu_is_compiled:
+        return _run(x, weight, bias, shuffle)
     _check(x, weight, bias)
     kind = chosen(BACKENDS, x, backend)
     if kind == "reference":
@@ -241,20 +241,19 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dweight, dbias), those not wanted empty."""
     groups, outputs, inputs = weight.shape
-    empty = x.new_empty(0)
     kind = chosen(BACKENDS, x, backend)
     if kind == "reference":
         dx, dweight, dbias = grouped_linear_backward_reference(dy, x, weight, shuffle=shuffle)
         return (
-            dx.contiguous() if wants_x else empty,
+            dx.contiguous() if wants_x else x.new_empty(0),
             dweight.contiguous() if wants_weight else x.new_empty(0),
             dbias if wants_bias else x.new_empty(0),
         )
     dy, flat, weight = rows(dy), rows(x), weight.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else empty
+    dx = x.new_empty(*x.shape) if wants_x else x.new_empty(0)
     # The bias' gradient comes with the weight's.
     sums = wants_weight or wants_bias
-    dweight = weight.new_empty(weight.shape) if sums else x.new_empty(0)
+    dweight = torch.empty_like(weight) if sums else x.new_empty(0)
     dbias = x.new_empty(groups * outputs) if wants_bias else x.new_empty(0)
     if kind == "triton":
         from fastrec.kernels.grouped_linear import _triton
