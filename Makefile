@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DIR ?= bench/results
-NATIVE := $(shell find csrc/cpu -name '*.cpp' -o -name '*.h')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: setup demo test sanitize forced-isa bench lint gpu-report clean
 

@@ -1,18 +1,31 @@
-"""Builds the compiled CPU kernels (csrc/cpu) as ``fastrec._native``.
+"""Builds the compiled CPU kernels (csrc/cpu) as ``fastrec._native`` and, where nvcc is, the CUDA
+kernels (csrc/cuda) as ``fastrec._native_cuda``.
 
 Needs setuptools, pybind11 and a C++20 compiler; never torch, and nothing is downloaded.
-``FASTREC_BUILD_CPU``: unset = build if the machine can, 1 = fail if it can't, 0 = skip.
-``FASTREC_BUILD_CUDA``: the same for csrc/cuda, which holds no kernel yet: 1 therefore fails.
+
+| variable | meaning |
+|---|---|
+| ``FASTREC_BUILD_CPU`` | unset = build if the machine can, 1 = fail if it can't, 0 = skip |
+| ``FASTREC_BUILD_CUDA`` | the same for csrc/cuda, which needs nvcc (``CUDA_HOME`` or ``PATH``) |
+| ``FASTREC_CUDA_ARCHS`` | architectures, ``;`` between them; default 80;90a;100 |
 """
 
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+CUDA = ROOT / "csrc/cuda"
 
 
 def tri_state(name: str) -> str:
@@ -22,19 +35,21 @@ def tri_state(name: str) -> str:
     return value
 
 
+def within_root(paths: "list[Path]") -> "list[str]":
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
+
+
 def cpu_extension(*, required: bool) -> Pybind11Extension:
     # The C++ tests are programs of their own (make sanitize).
-    paths = [p for p in (ROOT / "csrc/cpu").rglob("*.cpp") if p.parent.name != "tests"]
-    sources = sorted(str(p.relative_to(ROOT)) for p in paths)
-    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.h"))
+    sources = [p for p in (ROOT / "csrc/cpu").rglob("*.cpp") if p.parent.name != "tests"]
     flags = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
     if os.uname().machine == "x86_64":
         # One baseline for every file; code for a newer ISA sits in `#pragma GCC target` regions.
         flags.append("-march=x86-64")
     return Pybind11Extension(
         "fastrec._native",
-        sources,
-        depends=headers,
+        within_root(sources),
+        depends=within_root(list((ROOT / "csrc/cpu").rglob("*.h"))),
         include_dirs=[str(ROOT / "csrc/cpu")],
         cxx_std=20,
         extra_compile_args=flags + os.environ.get("FASTREC_EXTRA_CXXFLAGS", "").split(),
@@ -43,12 +58,91 @@ def cpu_extension(*, required: bool) -> Pybind11Extension:
     )
 
 
-if tri_state("FASTREC_BUILD_CUDA") == "1":
-    sys.exit(
-        "FASTREC_BUILD_CUDA=1: this version has no CUDA kernels to build (see csrc/cuda/README.md)"
-    )
+def nvcc() -> "str | None":
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
-build_cpu = tri_state("FASTREC_BUILD_CPU")
-ext_modules = [] if build_cpu == "0" else [cpu_extension(required=build_cpu == "1")]
+
+def cuda_architectures() -> "list[str]":
+    """nvcc's flags: machine code for each, and PTX of the last for GPUs newer than all of them."""
+    archs = os.environ.get("FASTREC_CUDA_ARCHS", "80;90a;100").split(";")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+class CudaExtension(Extension):
+    """Everything is compiled and linked by nvcc, which knows where its runtime lies."""
+
+    def __init__(self, compiler: "str | None", *, required: bool) -> None:
+        self.nvcc = compiler
+        units = [CUDA / "module.cpp", *CUDA.glob("*/launch.cu"), *CUDA.glob("*/bind.cpp")]
+        headers = [path for suffix in ("h", "cuh") for path in CUDA.rglob(f"*.{suffix}")]
+        super().__init__(
+            "fastrec._native_cuda",
+            within_root(units),
+            depends=within_root(headers),
+            optional=not required,
+        )
+
+    def build(self, target: Path, folder: Path) -> None:
+        inputs = [ROOT / name for name in (*self.sources, *self.depends, "setup.py")]
+        if target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs):
+            return
+        if self.nvcc is None:
+            raise CompileError("FASTREC_BUILD_CUDA=1: no nvcc in CUDA_HOME or PATH")
+        includes = [CUDA, sysconfig.get_path("include"), pybind11.get_include()]
+        flags = [self.nvcc, "-O3", "-std=c++17", "-cudart=static", "--threads=0"]
+        flags += [f"-I{path}" for path in includes]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *cuda_architectures()]
+
+        def compiled(source: str) -> Path:
+            out = folder / source.replace("/", "_").replace(os.sep, "_")
+            out = out.with_suffix(out.suffix + ".o")
+            folder.mkdir(parents=True, exist_ok=True)
+            run([*flags, "-c", source, "-o", str(out)])
+            return out
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = [str(path) for path in pool.map(compiled, self.sources)]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run([*flags, "-shared", *objects, "-o", str(target)])
+
+
+def run(command: "list[str]") -> None:
+    sys.stdout.write(" ".join(command) + "\n")
+    sys.stdout.flush()
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise CompileError(f"{command[0]} failed; its messages are above")
+
+
+class BuildExt(build_ext):
+    """Hands CUDA's extension to nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if isinstance(ext, CudaExtension):
+            target = Path(self.get_ext_fullpath(ext.name)).absolute()
+            ext.build(target, Path(self.build_temp).absolute() / "cuda")
+        else:
+            super().build_extension(ext)
+
+
+class BuildPy(build_py):
+    """Ships csrc/cuda's headers, which NVRTC compiles where the compiled part is missing."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for path in CUDA.rglob("*.cuh"):
+                to = Path(self.build_lib) / "fastrec/_cuda_sources" / path.relative_to(CUDA)
+                self.mkpath(str(to.parent))
+                self.copy_file(str(path), str(to))
+
+
+build_cpu, build_cuda = tri_state("FASTREC_BUILD_CPU"), tri_state("FASTREC_BUILD_CUDA")
+ext_modules: "list[Extension]" = []
+if build_cpu != "0":
+    ext_modules.append(cpu_extension(required=build_cpu == "1"))
+if build_cuda == "1" or (build_cuda == "" and nvcc()):
+    ext_modules.append(CudaExtension(nvcc(), required=build_cuda == "1"))
 ParallelCompile("MAX_JOBS", default=os.cpu_count() or 1).install()
-setup(ext_modules=ext_modules, cmdclass={"build_ext": build_ext})
+setup(ext_modules=ext_modules, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

@@ -5,7 +5,7 @@
 | ``FASTREC_FORCE_ISA`` | newest instruction set CPU kernels may use; unknown ones raise |
 | ``FASTREC_FORCE_BACKEND`` | kernel backend where the caller names none; raises if it can't run |
 | ``TRITON_INTERPRET`` | Triton's own: kernels run in its interpreter, on CPU tensors |
-| ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA`` | build time only, see setup.py |
+| ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA``, ``FASTREC_CUDA_ARCHS`` | only setup.py reads them |
 """
 
 from __future__ import annotations

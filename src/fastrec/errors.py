@@ -52,6 +52,23 @@ class IsaError(BackendError):
     """A forced instruction set is unknown or this CPU (or its OS) lacks it."""
 
 
+class CudaError(BackendError):
+    """CUDA refused a launch or a query.
+
+    Args:
+        what: what was asked of it, e.g. an op's id.
+        code: the ``cudaError_t``, e.g. 35 where the driver is missing or too old.
+        message: CUDA's own words for it.
+    """
+
+    def __init__(self, what: str, code: int, message: str) -> None:
+        self.what, self.code, self.message = what, code, message
+        super().__init__(f"{what}: CUDA error {code}: {message}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
+        return type(self), (self.what, self.code, self.message)
+
+
 class MissingDependencyError(BackendError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

@@ -17,6 +17,7 @@ from rich.table import Table
 import fastrec
 from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError
+from fastrec.kernels import _cuda
 from fastrec.kernels._compiled import Signature, reason_missing
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "report": ("matplotlib", "psutil"),
+    "cuda": ("triton", "cupy-cuda13x", "nvidia-cuda-nvrtc"),
 }
+
+CUDA_LOADERS = {"compiled": "compiled", "cupy": "compiled by CuPy at first use"}
 
 # The request that a model is explained on, and how often it is timed.
 _CANDIDATES, _PROFILED_CALLS = 50, 30
@@ -61,6 +65,7 @@ def collect() -> dict[str, Any]:
             },
         },
         "threads": None if reason else kernels.num_threads(),
+        "cuda": {"loaded_by": _cuda.loader(), "why": _cuda.reason_missing()},
         "ops": _ops(),
     }
 
@@ -92,6 +97,10 @@ def info(
         console.print(f"[yellow]no compiled kernels[/]: {found['compiled']['why']}")
     else:
         console.print(f"instruction set {found['isa']['active']}, {found['threads']} threads")
+    if (how := found["cuda"]["loaded_by"]) is None:
+        console.print(f"[yellow]no CUDA kernels[/]: {found['cuda']['why']}")
+    else:
+        console.print(f"CUDA kernels: {CUDA_LOADERS[how]}")
     ops = Table("op", "runs on", "what it is")
     for op_id, row in found["ops"].items():
         where = row.get("why") or "/".join(filter(None, (row["chosen"], row["isa"])))

@@ -1,0 +1,82 @@
+// What kernels share. Headers named *.cuh compile under nvcc, under NVRTC (which has no host
+// headers) and, for the tests, under a host compiler with FASTREC_EMULATED, where
+// tests/kernels/gpu/emulator.h stands in for CUDA.
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+namespace fastrec {
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+}  // namespace fastrec
+#else
+#include <cstdint>
+namespace fastrec {
+using std::int16_t;
+using std::int32_t;
+using std::int64_t;
+using std::int8_t;
+using std::uint16_t;
+using std::uint32_t;
+using std::uint64_t;
+using std::uint8_t;
+}  // namespace fastrec
+#endif
+
+namespace fastrec {
+
+inline constexpr int kWarp = 32;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if !defined(FASTREC_EMULATED)
+
+// Copies 16 bytes from global to shared memory; where `valid` is false, writes zeros and reads
+// nothing.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's latest groups of copies are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// d[16 x 8] += a[16 x 32] b[32 x 8], s8 by u8 in s32. With g = lane / 4 and t = lane % 4, a
+// register holds 4 consecutive k of one row of a or one column of b, lowest byte first:
+//   a[0..3]: row g, k 4t | row g + 8, k 4t | row g, k 16 + 4t | row g + 8, k 16 + 4t
+//   b[0..1]: column g, k 4t | k 16 + 4t
+//   d[0..3]: (g, 2t) | (g, 2t + 1) | (g + 8, 2t) | (g + 8, 2t + 1)
+__device__ __forceinline__ void mma_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4],
+                                          const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#endif
+
+}  // namespace fastrec
