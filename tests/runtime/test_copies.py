@@ -14,7 +14,7 @@ from torch import nn
 
 from fastrec.kernels._compiled import reason_missing
 from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.copies import _through, remove_copies
+from fastrec.runtime.plan.copies import remove_copies, through
 from fastrec.runtime.plan.engine import PlanEngine
 from fastrec.runtime.plan.ir import Buffer, Extent, Plan, Step
 from fastrec.runtime.plan.lower import lower
@@ -52,7 +52,7 @@ def test_what_is_read_through_is_what_the_copy_holds(data: Any, sizes: list[int]
         read = read.reshaped((Extent(copied.size),))
     assert read is not None
     read = cut(data.draw, read)
-    found = _through(read, source)
+    found = through(read, source)
     if found is not None:
         np.testing.assert_array_equal(found.constant, read.constant)
     elif read.is_contiguous and read.shape == source.shape:
@@ -66,17 +66,17 @@ def test_free_sizes() -> None:
     copy = Buffer("float32", source.shape).view()
     heads = copy.reshaped((length, batch, Extent(12), Extent(8)))
     assert heads is not None
-    found = _through(heads.permuted((1, 2, 0, 3)), source)
+    found = through(heads.permuted((1, 2, 0, 3)), source)
     assert found is not None
     assert [str(s) for s in found.strides] == ["96*L", "8", "96", "1"]
     # Sequence and batch as one dimension is nothing that strides can say there.
     merged = copy.reshaped((length * batch, Extent(96)))
     assert merged is not None
-    assert _through(merged, source) is None
+    assert through(merged, source) is None
     # A slice of a free size may lie beyond it.
     tail = copy.sliced(2, 90, Extent(6))
     assert tail is not None
-    found = _through(tail, source)
+    found = through(tail, source)
     assert found is not None
     assert found.offset == 90
 

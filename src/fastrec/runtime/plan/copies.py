@@ -52,12 +52,13 @@ def _read_through(plan: Plan, copy: Step) -> None:
         for position, view in enumerate(reader.inputs):
             if view.buffer is not buffer:
                 continue
-            found = _through(view, source)
-            if found is not None and _accepts(reader, position, found):
+            found = through(view, source)
+            if found is not None and accepts(reader, position, found):
                 reader.inputs[position] = found
 
 
-def _accepts(step: Step, position: int, view: View) -> bool:
+def accepts(step: Step, position: int, view: View) -> bool:
+    """Whether the kernel of a step can read an operand with such strides."""
     if step.kind == "map":
         return True
     if position < _STRIDED.get(step.kind, 0):
@@ -65,7 +66,7 @@ def _accepts(step: Step, position: int, view: View) -> bool:
     return view.is_contiguous
 
 
-def _through(read: View, source: View) -> View | None:
+def through(read: View, source: View) -> View | None:
     """What a view of a contiguous copy of ``source`` sees, as a view of source's buffer.
 
     Each dimension of ``read`` has to lie within one of the source's; None where it does not.
@@ -147,12 +148,12 @@ def _swap_with_linears(plan: Plan) -> None:
         undone = swapped.permuted([*(order.index(d) for d in range(len(order))), len(order)])
         users = dict.fromkeys(readers.get(y.buffer, []))
         reads = [
-            (user, position, _through(view, undone))
+            (user, position, through(view, undone))
             for user in users
             for position, view in enumerate(user.inputs)
             if view.buffer is y.buffer
         ]
-        if all(v is not None and _accepts(user, position, v) for user, position, v in reads):
+        if all(v is not None and accepts(user, position, v) for user, position, v in reads):
             linear.inputs[0], linear.output = x, swapped
             for user, position, view in reads:
                 assert view is not None

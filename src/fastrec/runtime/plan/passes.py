@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastrec.runtime.plan.batch import batch_symbol
 from fastrec.runtime.plan.copies import remove_copies
 from fastrec.runtime.plan.ir import Extent, Instruction, Plan, Step, View
+from fastrec.runtime.plan.merge import merge_linears
 from fastrec.runtime.plan.rows import TILES_IN, TILES_OUT, order_by_rows
 
 # csrc/cpu/engine: kMaxRegisters and kMaxOperands bound a fused map.
@@ -23,6 +24,7 @@ def optimise(plan: Plan) -> None:
     fuse_maps(plan)
     fuse_activations(plan)
     fuse_residuals(plan)
+    merge_linears(plan)  # those whose results are read as they are
     quantise_norms(plan)
     write_in_place(plan)
     keep_tiles(plan)
