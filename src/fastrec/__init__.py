@@ -26,10 +26,21 @@ _EXPORTS = {
     "quantize_": "fastrec.compress",
     "save": "fastrec.compress",
 }
-_ROOMS = ("compress", "data", "errors", "kernels", "models", "nn", "report", "runtime", "train")
+_ROOMS = (
+    "compress",
+    "data",
+    "errors",
+    "kernels",
+    "models",
+    "nn",
+    "report",
+    "runtime",
+    "serving",
+    "train",
+)
 
 if TYPE_CHECKING:
-    from fastrec import compress, data, errors, kernels, models, nn, report, runtime, train
+    from fastrec import compress, data, errors, kernels, models, nn, report, runtime, serving, train
     from fastrec.compress import (
         QAT,
         BlockPruning,
@@ -66,6 +77,7 @@ __all__ = [
     "report",
     "runtime",
     "save",
+    "serving",
     "train",
 ]
 

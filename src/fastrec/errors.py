@@ -86,3 +86,11 @@ class ArtifactError(FastrecError, ValueError):
 
 class DataError(FastrecError, ValueError):
     """A log holds something that cannot be used; names file and line where there is one."""
+
+
+class ServingError(FastrecError, RuntimeError):
+    """A request or an order to the server could not be carried out."""
+
+
+class ConfigError(ServingError, ValueError):
+    """A server's configuration holds an unknown key or a wrong value; names where it stands."""

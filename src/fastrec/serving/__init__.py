@@ -1,0 +1,1 @@
+"""Serving: admission, lanes, batching, routing and warm pools around engines. No torch here."""

@@ -1,0 +1,83 @@
+"""What the runtime tells its observers: metrics, traces and tests hang on these, nothing else.
+
+Observers are called in the runtime's thread and on the request path: they count and return.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+
+class RequestDone(NamedTuple):
+    """A request has left, answered or not. ``outcome`` is "ok" or a ``Kind``'s value."""
+
+    at: float
+    model: str
+    version: str
+    tier: str
+    lane: str
+    priority: int
+    outcome: str
+    rows: int
+    queue_s: float
+    compute_s: float
+    total_s: float
+    id: str
+
+
+class BatchDone(NamedTuple):
+    """An engine has finished a batch, or failed on it (``error`` says how, "" = well)."""
+
+    at: float
+    model: str
+    version: str
+    engine: str
+    lane: str
+    requests: int
+    rows: int
+    seconds: float
+    predicted_s: float
+    error: str
+
+
+class EngineChanged(NamedTuple):
+    """An engine went from one state of the pool to another."""
+
+    at: float
+    model: str
+    version: str
+    engine: str
+    old: str
+    new: str
+    reason: str
+
+
+class RolloutChanged(NamedTuple):
+    """A version's share of the traffic changed; ``action`` is "start", "step", "promote" or
+    "rollback"."""
+
+    at: float
+    model: str
+    version: str
+    action: str
+    weight: float
+    reason: str
+
+
+class LimitChanged(NamedTuple):
+    """The concurrency limit moved: engine seconds that may be in flight, and the guard's factor."""
+
+    at: float
+    limit_s: float
+    guard: float
+    reason: str
+
+
+Event = RequestDone | BatchDone | EngineChanged | RolloutChanged | LimitChanged
+
+
+class Observer(Protocol):
+    """Anything that listens."""
+
+    def on_event(self, event: Event) -> None:
+        """Take note of ``event``; what it raises is logged and otherwise without effect."""
