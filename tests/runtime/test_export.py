@@ -125,12 +125,16 @@ def test_a_quantised_model_is_qdq_with_its_own_numbers_and_free_sizes(tmp_path):
     kinds = Counter(node.op_type for node in proto.graph.node)
     layers = [m for m in model.modules() if isinstance(m, fastrec.nn.SparseInt8Linear)]
     handed_on = sum(layer.out_scale is not None for layer in layers)
-    # One weight a layer and one input a call; the categories' layer is called twice. A layer that
-    # hands on uint8 quantises its output in place of the next one's input.
+    # One weight and one input a call; the categories' layer is called twice. A layer that hands on
+    # uint8 quantises its output in place of the next one's input.
     calls = len(layers) + 1
-    assert kinds["DequantizeLinear"] == len(layers) + calls
+    assert kinds["DequantizeLinear"] == 2 * calls
     assert kinds["QuantizeLinear"] == calls
     assert handed_on > 0
+    # Each weight and zero point has one reader: ONNX Runtime renames them one by one.
+    int8 = {t.name for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    reads = Counter(i for n in proto.graph.node if n.op_type != "Gather" for i in n.input)
+    assert all(reads[name] == 1 for name in int8 & reads.keys())
     held = [onnx.numpy_helper.to_array(t) for t in proto.graph.initializer]
     for layer in layers:
         weight = layer.packed.unpack().t().numpy()
@@ -172,3 +176,34 @@ def test_quantising_twice_is_refused(backend):
     examples = spec_of(model, ()).sample({"B": 2, "m": 8})
     with pytest.raises(BackendError, match="is quantised already: leave precision at None"):
         fastrec.compile(model, examples, backend, 1, precision="int8")
+
+
+def one_layer(weight: torch.Tensor, x_scale: float, x_zero_point: int) -> torch.nn.Module:
+    """One int8 layer whose weight's integers are 127 wherever ``weight`` is its largest."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight
+    make = fastrec.nn.SparseInt8Linear.from_float
+    return torch.nn.Sequential(make(linear, x_scale=x_scale, x_zero_point=x_zero_point)).eval()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_largest_products_do_not_saturate(backend):
+    """Pairs of 255 * 127 leave int16, in which CPUs without VNNI add them."""
+    model = one_layer(torch.full((32, 64), 0.5), 0.01, 0)
+    x = torch.full((3, 64), 2.55)
+    with fastrec.compile(model, (x,), backend, 1) as engine:
+        got = engine(x)
+    # 64 products of 255 * 127, times two scales: a handful of float32 roundings.
+    torch.testing.assert_close(got, torch.full((3, 32), 64 * 2.55 * 0.5), rtol=1e-6, atol=0)
+
+
+def test_openvino_rounds_inputs_as_the_kernels_do():
+    """x * (1 / scale) is rounded, then the zero point added: every integer is the kernels'."""
+    model = one_layer(torch.eye(64), 0.037, 139)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 64, generator=generator) * 1.5
+    with fastrec.compile(model, (x,), "openvino", 1) as engine:
+        got = engine(x)
+    step = 0.037
+    assert torch.equal((got / step).round(), (model(x) / step).round())
+    assert (got - model(x)).abs().max() < 1e-4 * step

@@ -58,6 +58,13 @@ def machine_card() -> dict[str, Any]:
     }
 
 
+def int8_products_saturate() -> bool:
+    """Whether this is an x86 CPU without VNNI, where other runtimes multiply uint8 by int8 with
+    ``vpmaddubsw``: it adds pairs of products in 16 bits, and 2 * 255 * 127 does not fit."""
+    flags = set(_cpuinfo().get("flags", "").split())
+    return "avx2" in flags and not flags & {"avx_vnni", "avx512_vnni", "amx_int8"}
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip()

@@ -16,6 +16,7 @@ from fastrec.runtime.engine import missing, package_versions
 from fastrec.runtime.measure import Tolerance, correctness_gate
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
 from fastrec.runtime.onnx_forms import DECOMPOSITIONS, with_qdq
+from fastrec.runtime.onnx_sharing import unshare_int8
 from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.trace import evaluated, first_line, quiet, traced
 
@@ -112,6 +113,7 @@ def write_onnx(
         proto = program.model_proto
     check_domains(proto)
     _name_sizes(proto, spec)
+    unshare_int8(proto)
     import fastrec
 
     onnx.helper.set_model_props(
