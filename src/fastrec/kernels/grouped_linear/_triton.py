@@ -20,26 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fastrec import env
 from fastrec.kernels._gpu import ceil_div, device_of, fp32_precision
+from fastrec.kernels._triton import INTERPRETED, rounded
 from fastrec.kernels.grouped_linear._config import LaunchConfig, heuristic
 
 # (stride of rows or terms, of groups, of terms or columns)
 Strides = tuple[int, int, int]
 
 SUM_BLOCK = 512
-# The interpreter takes the bits of bfloat16 for integers when it multiplies, and cuts off instead
-# of rounding to it: there, products are made in float32 (as exact) and sums rounded by hand.
-INTERPRETED = env.triton_interpret()
-
-
-@triton.jit
-def _to(x, dtype: tl.constexpr, ROUND: tl.constexpr):
-    """x, float32, in ``dtype``, rounded to nearest even."""
-    if ROUND:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 # R or K is the number of rows of a call, whose divisibility would ask for another kernel.
@@ -125,10 +113,12 @@ def grouped_gemm(
     # A slice's stride is that of both its results: C [G, R, N] and the sums [G, R].
     c = c_ptr + part.to(tl.int64) * slice_stride + group.to(tl.int64) * stride_cg
     c = c + r.to(tl.int64)[:, None] * stride_cr + n.to(tl.int64)[None, :] * stride_cn
-    tl.store(c, _to(total, c_ptr.dtype.element_ty, ROUND), mask=(r < R)[:, None] & (n < N)[None, :])
+    tl.store(
+        c, rounded(total, c_ptr.dtype.element_ty, ROUND), mask=(r < R)[:, None] & (n < N)[None, :]
+    )
     if SUM_ROWS and tile_n == 0:
         sums = sums_ptr + part.to(tl.int64) * slice_stride + group * R + r
-        tl.store(sums, _to(row_sums, sums_ptr.dtype.element_ty, ROUND), mask=r < R)
+        tl.store(sums, rounded(row_sums, sums_ptr.dtype.element_ty, ROUND), mask=r < R)
 
 
 @triton.jit
@@ -143,7 +133,7 @@ def sum_slices(
         # [BLOCK]
         total += tl.load(at, mask=n < size, other=0.0)
         at += slice_stride
-    tl.store(out_ptr + n, _to(total, out_ptr.dtype.element_ty, ROUND), mask=n < size)
+    tl.store(out_ptr + n, rounded(total, out_ptr.dtype.element_ty, ROUND), mask=n < size)
 
 
 def _launch(

@@ -114,10 +114,11 @@ def window_sparse_attention(
         lengths: int64 [B], 0 to L: keys from there on are never read, NaNs included. Rows beyond
             the length are queries like any other; one that sees no valid key returns 0.
         cu_seqlens: int64 or int32 [B + 1], rising from 0 to T: sequence b is rows
-            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``.
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``. On a GPU the values of
+            both are not waited for: what is out of range is moved into it, and no error raised.
         scale: factor of the scores; None means D ** -0.5.
         return_lse: also return each row's log-sum-exp of its scores, -inf where it sees none.
-        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "triton" or "reference" forces one.
 
     Returns:
         q's shape and dtype, a view of contiguous [B, L, H, D] (or contiguous [T, H, D]); with

@@ -8,6 +8,7 @@ import torch
 
 from fastrec.errors import ArgumentError
 from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, always
 from fastrec.kernels.window_sparse_attention import _cpu, _reference_backward
 from fastrec.kernels.window_sparse_attention._spec import decode
@@ -27,7 +28,10 @@ def _cpu_can_run(signature: Signature) -> str | None:
     return cpu_can_run(signature)
 
 
-BACKENDS = Backends("window_sparse_attention", {"cpu": _cpu_can_run, "reference": always})
+BACKENDS = Backends(
+    "window_sparse_attention",
+    {"cpu": _cpu_can_run, "triton": triton_can_run, "reference": always},
+)
 
 _LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
 _PATTERN = (
@@ -90,8 +94,17 @@ def forward(
     with_lse: bool = True,
 ) -> tuple[torch.Tensor, Any]:
     """Out and lse (None where it is not wanted), outside autograd."""
-    if choose(q, backend) == "cpu":
+    kind = choose(q, backend)
+    if kind == "cpu":
         return _cpu.forward(q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, with_lse)
+    if kind == "triton":
+        from fastrec.kernels.window_sparse_attention import _triton
+
+        if q.is_cpu:
+            _check_values(q, lengths, cu_seqlens)
+        return _triton.forward(
+            q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, with_lse
+        )
     _check_values(q, lengths, cu_seqlens)
     result, lse = window_sparse_attention_reference(
         q,

@@ -1,0 +1,177 @@
+"""``window_sparse_attention`` in Triton: launches of its kernels on checked arguments."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from fastrec.kernels._gpu import ceil_div, device_of, fp32_precision, power_of_two
+from fastrec.kernels._triton import INTERPRETED
+from fastrec.kernels.window_sparse_attention._config import LaunchConfig, block_dims, heuristic
+from fastrec.kernels.window_sparse_attention._cpu import empty_like_rows
+from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention._triton.forward import attention_forward
+
+LOG2_E = 1.4426950408889634
+FAR_BLOCK = 32
+# A tile's rows are addressed from its first one in 32 bits.
+MAX_ROW_STRIDE = 1 << 22
+
+
+@functools.lru_cache(maxsize=1024)
+def _far(
+    window: int, offsets: str, causal: bool, heads: int, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 distances of all heads, rising in each, and where each head's begin, [H + 1]."""
+    pattern = decode(window, offsets, causal)
+    rows = [pattern.distances(length, head) for head in range(heads)]
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row))
+    # Never empty, so that there is an address.
+    flat = [distance for row in rows for distance in row] or [0]
+    return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (flat, starts))  # type: ignore[return-value]
+
+
+def far_table(
+    window: int, offsets: str, causal: bool, heads: int, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The far positions on the device. Distances that a sequence lacks reach none of its keys, so
+    the table of the next power of two serves all lengths up to it."""
+    return _far(window, offsets, causal, heads, power_of_two(length, 256, 1 << 31), device)
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels can read it."""
+    apart = x.stride(-1) == 1 and abs(x.stride(-3 if x.dim() == 3 else -2)) <= MAX_ROW_STRIDE
+    return x if apart else x.contiguous()
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of batch, head and row; of [B, H, L, ...] or jagged [T, H, ...]."""
+    if x.dim() == 4:
+        return x.stride()[:3]  # type: ignore[return-value]
+    return 0, x.stride(1), x.stride(0)
+
+
+def row_strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """The same of a number a row: [B, H, L] or [T, H]."""
+    return x.stride() if x.dim() == 3 else (0, x.stride(1), x.stride(0))  # type: ignore[return-value]
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """How many elements' multiple all strides are, so far as a load can gain from it."""
+    wide = 16 // tensors[0].element_size()
+    aligned = all(stride % wide == 0 for x in tensors for stride in strides(x))
+    return wide if aligned else 1
+
+
+class Call:
+    """What the launches of one call have in common."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        pattern: tuple[int, str, bool],
+        lengths: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> None:
+        window, offsets, causal = pattern
+        self.jagged = cu_seqlens is not None
+        if cu_seqlens is not None:
+            self.length, self.heads, self.dims = q.shape
+            self.batch = len(cu_seqlens) - 1
+        else:
+            self.batch, self.heads, self.length, self.dims = q.shape
+        self.window = min(window, self.length)
+        bounds = lengths if cu_seqlens is None else cu_seqlens
+        self.far = far_table(window, offsets, causal, self.heads, self.length, q.device)
+        # Anything with an address where there are no bounds.
+        self.bounds = self.far[0] if bounds is None else bounds
+        self.itemsize = q.element_size()
+        interpreted = INTERPRETED and q.dtype is torch.bfloat16
+        self.constants: dict[str, Any] = {
+            "CAUSAL": causal,
+            "JAGGED": self.jagged,
+            "HAS_LENGTHS": lengths is not None,
+            "PRECISION": fp32_precision() if q.dtype is torch.float32 else "ieee",
+            "WIDEN": interpreted,
+            "ROUND": interpreted,
+            "D": self.dims,
+            "BLOCK_D": block_dims(self.dims),
+            "BLOCK_F": FAR_BLOCK,
+        }
+
+    def config(self, aligned: int, *, backward: bool = False) -> LaunchConfig:
+        """How to launch for strides that are multiples of ``aligned`` elements."""
+        return heuristic(
+            self.length,
+            self.window,
+            self.dims,
+            self.itemsize,
+            aligned=aligned > 1,
+            backward=backward,
+        )
+
+    def tiles(self, block_rows: int) -> int:
+        """Tiles of the longest sequence; jagged: slots for those of all sequences."""
+        if self.jagged:
+            return self.length // block_rows + self.batch
+        return ceil_div(self.length, block_rows)
+
+    def programs(self, block_rows: int) -> tuple[int]:
+        """The grid."""
+        return (self.tiles(block_rows) * self.heads * (1 if self.jagged else self.batch),)
+
+    def sizes(self, block_rows: int) -> tuple[int, int, int, int, int]:
+        """B, H, L, tiles and window, as the kernels take them."""
+        return self.batch, self.heads, self.length, self.tiles(block_rows), self.window
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    offsets: str,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Checked arguments; ``lengths`` and ``cu_seqlens`` are contiguous int64."""
+    q, k, v = readable(q), readable(k), readable(v)
+    out = empty_like_rows(q)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if with_lse else None
+    if not q.numel():
+        return out, lse
+    call = Call(q, (window, offsets, causal), lengths, cu_seqlens)
+    tensors = (q, k, v, out)
+    aligned = alignment(*tensors)
+    config = call.config(aligned)
+    with device_of(q):
+        attention_forward[call.programs(config.block_rows)](
+            q,
+            k,
+            v,
+            out,
+            out if lse is None else lse,
+            call.bounds,
+            *call.far,
+            scale * LOG2_E,
+            *call.sizes(config.block_rows),
+            *(stride // aligned for x in tensors for stride in strides(x)),
+            *((0, 0, 0) if lse is None else row_strides(lse)),
+            WITH_LSE=lse is not None,
+            ALIGNED=aligned,
+            BLOCK_M=config.block_rows,
+            BLOCK_N=config.block_others,
+            FAR_STAGES=config.far_stages,
+            **call.constants,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse

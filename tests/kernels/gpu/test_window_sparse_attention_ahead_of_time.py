@@ -1,0 +1,114 @@
+"""``window_sparse_attention`` compiled for GPUs that need not be there: matrix units, no spills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ahead_of_time import TARGETS, check, compiled
+
+from fastrec import env
+from fastrec.kernels.window_sparse_attention._config import LaunchConfig, block_dims, heuristic
+
+pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="the interpreter compiles nothing")
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def build(
+    kernel: Any,
+    target: str,
+    dtype: str,
+    dims: int,
+    config: LaunchConfig,
+    *,
+    causal: bool = False,
+    jagged: bool = False,
+    precision: str = "ieee",
+    **others: Any,
+) -> Any:
+    """The kernel as the op launches it; nothing is known of what depends on batch or length."""
+    names = kernel.arg_names
+    types = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
+    types |= {name: "*fp32" for name in ("lse_ptr", "d_lse_ptr", "delta_ptr") if name in names}
+    types |= {"bounds_ptr": "*i64", "far_ptr": "*i32", "far_starts_ptr": "*i32"}
+    types |= {name: "fp32" for name in names if name.startswith("scale")}
+    types |= {n: "i64" for n in names if n.startswith("stride_") and n[-1] in "bh"}
+    constants: dict[str, Any] = {
+        "CAUSAL": causal,
+        "JAGGED": jagged,
+        "HAS_LENGTHS": not jagged,
+        "ALIGNED": 16 // ITEMSIZE[dtype] if dims % 8 == 0 else 1,
+        "PRECISION": precision,
+        "WIDEN": False,
+        "ROUND": False,
+        "D": dims,
+        "BLOCK_D": block_dims(dims),
+        "BLOCK_M": config.block_rows,
+        "BLOCK_N": config.block_others,
+        "BLOCK_F": 32,
+        "FAR_STAGES": config.far_stages,
+        **others,
+    }
+    numbers = tuple(n for n in names if n not in constants and not n.endswith("_ptr"))
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return compiled(kernel, target, types, constants, numbers, **options)
+
+
+def forward(target: str, dtype: str, dims: int, rows: int, window: int, **options: Any) -> Any:
+    from fastrec.kernels.window_sparse_attention._triton.forward import attention_forward
+
+    config = heuristic(rows, window, dims, ITEMSIZE[dtype], aligned=dims % 8 == 0)
+    kernel = build(attention_forward, target, dtype, dims, config, WITH_LSE=True, **options)
+    return kernel, config.block_rows
+
+
+@pytest.mark.parametrize(
+    ("dims", "rows", "window", "options"),
+    [
+        (16, 8192, 16, {"jagged": True}),
+        (32, 100, 16, {}),
+        (33, 8192, 64, {}),
+        (64, 8192, 64, {}),
+        (128, 8192, 64, {"causal": True}),
+        (129, 8192, 64, {"causal": True}),
+        (256, 8192, 64, {}),
+        (32, 20, 16, {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_half_precision_runs_on_matrix_units(
+    target: str, dims: int, rows: int, window: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    for dtype in ("bf16", "fp16") if dims == 64 else ("bf16",):
+        kernel, block = forward(target, dtype, dims, rows, window, **options)
+        check(kernel, target, tmp_path, matrices=True, rows=block)
+
+
+@pytest.mark.parametrize("dims", [32, 64, 256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_exact_float32_does_not_spill(target: str, dims: int, tmp_path: Path) -> None:
+    kernel, _ = forward(target, "fp32", dims, 8192, 64)
+    check(kernel, target, tmp_path, matrices=False)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_tf32_runs_on_matrix_units(target: str, tmp_path: Path) -> None:
+    kernel, rows = forward(target, "fp32", 64, 8192, 64, precision="tf32")
+    check(kernel, target, tmp_path, matrices=True, rows=rows)
+
+
+def test_a_tile_of_far_positions_is_read_in_vectors() -> None:
+    """Shifted by any distance, D = 64 in bfloat16 is eight loads or copies of 16 bytes a row."""
+    kernel, _ = forward("sm_90", "bf16", 64, 8192, 64)
+    ptx = kernel.asm["ptx"]
+    assert "cp.async.cg.shared.global [" in ptx
+    assert "ld.global.b16" not in ptx
+    assert "ld.global.u16" not in ptx
+
+
+def test_the_length_compiles_few_kernels() -> None:
+    configs = {heuristic(rows, 16, 32, 2) for rows in range(1, 20_000)}
+    assert len(configs) <= 3
