@@ -32,7 +32,7 @@ def _far(
         starts.append(starts[-1] + len(row))
     # Never empty, so that there is an address.
     flat = [distance for row in rows for distance in row] or [0]
-    return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (flat, starts))  # type: ignore[return-value]
+    return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (flat, starts))
 
 
 def far_table(
@@ -52,13 +52,13 @@ def readable(x: torch.Tensor) -> torch.Tensor:
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Of batch, head and row; of [B, H, L, ...] or jagged [T, H, ...]."""
     if x.dim() == 4:
-        return x.stride()[:3]  # type: ignore[return-value]
+        return x.stride()[:3]
     return 0, x.stride(1), x.stride(0)
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int, int]:
     """The same of a number a row: [B, H, L] or [T, H]."""
-    return x.stride() if x.dim() == 3 else (0, x.stride(1), x.stride(0))  # type: ignore[return-value]
+    return x.stride() if x.dim() == 3 else (0, x.stride(1), x.stride(0))
 
 
 def alignment(*tensors: torch.Tensor) -> int:
