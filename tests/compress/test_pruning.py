@@ -234,7 +234,7 @@ def test_small_tables_stay_dense_and_none_leaves_all_tables() -> None:
     model = nn.ModuleDict({"position": nn.Embedding(100, 128), "item": nn.Embedding(1000, 8)})
     report = prune_(model)
     assert list(report.layers) == ["item.weight"]
-    with pytest.raises(ArgumentError, match=r"nn\.Linear"):
+    with pytest.raises(ArgumentError, match="linear layers"):
         prune_(model, BlockPruning(embedding_block=None))
 
 
@@ -273,8 +273,8 @@ def test_bad_models_are_refused_untouched() -> None:
     with pytest.raises(DtypeError, match="config"):
         prune_(mlp(), {"sparsity": 0.4})
     with pytest.raises(DtypeError, match="filter_fn"):
-        prune_(mlp(), filter_fn="linear")
-    with pytest.raises(ArgumentError, match=r"model: expected nn\.Linear"):
+        prune_(mlp(), filter_fn=7)
+    with pytest.raises(ArgumentError, match="model: expected linear layers"):
         prune_(nn.Sequential(nn.Linear(8, 1)))
     broken = mlp()
     broken[2].weight.data[3, 3] = float("nan")

@@ -48,7 +48,7 @@ def train(model: nn.Module, steps: int = 20) -> list[float]:
 def test_weights_round_as_the_paper_says_and_gradients_pass_straight_through() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 16)
-    twin = FakeQuantLinear.from_float(linear, averaging=0.01)
+    twin = FakeQuantLinear.twin_of(linear, averaging=0.01)
     rounded, scale = twin.quantized_weight()
     low, high = -linear.weight.abs().amax(1), linear.weight.abs().amax(1)
     torch.testing.assert_close(scale, (high - low) / (2**8 - 2))
@@ -62,7 +62,7 @@ def test_weights_round_as_the_paper_says_and_gradients_pass_straight_through() -
 
 
 def test_input_gradient_stops_outside_the_range() -> None:
-    twin = FakeQuantLinear.from_float(nn.Linear(16, 16), averaging=0.01).eval()
+    twin = FakeQuantLinear.twin_of(nn.Linear(16, 16), averaging=0.01).eval()
     twin.set_range(torch.tensor(-1.0), torch.tensor(1.0))
     x = torch.linspace(-3, 3, 16, requires_grad=True)
     twin(x).sum().backward()
@@ -72,7 +72,7 @@ def test_input_gradient_stops_outside_the_range() -> None:
 
 
 def test_ranges_follow_training_and_freeze_in_eval() -> None:
-    twin = FakeQuantLinear.from_float(nn.Linear(4, 4), averaging=0.5).train()
+    twin = FakeQuantLinear.twin_of(nn.Linear(4, 4), averaging=0.5).train()
     twin(torch.tensor([[-1.0, 0.0, 1.0, 3.0]]))
     assert (float(twin.x_min), float(twin.x_max)) == (-1.0, 3.0)
     twin(torch.tensor([[-3.0, 0.0, 1.0, 5.0]]))
@@ -173,7 +173,7 @@ def test_convert_leaves_no_trace() -> None:
 def test_a_never_trained_zero_layer_may_still_learn() -> None:
     linear = nn.Linear(32, 32)
     nn.init.zeros_(linear.weight)
-    twin = FakeQuantLinear.from_float(linear, 0.01)
+    twin = FakeQuantLinear.twin_of(linear, 0.01)
     assert twin.kept is None
     assert torch.equal(row_scales(linear.weight), torch.ones(32))
 

@@ -17,6 +17,7 @@ _EXPORTS = {
     "HardLabel": "distillation",
     "Int8": "quantization",
     "LogitKL": "distillation",
+    "NMPruning": "pruning",
     "PruneReport": "pruning",
     "QAT": "quantization",
     "QuantizeReport": "quantization",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
         distill,
         distillation_loss,
     )
-    from fastrec.compress.pruning import BlockPruning, PruneReport, prune_
+    from fastrec.compress.pruning import BlockPruning, NMPruning, PruneReport, prune_
     from fastrec.compress.quantization import QAT, Int8, QuantizeReport, quantize_
     from fastrec.compress.recipe import Distillation, FineTune, Recipe
 
@@ -55,6 +56,7 @@ __all__ = [
     "HardLabel",
     "Int8",
     "LogitKL",
+    "NMPruning",
     "PruneReport",
     "QuantizeReport",
     "Recipe",

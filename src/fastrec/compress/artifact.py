@@ -28,11 +28,17 @@ from torch import Tensor, nn
 from fastrec import __version__
 from fastrec.compress.arithmetic import share_arithmetic_
 from fastrec.compress.codec import decode, encode
-from fastrec.compress.fake_quant import FakeQuantEmbedding, FakeQuantLinear
+from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
 from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.models import MODELS
-from fastrec.nn import Int8Embedding, SparseInt8Linear
+from fastrec.nn import (
+    GroupedLinear,
+    Int8Embedding,
+    SeparableInt8Projection,
+    SeparableProjection,
+    SparseInt8Linear,
+)
 
 FORMAT = "fastrec-model"
 VERSION = 1
@@ -203,7 +209,7 @@ def _replace(staging: Path, path: Path) -> None:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
-        if isinstance(module, FakeQuantLinear | FakeQuantEmbedding):
+        if isinstance(module, FakeQuant | FakeQuantEmbedding):
             raise ArgumentError(
                 "model", "a converted model: quantize_(model, QAT('convert'))", f"{name!r} prepared"
             )
@@ -226,8 +232,19 @@ def _identity(model: nn.Module) -> dict[str, Any]:
 def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What differs from the float model, by module name."""
     modules: dict[str, dict[str, Any]] = {}
+    inside: set[int] = set()  # what the entry of its parent makes
     for name, module in model.named_modules():
-        if isinstance(module, SparseInt8Linear):
+        if isinstance(module, SeparableInt8Projection):
+            inside.add(id(module.pointwise))
+            modules[name] = {
+                "type": "SeparableInt8Projection",
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "kernel_size": module.kernel_size,
+                "bias": module.bias is not None,
+                "causal": module.causal,
+            }
+        elif isinstance(module, SparseInt8Linear) and id(module) not in inside:
             modules[name] = {
                 "type": "SparseInt8Linear",
                 "in_features": module.in_features,
@@ -296,10 +313,18 @@ def _twin(model: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module | 
         raise ArtifactError(f"{type(model).__name__} has no module {name!r}") from error
     if kind == "Identity":
         return nn.Identity()
-    if kind == "SparseInt8Linear" and isinstance(old, nn.Linear | SparseInt8Linear):
+    if kind == "SparseInt8Linear" and isinstance(old, nn.Linear | GroupedLinear | SparseInt8Linear):
         layer = (int(old.in_features), int(old.out_features), old.bias is not None)
         if layer == (entry.get("in_features"), entry.get("out_features"), entry.get("bias")):
             return SparseInt8Linear(*layer, activation=entry.get("activation"))
+    elif kind == "SeparableInt8Projection" and isinstance(
+        old, SeparableProjection | SeparableInt8Projection
+    ):
+        names = ("in_features", "out_features", "kernel_size", "bias", "causal")
+        values = tuple(entry.get(n) for n in names)
+        sizes = (int(old.in_features), int(old.out_features), int(old.kernel_size))
+        if values == (*sizes, old.bias is not None, bool(old.causal)):
+            return SeparableInt8Projection(*sizes, old.bias is not None, bool(old.causal))
     elif kind == "Int8Embedding" and isinstance(old, nn.Embedding | Int8Embedding):
         table = (int(old.num_embeddings), int(old.embedding_dim))
         if table == (entry.get("num_embeddings"), entry.get("embedding_dim")):

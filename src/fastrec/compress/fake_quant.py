@@ -1,4 +1,4 @@
-"""QAT twins of nn.Linear and nn.Embedding: quantised in the forward pass, trained in full
+"""QAT twins of linear layers and nn.Embedding: quantised in the forward pass, trained in full
 precision.
 
 The forward pass rounds as the INT8 modules do (paper, III-B: s = (max - min) / (2^b - 1),
@@ -14,8 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrec.compress.layers import as_dense, output_order, weight_of
 from fastrec.compress.observers import LEVELS, affine_u8
 from fastrec.errors import ArgumentError
+from fastrec.kernels.grouped_linear import grouped_linear
+from fastrec.kernels.separable_projection.reference import valid_rows
+from fastrec.nn import GroupedLinear, SeparableProjection
+from fastrec.nn.separable_projection import depthwise_rows
 
 WEIGHT_LEVELS = 127  # symmetric s8: -127 .. 127, so that -w is representable whenever w is
 
@@ -36,30 +41,29 @@ def zero_mask(weight: Tensor) -> Tensor | None:
     return None if bool(kept.all()) or not bool(kept.any()) else kept
 
 
-class FakeQuantLinear(nn.Linear):
-    """nn.Linear with fake-quantised input (u8, learned range) and weight (s8 per output).
+class FakeQuant(nn.Module):
+    """What the twins of linear layers share: the input's range and the weight's rounding.
 
     In training mode the range follows the batches' minimum and maximum by a moving average; in
     eval mode it is frozen. The first batch sets it, unless calibration did.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, averaging: float) -> None:
-        # On "meta": from_float puts the float layer's own parameters in.
-        super().__init__(in_features, out_features, bias=bias, device="meta")
-        self.averaging = averaging
-        self.register_buffer("x_min", torch.tensor(float("inf")))
-        self.register_buffer("x_max", torch.tensor(float("-inf")))
-        self.register_buffer("kept", None, persistent=False)
+    averaging: float
+    x_min: Tensor
+    x_max: Tensor
+    kept: Tensor | None
+    bias: Tensor | None
 
-    @classmethod
-    def from_float(cls, linear: nn.Linear, averaging: float) -> FakeQuantLinear:
-        """The twin of ``linear``; it shares the parameters, so optimisers made before stay
-        valid."""
-        twin = cls(linear.in_features, linear.out_features, linear.bias is not None, averaging)
-        twin.weight, twin.bias = linear.weight, linear.bias
-        twin.kept = zero_mask(linear.weight)
-        twin.to(linear.weight.device).train(linear.training)
-        return twin
+    def _adopt(self, layer: nn.Module, averaging: float) -> None:
+        """Share the parameters of ``layer``, so that optimisers made before stay valid."""
+        self.averaging = averaging
+        for name, parameter in layer.named_parameters(recurse=False):
+            setattr(self, name, parameter)
+        weight = weight_of(self)
+        self.register_buffer("x_min", torch.tensor(float("inf"), device=weight.device))
+        self.register_buffer("x_max", torch.tensor(float("-inf"), device=weight.device))
+        self.register_buffer("kept", zero_mask(weight), persistent=False)
+        self.train(layer.training)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set the input range; scalars."""
@@ -82,36 +86,34 @@ class FakeQuantLinear(nn.Linear):
         )
 
     def kept_weight(self) -> Tensor:
-        """The weight [N, K] with pruned elements zero, whatever the optimiser left there."""
-        return self.weight if self.kept is None else self.weight * self.kept
+        """The weight with pruned elements zero, whatever the optimiser left there."""
+        weight = weight_of(self)
+        return weight if self.kept is None else weight * self.kept
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
-        """The fake-quantised weight [N, K] and its scales [N]."""
+        """The fake-quantised weight, in its shape, and the scales [N] of its rows of outputs."""
         weight = self.kept_weight()
-        scale = row_scales(weight)
+        rows = weight.flatten(0, -2)
+        scale = row_scales(rows)
         zero = torch.zeros_like(scale, dtype=torch.int32)
         rounded = torch.fake_quantize_per_channel_affine(
-            weight, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS
+            rows, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS
         )
-        return rounded, scale
+        return rounded.view(weight.shape), scale
 
-    def as_float(self) -> nn.Linear:
-        """A float layer that holds the fake-quantised weight: every w / s is an integer already, so
-        that whatever packs it cannot round another way."""
-        layer = nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-        layer.weight = nn.Parameter(self.quantized_weight()[0].detach(), requires_grad=False)
-        layer.bias = self.bias
-        return layer
+    def as_float(self) -> tuple[nn.Linear, Tensor]:
+        """A float layer [N, K] that holds the fake-quantised weight, and its scales [N]: every
+        w / s is an integer already, so that whatever packs it cannot round another way."""
+        rounded, scale = self.quantized_weight()
+        order = output_order(self)
+        return as_dense(self, rounded), scale if order is None else scale[order]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """``x`` rounded to its 256 levels; in training mode the range follows it first."""
         if self.training:
             self._follow(x.detach())
         scale, zero_point = self.input_qparams()
-        x = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, LEVELS)
-        return F.linear(x, self.quantized_weight()[0], self.bias)
+        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, LEVELS)
 
     def _follow(self, x: Tensor) -> None:
         if x.numel() == 0:
@@ -120,6 +122,72 @@ class FakeQuantLinear(nn.Linear):
         for bound, seen in ((self.x_min, low), (self.x_max, high)):
             moved = bound + self.averaging * (seen - bound)
             bound.copy_(torch.where(torch.isinf(bound), seen, moved))
+
+
+class FakeQuantLinear(FakeQuant, nn.Linear):
+    """nn.Linear with fake-quantised input (u8, learned range) and weight (s8 per output)."""
+
+    @classmethod
+    def twin_of(cls, linear: nn.Linear, averaging: float) -> FakeQuantLinear:
+        """The twin of ``linear``; it shares the parameters."""
+        # On "meta": the float layer's own parameters are put in.
+        sizes = (linear.in_features, linear.out_features)
+        twin = cls(*sizes, bias=linear.bias is not None, device="meta")
+        twin._adopt(linear, averaging)
+        return twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return F.linear(self.quantized_input(x), self.quantized_weight()[0], self.bias)
+
+
+class FakeQuantGroupedLinear(FakeQuant, GroupedLinear):
+    """GroupedLinear with fake-quantised input and weight."""
+
+    @classmethod
+    def twin_of(cls, layer: GroupedLinear, averaging: float) -> FakeQuantGroupedLinear:
+        """The twin of ``layer``; it shares the parameters."""
+        sizes = (layer.in_features, layer.out_features, layer.groups)
+        twin = cls(*sizes, layer.bias is not None, layer.shuffle, device="meta")
+        twin._adopt(layer, averaging)
+        return twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        weight = self.quantized_weight()[0]
+        return grouped_linear(self.quantized_input(x), weight, self.bias, shuffle=self.shuffle)
+
+
+class FakeQuantSeparableProjection(FakeQuant, SeparableProjection):
+    """SeparableProjection whose projection has a fake-quantised input and weight; the taps stay
+    float, as in :class:`~fastrec.nn.SeparableInt8Projection`."""
+
+    @classmethod
+    def twin_of(cls, layer: SeparableProjection, averaging: float) -> FakeQuantSeparableProjection:
+        """The twin of ``layer``; it shares the parameters."""
+        sizes = (layer.in_features, layer.out_features, layer.kernel_size, layer.groups)
+        twin = cls(*sizes, layer.bias is not None, layer.causal, device="meta")
+        twin._adopt(layer, averaging)
+        return twin
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """x [B, L, K] -> [B, L, N]; see SeparableProjection."""
+        hidden = depthwise_rows(x.float(), self.depthwise, lengths, self.causal)
+        if lengths is not None:
+            hidden = valid_rows(hidden, lengths)  # what is not read is not in the range
+        weight = self.quantized_weight()[0]
+        y = grouped_linear(self.quantized_input(hidden), weight, self.bias)
+        return y if lengths is None else valid_rows(y, lengths)
+
+
+def fake_quant_twin(layer: nn.Module, averaging: float) -> FakeQuant:
+    """The twin of one of ``layers.KINDS``."""
+    if isinstance(layer, GroupedLinear):
+        return FakeQuantGroupedLinear.twin_of(layer, averaging)
+    if isinstance(layer, SeparableProjection):
+        return FakeQuantSeparableProjection.twin_of(layer, averaging)
+    assert isinstance(layer, nn.Linear)
+    return FakeQuantLinear.twin_of(layer, averaging)
 
 
 class FakeQuantEmbedding(nn.Embedding):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastrec.compress.selection import all_names
+from fastrec.nn import LowRankLinear
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def plan_fusions(
     linears: Collection[str],
     runs_whole: Callable[[str, list[str]], bool],
 ) -> Mapping[str, Fusion]:
-    """The fusions inside every ``nn.Sequential`` of ``model``.
+    """The fusions inside every ``nn.Sequential`` and ``LowRankLinear`` of ``model``.
 
     Only there is it certain that an output has a single reader; a module that appears twice in the
     tree or a Sequential whose layers are also called one by one is left alone.
@@ -54,13 +55,11 @@ def plan_fusions(
     names = all_names(model)
     single = {name for found in names.values() if len(found) == 1 for name in found}
     fusions: dict[str, Fusion] = {}
-    for prefix, sequential in model.named_modules():
-        if not isinstance(sequential, nn.Sequential):
+    # Inner chains first: where an outer one sees further, its answer stands.
+    for prefix, parent in reversed(list(model.named_modules())):
+        if not _is_chain(parent):
             continue
-        if type(sequential).forward is not nn.Sequential.forward:
-            continue
-        # _modules, because named_children() skips a module that comes a second time
-        children = {f"{prefix}.{key}".lstrip("."): m for key, m in sequential._modules.items()}
+        children = _links(prefix, parent)
         if not runs_whole(prefix, [name for name in children if name in linears]):
             continue
         order = list(children)
@@ -68,6 +67,24 @@ def plan_fusions(
             if name in linears and name in single:
                 fusions[name] = _fuse(order[position + 1 :], children, linears, single)
     return fusions
+
+
+def _is_chain(module: nn.Module) -> bool:
+    kinds = (nn.Sequential, LowRankLinear)
+    return any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
+
+
+def _links(prefix: str, parent: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a chain in the order of their calls, inner chains unrolled."""
+    links: dict[str, nn.Module] = {}
+    # _modules, because named_children() skips a module that comes a second time
+    for key, child in parent._modules.items():
+        name = f"{prefix}.{key}".lstrip(".")
+        if child is not None and _is_chain(child):
+            links |= _links(name, child)
+        elif child is not None:
+            links[name] = child
+    return links
 
 
 def _fuse(

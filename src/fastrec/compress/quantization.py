@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,24 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.compress.arithmetic import share_arithmetic_
-from fastrec.compress.fake_quant import FakeQuantEmbedding, FakeQuantLinear
+from fastrec.compress.calibration import calibrate, leave_uncalled
+from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding, fake_quant_twin
 from fastrec.compress.fusion import Fusion, plan_fusions
-from fastrec.compress.observers import METHODS, RangeObserver, affine_u8
+from fastrec.compress.layers import KINDS, as_dense, computes_linear
+from fastrec.compress.observers import METHODS, affine_u8
 from fastrec.compress.selection import (
     FilterFn,
+    Layers,
+    as_filter,
     bypassed_children,
-    call_model,
-    check_filter,
     check_fraction,
     check_model,
+    is_table,
     named_layers,
     set_module,
 )
 from fastrec.errors import ArgumentError, DtypeError
-from fastrec.nn import GroupedLinear, Int8Embedding, SeparableProjection, SparseInt8Linear
+from fastrec.nn import (
+    Int8Embedding,
+    LowRankLinear,
+    SeparableInt8Projection,
+    SeparableProjection,
+    SparseInt8Linear,
+)
 
 MIN_OUTPUTS = 16  # narrower layers (a final score) cost nothing in float and would lose accuracy
-_FLOAT_ONLY = (GroupedLinear, SeparableProjection, nn.modules.conv._ConvNd, nn.RNNBase)
+_FLOAT_ONLY = (nn.modules.conv._ConvNd, nn.RNNBase)
+_CALLS = "_fastrec_calls"  # in a module's __dict__ during QAT
 MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) are no bytes and one more step
 
 
@@ -129,26 +138,14 @@ class QuantizeReport:
         return asdict(self)
 
 
-@dataclass
-class _Seen:
-    """What the calibration batches showed."""
-
-    observers: dict[str, RangeObserver]
-    calls: dict[str, int]
-    n_batches: int = 0
-
-    def runs_whole(self, sequential: str, layers: list[str]) -> bool:
-        return all(self.calls[layer] == self.calls[sequential] > 0 for layer in layers)
-
-
 def quantize_(
     model: nn.Module,
     config: Int8 | QAT | None = None,
     calibration: Iterable[Any] | None = None,
-    filter_fn: FilterFn | None = None,
+    filter_fn: Layers | None = None,
 ) -> QuantizeReport:
-    """Quantise ``model`` in place: ``nn.Linear`` -> ``SparseInt8Linear``, ``nn.Embedding`` ->
-    ``Int8Embedding``.
+    """Quantise ``model`` in place: ``nn.Linear`` and ``GroupedLinear`` -> ``SparseInt8Linear``,
+    ``SeparableProjection`` -> ``SeparableInt8Projection``, ``nn.Embedding`` -> ``Int8Embedding``.
 
     Weights pruned to zero in whole groups of 4 inputs x 32 outputs are dropped from the kernel's
     work. In an ``nn.Sequential``, a ReLU or GELU behind a layer moves into its kernel (an
@@ -163,15 +160,16 @@ def quantize_(
         calibration: iterable of batches: tuples of the model's inputs, single tensors, mappings, or
             objects with ``.inputs()`` such as ``SequenceBatch``. A few hundred typical examples are
             enough. Needed by Int8; optional for QAT's prepare; unused by its convert.
-        filter_fn: (module, name) -> bool decides over ``nn.Linear`` and ``nn.Embedding`` modules.
+        filter_fn: which layers and tables: names of layers (or of modules: all layers inside),
+            compiled regular expressions that match full names, or (module, name) -> bool.
             Default: layers of at least 16 outputs and tables of at least 1000 rows.
 
     Raises:
-        ArgumentError: nothing selected, no calibration, NaN or infinity in weights or activations.
-            The model is untouched then.
+        ArgumentError: a name that no layer has, nothing selected, no calibration, NaN or infinity
+            in weights or activations. The model is untouched then.
     """
     check_model(model)
-    check_filter(filter_fn)
+    filter_fn = as_filter(model, filter_fn, lambda m: computes_linear(m) or is_table(m))
     config = Int8() if config is None else config
     if isinstance(config, QAT):
         if config.step == "convert":
@@ -198,20 +196,21 @@ def _static(
             "an iterable of input batches, e.g. dataset.batches('train', batch_size=32, limit=256)",
             None,
         )
-    seen = _calibrate(model, linears, tables, calibration)
+    seen = calibrate(model, linears, tables, calibration)
     left = _unsupported(model, config.embeddings)
-    left |= _leave_uncalled(model, linears, tables, seen)
-    fusions = plan_fusions(model, linears, seen.runs_whole) if config.fuse else {}
+    left |= leave_uncalled(linears, tables, seen)
+    fusions = plan_fusions(model, _chained(linears), seen.runs_whole) if config.fuse else {}
     swaps: dict[str, nn.Module] = {}
-    for name, linear in linears.items():
+    for name, layer in linears.items():
         low, high = seen.observers[name].range(config.calibration_method, config.percentile)
         scale, zero_point = _qparams(low, high)
-        swaps[name] = SparseInt8Linear.from_float(
-            linear,
+        packed = SparseInt8Linear.from_float(
+            as_dense(layer),
             x_scale=scale,
             x_zero_point=zero_point,
             activation=fusions.get(name, Fusion()).activation,
         )
+        swaps[name] = _int8_form(layer, packed)
     swaps |= {name: Int8Embedding.from_float(table) for name, table in tables.items()}
     return _swap(model, swaps, fusions, left)
 
@@ -223,30 +222,31 @@ def _prepare(
     left = _unsupported(model, config.embeddings)
     seen = None
     if calibration is not None:
-        seen = _calibrate(model, linears, tables, calibration)
-        left |= _leave_uncalled(model, linears, tables, seen)
-    for name, linear in linears.items():
-        twin = FakeQuantLinear.from_float(linear, config.averaging)
+        seen = calibrate(model, linears, tables, calibration)
+        left |= leave_uncalled(linears, tables, seen)
+    twins: dict[str, nn.Module] = {}
+    for name, layer in linears.items():
+        twins[name] = twin = fake_quant_twin(layer, config.averaging)
         if seen is not None:
             twin.set_range(
                 *seen.observers[name].range(config.calibration_method, config.percentile)
             )
-        set_module(model, name, twin)
-    for name, table in tables.items():
-        set_module(model, name, FakeQuantEmbedding.from_float(table))
+    twins |= {name: FakeQuantEmbedding.from_float(table) for name, table in tables.items()}
+    for name, module in twins.items():
+        set_module(model, name, module)
     for module in model.modules():
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential | LowRankLinear | FakeQuant):
             module.register_forward_pre_hook(_note_call)
     return QuantizeReport(prepared=[*linears, *tables], left=left)
 
 
 def _note_call(module: nn.Module, args: Any) -> None:
-    """On every Sequential during QAT: convert fuses only those that were called as a whole."""
-    module.__dict__["_fastrec_called"] = True
+    """On whatever calls layers in a chain during QAT: convert fuses only what was called whole."""
+    module.__dict__[_CALLS] = module.__dict__.get(_CALLS, 0) + 1
 
 
 def _convert(model: nn.Module, config: QAT) -> QuantizeReport:
-    twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
+    twins = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuant)}
     tables = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantEmbedding)}
     if not twins and not tables:
         raise ArgumentError(
@@ -255,41 +255,57 @@ def _convert(model: nn.Module, config: QAT) -> QuantizeReport:
     for name, layer in {**twins, **tables}.items():
         _check_finite(name, layer)
 
-    def called_whole(sequential: str, layers: list[str]) -> bool:
-        return "_fastrec_called" in model.get_submodule(sequential).__dict__
+    def called_whole(parent: str, layers: list[str]) -> bool:
+        calls = [model.get_submodule(n).__dict__.get(_CALLS, 0) for n in (parent, *layers)]
+        return calls[0] > 0 and len(set(calls)) == 1
 
-    fusions = plan_fusions(model, twins, called_whole) if config.fuse else {}
+    fusions = plan_fusions(model, _chained(twins), called_whole) if config.fuse else {}
     swaps: dict[str, nn.Module] = {}
     for name, twin in twins.items():
         scale, zero_point = twin.checked_qparams(name)
-        swaps[name] = SparseInt8Linear.from_float(
-            twin.as_float(),
+        dense, w_scale = twin.as_float()
+        packed = SparseInt8Linear.from_float(
+            dense,
             x_scale=float(scale),
             x_zero_point=int(zero_point),
             activation=fusions.get(name, Fusion()).activation,
-            w_scale=twin.quantized_weight()[1],
+            w_scale=w_scale,
         )
+        swaps[name] = _int8_form(twin, packed)
     for name, table in tables.items():
         swaps[name] = Int8Embedding.from_float(table.as_float())
     for module in model.modules():
-        module.__dict__.pop("_fastrec_called", None)
+        module.__dict__.pop(_CALLS, None)
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _note_call:
                 del module._forward_pre_hooks[key]
     return _swap(model, swaps, fusions, {})
 
 
+def _chained(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Those whose INT8 form reads uint8: taps are float."""
+    return [n for n, layer in layers.items() if not isinstance(layer, SeparableProjection)]
+
+
+def _int8_form(layer: nn.Module, packed: SparseInt8Linear) -> nn.Module:
+    if isinstance(layer, SeparableProjection):
+        return SeparableInt8Projection.from_float(layer, packed)
+    return packed
+
+
 def _selected(
     model: nn.Module, embeddings: bool, filter_fn: FilterFn
-) -> tuple[dict[str, nn.Linear], dict[str, nn.Embedding]]:
+) -> tuple[dict[str, nn.Module], dict[str, nn.Embedding]]:
     bypassed = bypassed_children(model)
     linears = {
-        name: m for name, m in named_layers(model, nn.Linear, filter_fn) if id(m) not in bypassed
+        name: m
+        for name, m in named_layers(model, computes_linear, filter_fn)
+        if id(m) not in bypassed
     }
     tables = {
         name: m
-        for name, m in (named_layers(model, nn.Embedding, filter_fn) if embeddings else ())
-        if m.max_norm is None
+        for name, m in (named_layers(model, is_table, filter_fn) if embeddings else ())
+        if isinstance(m, nn.Embedding) and m.max_norm is None
     }
     if not linears and not tables:
         raise ArgumentError(
@@ -316,13 +332,14 @@ def _unsupported(model: nn.Module, embeddings: bool) -> dict[str, str]:
             left[name] = "torch's attention reads its weights itself; see WindowSparseAttention"
         elif isinstance(module, _FLOAT_ONLY):
             left[name] = f"{type(module).__name__} has no INT8 form"
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, KINDS):
             if id(module) in bypassed:
                 left[name] = "its parent reads its weight without calling it"
-            elif type(module).forward is not nn.Linear.forward:
-                left[name] = f"{type(module).__name__} computes something else than nn.Linear"
+            elif not computes_linear(module):
+                kind = next(k.__name__ for k in KINDS if isinstance(module, k))
+                left[name] = f"{type(module).__name__} computes something else than {kind}"
         elif embeddings and isinstance(module, nn.Embedding):
-            if type(module).forward is not nn.Embedding.forward:
+            if not is_table(module):
                 left[name] = f"{type(module).__name__} computes something else than nn.Embedding"
             elif module.max_norm is not None:
                 left[name] = "max_norm changes the table while it is read"
@@ -333,71 +350,6 @@ def _check_finite(name: str, layer: nn.Module) -> None:
     for key, parameter in layer.named_parameters(recurse=False):
         if not bool(torch.isfinite(parameter).all()):
             raise ArgumentError(f"{name}.{key}", "finite weights", "NaN or infinity")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module's own training flag comes back afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def _calibrate(
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    tables: Mapping[str, nn.Embedding],
-    calibration: Iterable[Any],
-) -> _Seen:
-    seen = _Seen({name: RangeObserver(name) for name in linears}, {})
-    with ExitStack() as stack, _evaluating(model):
-        for name, module in model.named_modules():
-            if name in linears or name in tables or isinstance(module, nn.Sequential):
-                seen.calls[name] = 0
-                hook = _observe(seen, name)
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-        for batch in calibration:
-            call_model(model, batch)
-            seen.n_batches += 1
-    if seen.n_batches == 0:
-        raise ArgumentError("calibration", "at least one batch", "an empty iterable")
-    return seen
-
-
-def _observe(seen: _Seen, name: str) -> Any:
-    observer = seen.observers.get(name)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.calls[name] += 1
-        if observer is not None:
-            observer.observe(args[0] if args else kwargs["input"])
-
-    return hook
-
-
-def _leave_uncalled(
-    model: nn.Module,
-    linears: dict[str, nn.Linear],
-    tables: dict[str, nn.Embedding],
-    seen: _Seen,
-) -> dict[str, str]:
-    """Drop what calibration never called: its weight is read some other way, or not at all."""
-    left = {}
-    for layers in (linears, tables):
-        for name in [n for n in layers if seen.calls[n] == 0]:
-            del layers[name]
-            left[name] = "never called as a module during calibration"
-    if not linears and not tables:
-        raise ArgumentError(
-            "calibration", "batches that reach the selected layers", "none of them was called"
-        )
-    return left
 
 
 def _qparams(low: Tensor, high: Tensor) -> tuple[float, int]:
@@ -424,6 +376,10 @@ def _swap(
     for name, module in swaps.items():
         set_module(model, name, module.train(model.get_submodule(name).training))
     share_arithmetic_(model)
+    packed = {
+        name: m.pointwise if isinstance(m, SeparableInt8Projection) else m
+        for name, m in swaps.items()
+    }
     layers = {
         name: LinearReport(
             float(m.x_scale),
@@ -432,7 +388,7 @@ def _swap(
             outputs.get(name, "float32"),
             float(m.density),
         )
-        for name, m in swaps.items()
+        for name, m in packed.items()
         if isinstance(m, SparseInt8Linear)
     }
     tables = [name for name, m in swaps.items() if isinstance(m, Int8Embedding)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch import nn
 from fastrec.errors import ArgumentError, DtypeError
 
 FilterFn = Callable[[nn.Module, str], bool]
+Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+Layers = FilterFn | Names
+"""Which layers: a function, or names and compiled regular expressions (see :func:`as_filter`)."""
 
 # These read `child.weight` directly instead of calling the child, so a swapped child would be
 # bypassed (MultiheadAttention) or would break torch's fused path (TransformerEncoderLayer).
@@ -24,10 +29,51 @@ def check_model(model: Any) -> nn.Module:
     return model
 
 
-def check_filter(filter_fn: FilterFn | None) -> None:
-    """DtypeError where ``filter_fn`` is given and cannot be called."""
-    if filter_fn is not None and not callable(filter_fn):
-        raise DtypeError("filter_fn", "a callable (module, name) -> bool", type(filter_fn).__name__)
+def as_filter(model: nn.Module, chosen: Any, can: Callable[[nn.Module], bool]) -> FilterFn | None:
+    """``chosen`` as a filter function; None stays None.
+
+    Args:
+        model: whose layers are chosen from.
+        chosen: a filter function; or the name of a layer (or of a module: all layers inside), a
+            compiled regular expression that matches layers' full names, or several of these.
+        can: which modules are layers of the kind.
+
+    Raises:
+        DtypeError: something else.
+        ArgumentError: a name or expression that no layer has.
+    """
+    if chosen is None or (callable(chosen) and not isinstance(chosen, nn.Module)):
+        return chosen
+    parts = [chosen] if isinstance(chosen, str | re.Pattern) else chosen
+    if not isinstance(parts, Iterable) or not all(isinstance(p, str | re.Pattern) for p in parts):
+        raise DtypeError(
+            "filter_fn",
+            "a callable (module, name) -> bool, layer names or compiled regular expressions",
+            type(chosen).__name__,
+        )
+    parts = list(parts)
+    names = [name for name, m in model.named_modules(remove_duplicate=False) if can(m)]
+    for part in parts:
+        if not any(_matches(part, name) for name in names):
+            raise ArgumentError("filter_fn", _expected(model, part, names), _shown(part))
+    return lambda module, name: any(_matches(part, name) for part in parts)
+
+
+def _matches(part: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(part, re.Pattern):
+        return part.fullmatch(name) is not None
+    return name == part or name.startswith(f"{part}.")
+
+
+def _shown(part: str | re.Pattern[str]) -> str:
+    return repr(part) if isinstance(part, str) else f"the expression {part.pattern!r}"
+
+
+def _expected(model: nn.Module, part: str | re.Pattern[str], names: list[str]) -> str:
+    if isinstance(part, str) and part in dict(model.named_modules()):
+        return "a module that is, or holds, a layer that can be changed"
+    near = difflib.get_close_matches(str(part), names, n=3, cutoff=0.3) or names[:3]
+    return f"the name of a layer, such as {', '.join(map(repr, near))}" if near else "no name"
 
 
 def bypassed_children(model: nn.Module) -> set[int]:
@@ -41,14 +87,18 @@ def bypassed_children(model: nn.Module) -> set[int]:
     }
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether ``module`` computes what ``nn.Embedding`` does."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+
 def named_layers(
-    model: nn.Module, kind: type[nn.Module], filter_fn: FilterFn
+    model: nn.Module, can: Callable[[nn.Module], bool], filter_fn: FilterFn
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that compute what ``kind`` computes (a subclass with its own forward is another
-    layer), each once, in the order of the tree."""
+    """Modules of the kind that ``can`` tells and ``filter_fn`` selects, each once, in the order of
+    the tree."""
     for name, module in model.named_modules():
-        computes_it = isinstance(module, kind) and type(module).forward is kind.forward
-        if computes_it and filter_fn(module, name):
+        if can(module) and filter_fn(module, name):
             yield name, module
 
 

@@ -6,6 +6,7 @@ from fastrec.nn.grouped_linear import GroupedLinear
 from fastrec.nn.int8_embedding import Int8Embedding
 from fastrec.nn.layer_norm import LayerNorm
 from fastrec.nn.low_rank_linear import LowRankLinear
+from fastrec.nn.separable_int8_projection import SeparableInt8Projection
 from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
 from fastrec.nn.window_sparse_attention import WindowSparseAttention
@@ -15,6 +16,7 @@ __all__ = [
     "Int8Embedding",
     "LayerNorm",
     "LowRankLinear",
+    "SeparableInt8Projection",
     "SeparableProjection",
     "SparseInt8Linear",
     "WindowSparseAttention",

@@ -5,13 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastrec.errors import ArgumentError, ShapeError
 from fastrec.kernels.separable_projection import separable_projection
-from fastrec.kernels.separable_projection.reference import taps_before
+from fastrec.kernels.separable_projection.reference import taps_before, valid_rows
 from fastrec.kernels.separable_projection.shapes import MAX_WIDTH
 from fastrec.nn._common import autocast, check_groups, check_linear, check_size, like
+
+
+def depthwise_rows(
+    x: torch.Tensor, depthwise: torch.Tensor, lengths: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """The convolution alone: x [B, L, C] or [L, C] and taps [C, W] -> x's shape.
+
+    Rows beyond the lengths are read as zeros; what comes out there means nothing.
+    """
+    length, width = x.shape[-2], depthwise.shape[1]
+    if lengths is not None:
+        if x.dim() == 2:
+            raise ShapeError("x", f"shape [B, L, {len(depthwise)}]", list(x.shape))
+        x = valid_rows(x, lengths)
+    before = taps_before(width, causal)
+    # Shifted rows times a tap: a few elementwise passes, which engines join into one; grouped
+    # convolutions take three times as long on CPUs.
+    padded = F.pad(x, (0, 0, before, width - 1 - before))
+    sums = padded[..., :length, :] * depthwise[:, 0]
+    for tap in range(1, width):
+        sums = sums + padded[..., tap : tap + length, :] * depthwise[:, tap]
+    return sums
 
 
 class SeparableProjection(nn.Module):

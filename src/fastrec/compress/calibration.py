@@ -1,0 +1,107 @@
+"""Running calibration batches: what enters each layer, and which layers are called at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrec.compress.observers import RangeObserver
+from fastrec.compress.selection import call_model
+from fastrec.errors import ArgumentError
+from fastrec.kernels.separable_projection.reference import valid_rows
+from fastrec.nn import LowRankLinear, SeparableProjection
+from fastrec.nn.separable_projection import depthwise_rows
+
+
+@dataclass
+class Seen:
+    """What the calibration batches showed."""
+
+    observers: dict[str, RangeObserver]
+    calls: dict[str, int]
+    n_batches: int = 0
+
+    def runs_whole(self, parent: str, layers: list[str]) -> bool:
+        """Whether ``layers`` ran exactly when their parent did."""
+        return all(self.calls[layer] == self.calls[parent] > 0 for layer in layers)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each module's own training flag comes back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def calibrate(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    tables: Mapping[str, nn.Embedding],
+    calibration: Iterable[Any],
+) -> Seen:
+    """Run the batches in eval mode and watch the layers.
+
+    Raises:
+        ArgumentError: no batch, or NaN or infinity at a layer's input.
+    """
+    seen = Seen({name: RangeObserver(name) for name in linears}, {})
+    with ExitStack() as stack, evaluating(model):
+        for name, module in model.named_modules():
+            whole = isinstance(module, nn.Sequential | LowRankLinear)
+            if name in linears or name in tables or whole:
+                seen.calls[name] = 0
+                hook = _observe(seen, name)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        for batch in calibration:
+            call_model(model, batch)
+            seen.n_batches += 1
+    if seen.n_batches == 0:
+        raise ArgumentError("calibration", "at least one batch", "an empty iterable")
+    return seen
+
+
+def _observe(seen: Seen, name: str) -> Any:
+    observer = seen.observers.get(name)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls[name] += 1
+        if observer is None:
+            return
+        x = args[0] if args else kwargs["x" if "x" in kwargs else "input"]
+        if isinstance(module, SeparableProjection):
+            # Its INT8 part starts behind the taps.
+            lengths = args[1] if len(args) > 1 else kwargs.get("lengths")
+            x = depthwise_rows(x, module.depthwise, lengths, module.causal)
+            x = x if lengths is None else valid_rows(x, lengths)
+        observer.observe(x)
+
+    return hook
+
+
+def leave_uncalled(
+    linears: dict[str, nn.Module], tables: dict[str, nn.Embedding], seen: Seen
+) -> dict[str, str]:
+    """Drop what calibration never called: its weight is read some other way, or not at all."""
+    left = {}
+    layers: dict[str, Any]
+    for layers in (linears, tables):
+        for name in [n for n in layers if seen.calls[n] == 0]:
+            del layers[name]
+            left[name] = "never called as a module during calibration"
+    if not linears and not tables:
+        raise ArgumentError(
+            "calibration", "batches that reach the selected layers", "none of them was called"
+        )
+    return left

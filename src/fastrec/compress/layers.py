@@ -1,0 +1,73 @@
+"""The layers that compression reaches into, and one view of their weights: rows of outputs.
+
+| layer | rows of outputs [N, K] | dense form |
+|---|---|---|
+| ``nn.Linear`` | its weight | its weight |
+| ``GroupedLinear`` | the groups' rows, K inputs of one group | block-diagonal, shuffled if it is |
+| ``SeparableProjection`` | likewise, of the projection behind its taps | block-diagonal |
+
+``LowRankLinear`` is two ``nn.Linear`` and needs no row of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastrec.nn import GroupedLinear, SeparableProjection
+
+Layer = nn.Linear | GroupedLinear | SeparableProjection
+KINDS: tuple[type[nn.Module], ...] = (nn.Linear, GroupedLinear, SeparableProjection)
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is one of ``KINDS``; a subclass with its own forward is another layer."""
+    return any(isinstance(module, k) and type(module).forward is k.forward for k in KINDS)
+
+
+def weight_name(layer: nn.Module) -> str:
+    """The attribute that holds the projection's weight."""
+    return "pointwise" if isinstance(layer, SeparableProjection) else "weight"
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """The projection's weight, [N, K] or [G, N / G, K / G]."""
+    weight: nn.Parameter = getattr(layer, weight_name(layer))
+    return weight
+
+
+def block_within_groups(weight: Tensor, block: tuple[int, int]) -> tuple[int, int]:
+    """``block``, or the tallest of its divisors whose blocks never straddle two groups."""
+    return (math.gcd(weight.shape[1], block[0]), block[1]) if weight.dim() == 3 else block
+
+
+def as_dense(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
+    """The ``nn.Linear`` [N, K] with the same products, detached; for packing and reference.
+
+    Args:
+        layer: one of ``KINDS``; of a separable projection, what follows its taps.
+        weight: in place of the layer's own, of its shape.
+    """
+    weight = (weight_of(layer) if weight is None else weight).detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    if weight.dim() == 3:
+        order = output_order(layer)
+        weight = torch.block_diag(*weight)
+        if order is not None:
+            weight = weight[order]
+            bias = None if bias is None else bias[order]
+    outputs, inputs = weight.shape
+    dense = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return dense.train(layer.training)
+
+
+def output_order(layer: nn.Module) -> Tensor | None:
+    """int64 [N]: the row of outputs that each output channel comes from; None: its own."""
+    if not getattr(layer, "shuffle", False):
+        return None
+    groups, outputs, _ = layer.weight.shape
+    return torch.arange(groups * outputs, device=layer.weight.device).view(groups, -1).T.flatten()
