@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIR ?= bench/results
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo test sanitize forced-isa bench lint gpu-report clean
+.PHONY: setup demo protos test sanitize forced-isa bench lint gpu-report clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +17,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 
 demo: setup
 	$(BIN)/fastrec table1 --preset demo --out demo --json demo/table1.json
+
+# The wire protocol's descriptor set, after a change of its .proto files.
+PROTOS := src/fastrec/serving/wire/protos
+protos: setup
+	$(BIN)/python -m grpc_tools.protoc -I$(PROTOS) --include_imports \
+	  --descriptor_set_out=$(PROTOS)/schema.binpb $(PROTOS)/*.proto
 
 test: setup
 	$(BIN)/python -m pytest

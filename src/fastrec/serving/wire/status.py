@@ -1,0 +1,105 @@
+"""Refusals as the two protocols tell them.
+
+| kind | gRPC | HTTP |
+|---|---|---|
+| quota | RESOURCE_EXHAUSTED, with RetryInfo | 429, with Retry-After |
+| overload, queue_full, deadline_infeasible, expired, not_ready | UNAVAILABLE | 503 |
+| not_found | NOT_FOUND | 404 |
+| invalid | INVALID_ARGUMENT | 400 |
+| cancelled | CANCELLED | 499 |
+| internal | INTERNAL | 500 |
+
+Triton answers UNAVAILABLE where a queue is full or a timeout has run out, and the texts are its
+own. The kind itself is the ``reason`` of a google.rpc.ErrorInfo, for programs. Clients that retry
+are told not to while the server sheds load (``grpc-retry-pushback-ms: -1``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import grpc
+
+from fastrec.errors import FastrecError
+from fastrec.serving.core.request import Kind, Rejected
+from fastrec.serving.wire.messages import message
+
+DOMAIN = "fastrec"
+DETAILS = "grpc-status-details-bin"
+PUSHBACK = "grpc-retry-pushback-ms"
+
+_CODES = {
+    Kind.QUOTA: (grpc.StatusCode.RESOURCE_EXHAUSTED, 429),
+    Kind.OVERLOAD: (grpc.StatusCode.UNAVAILABLE, 503),
+    Kind.QUEUE_FULL: (grpc.StatusCode.UNAVAILABLE, 503),
+    Kind.DEADLINE_INFEASIBLE: (grpc.StatusCode.UNAVAILABLE, 503),
+    Kind.EXPIRED: (grpc.StatusCode.UNAVAILABLE, 503),
+    Kind.NOT_READY: (grpc.StatusCode.UNAVAILABLE, 503),
+    Kind.NOT_FOUND: (grpc.StatusCode.NOT_FOUND, 404),
+    Kind.INVALID: (grpc.StatusCode.INVALID_ARGUMENT, 400),
+    Kind.CANCELLED: (grpc.StatusCode.CANCELLED, 499),
+    Kind.INTERNAL: (grpc.StatusCode.INTERNAL, 500),
+}
+_SHEDDING = {Kind.OVERLOAD, Kind.QUEUE_FULL, Kind.DEADLINE_INFEASIBLE, Kind.EXPIRED}
+
+_Status = message("google.rpc.Status")
+_RetryInfo = message("google.rpc.RetryInfo")
+_ErrorInfo = message("google.rpc.ErrorInfo")
+
+
+class Refused(FastrecError):
+    """The caller may not do this: no valid token, or an admin call that is switched off.
+
+    Attributes:
+        reason: for programs, e.g. ``"unauthenticated"``.
+        code: of gRPC.
+        http: status.
+    """
+
+    def __init__(self, reason: str, message: str, code: grpc.StatusCode, http: int) -> None:
+        self.reason, self.code, self.http = reason, code, http
+        super().__init__(message)
+
+
+class Answer(NamedTuple):
+    """An error as the protocols carry it."""
+
+    code: grpc.StatusCode
+    http: int
+    text: str
+    reason: str
+    retry_after_s: float | None
+
+    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
+        """gRPC's trailing metadata: details, and whether a retry makes sense."""
+        status = _Status(code=self.code.value[0], message=self.text)
+        info = status.details.add()
+        info.type_url = "type.googleapis.com/google.rpc.ErrorInfo"
+        info.value = _ErrorInfo(reason=self.reason.upper(), domain=DOMAIN).SerializeToString()
+        trailers: list[tuple[str, str | bytes]] = []
+        if self.retry_after_s is not None:
+            retry = _RetryInfo()
+            nanos = round(self.retry_after_s * 1e9)
+            retry.retry_delay.seconds, retry.retry_delay.nanos = divmod(nanos, 10**9)
+            info = status.details.add()
+            info.type_url = "type.googleapis.com/google.rpc.RetryInfo"
+            info.value = retry.SerializeToString()
+        if self.reason in _SHEDDING:
+            trailers.append((PUSHBACK, "-1"))
+        elif self.retry_after_s is not None:
+            trailers.append((PUSHBACK, str(math.ceil(self.retry_after_s * 1e3))))
+        trailers.append((DETAILS, status.SerializeToString()))
+        return tuple(trailers)
+
+
+def answer(error: BaseException) -> Answer:
+    """What to tell the caller; an error that is not fastrec's own keeps its text to the log."""
+    if isinstance(error, Rejected):
+        code, http = _CODES[error.kind]
+        return Answer(code, http, str(error), error.kind.value, error.retry_after_s)
+    if isinstance(error, Refused):
+        return Answer(error.code, error.http, str(error), error.reason, None)
+    if isinstance(error, FastrecError) and isinstance(error, ValueError | TypeError):
+        return Answer(grpc.StatusCode.INVALID_ARGUMENT, 400, str(error), Kind.INVALID.value, None)
+    return Answer(grpc.StatusCode.INTERNAL, 500, "internal error", Kind.INTERNAL.value, None)
