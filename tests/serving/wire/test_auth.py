@@ -18,7 +18,6 @@ from fastrec.serving.wire.grpc_server import Tls
 from fastrec.serving.wire.hints import Hints
 from fastrec.serving.wire.status import Refused
 
-
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 
 
