@@ -163,7 +163,7 @@ def verify_onnx(
     if missing("onnx"):
         raise MissingDependencyError("onnx", "onnx", "ONNX export")
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     from fastrec.runtime.backends.onnxruntime import open_session
 
