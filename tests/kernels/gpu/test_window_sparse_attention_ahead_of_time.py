@@ -64,34 +64,54 @@ def forward(target: str, dtype: str, dims: int, rows: int, window: int, **option
     return kernel, config.block_rows
 
 
-@pytest.mark.parametrize(
-    ("dims", "rows", "window", "options"),
-    [
-        (16, 8192, 16, {"jagged": True}),
-        (32, 100, 16, {}),
-        (33, 8192, 64, {}),
-        (64, 8192, 64, {}),
-        (128, 8192, 64, {"causal": True}),
-        (129, 8192, 64, {"causal": True}),
-        (256, 8192, 64, {}),
-        (32, 20, 16, {}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("target", TARGETS)
+def backward(target: str, dtype: str, dims: int, rows: int, window: int, **options: Any) -> Any:
+    """The kernels by queries and by keys, and their rows."""
+    from fastrec.kernels.window_sparse_attention._triton import backward as kernels
+
+    aligned = dims % 8 == 0
+    config = heuristic(rows, window, dims, ITEMSIZE[dtype], aligned=aligned, backward=True)
+    queries = kernels.attention_backward_queries
+    return (
+        build(queries, target, dtype, dims, config, HAS_D_LSE=True, **options),
+        build(kernels.attention_backward_keys, target, dtype, dims, config, **options),
+        config.block_rows,
+    )
+
+
+# All kinds for one GPU, the widest sums of a common size for all.
+KINDS: list[tuple[int, int, int, dict[str, Any]]] = [
+    (16, 8192, 16, {"jagged": True}),
+    (32, 100, 16, {}),
+    (32, 20, 16, {}),
+    (33, 8192, 64, {}),
+    (128, 8192, 64, {"causal": True}),
+    (129, 8192, 64, {"causal": True}),
+    (256, 8192, 64, {}),
+]
+CASES = [(target, 64, 8192, 64, {}) for target in TARGETS]
+CASES += [("sm_90", *kind) for kind in KINDS]
+
+
+@pytest.mark.parametrize(("target", "dims", "rows", "window", "options"), CASES, ids=str)
 def test_half_precision_runs_on_matrix_units(
     target: str, dims: int, rows: int, window: int, options: dict[str, Any], tmp_path: Path
 ) -> None:
     for dtype in ("bf16", "fp16") if dims == 64 else ("bf16",):
         kernel, block = forward(target, dtype, dims, rows, window, **options)
         check(kernel, target, tmp_path, matrices=True, rows=block)
+    by_queries, by_keys, block = backward(target, "bf16", dims, rows, window, **options)
+    for kernel in (by_queries, by_keys):
+        check(kernel, target, tmp_path, matrices=True, rows=block)
 
 
-@pytest.mark.parametrize("dims", [32, 64, 256])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("target", "dims"),
+    [*((target, 64) for target in TARGETS), ("sm_90", 32), ("sm_90", 256)],
+)
 def test_exact_float32_does_not_spill(target: str, dims: int, tmp_path: Path) -> None:
     kernel, _ = forward(target, "fp32", dims, 8192, 64)
-    check(kernel, target, tmp_path, matrices=False)
+    for each in (kernel, *backward(target, "fp32", dims, 8192, 64)[:2]):
+        check(each, target, tmp_path, matrices=False)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -110,5 +130,6 @@ def test_a_tile_of_far_positions_is_read_in_vectors() -> None:
 
 
 def test_the_length_compiles_few_kernels() -> None:
-    configs = {heuristic(rows, 16, 32, 2) for rows in range(1, 20_000)}
-    assert len(configs) <= 3
+    for backward in (False, True):
+        configs = {heuristic(n, 16, 32, 2, backward=backward) for n in range(1, 20_000)}
+        assert len(configs) <= 3

@@ -58,9 +58,17 @@ def _of_bucket(
         return LaunchConfig(16, 16 if itemsize == 4 else 32, 8, 2, 1)
     if itemsize == 4:
         # Multiplied without matrix units, where float32 is to be exact.
-        most = 32 if dims <= 64 else 16
-        return LaunchConfig(min(rows, most), most, 4 if dims <= 32 else 8, 2, 2)
-    most = 64 if dims <= 128 else 32
+        most = 32 if dims <= (32 if backward else 64) else 16
+        num_warps = 4 if dims <= (64 if backward else 32) else 8
+        return LaunchConfig(min(rows, most), most, num_warps, 2, 1 if backward else 2)
     # A window of 16 and a tile of 64 are 96 keys: three blocks of 32.
-    others = 64 if wide and dims <= 128 else 32
-    return LaunchConfig(min(rows, most), others, 4 if dims <= 64 else 8, 2, 2 if dims <= 128 else 1)
+    others = 64 if wide else 32
+    if backward:
+        # Two tiles of inputs and two of sums stay with the program, not one and one.
+        most = 64 if dims <= 64 else 4096 // dims
+        if dims <= 32:
+            return LaunchConfig(min(rows, most), others, 4, 2, 2)
+        return LaunchConfig(min(rows, most), 32, 8, 2, 1)
+    if dims > 128:
+        return LaunchConfig(min(rows, 32), 32, 8, 2, 1)
+    return LaunchConfig(rows, others, 4 if dims <= 64 else 8, 2, 2)

@@ -140,10 +140,14 @@ def _backward(
     scale: float,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if choose(q, backend) == "cpu":
-        return _cpu.backward(
-            d_out, d_lse, q, k, v, out, lse, window, offsets, causal, lengths, cu_seqlens, scale
-        )
+    kind = choose(q, backend)
+    args = (d_out, d_lse, q, k, v, out, lse)
+    if kind == "cpu":
+        return _cpu.backward(*args, window, offsets, causal, lengths, cu_seqlens, scale)
+    if kind == "triton":
+        from fastrec.kernels.window_sparse_attention import _triton
+
+        return _triton.backward(*args, window, offsets, causal, lengths, cu_seqlens, scale)
     pattern = decode(window, offsets, causal)
     grads = _reference_backward.backward(
         d_out, d_lse, q, k, v, out, lse, pattern, lengths, cu_seqlens, scale

@@ -12,6 +12,10 @@ from fastrec.kernels._triton import INTERPRETED
 from fastrec.kernels.window_sparse_attention._config import LaunchConfig, block_dims, heuristic
 from fastrec.kernels.window_sparse_attention._cpu import empty_like_rows
 from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention._triton.backward import (
+    attention_backward_keys,
+    attention_backward_queries,
+)
 from fastrec.kernels.window_sparse_attention._triton.forward import attention_forward
 
 LOG2_E = 1.4426950408889634
@@ -175,3 +179,65 @@ def forward(
             num_stages=config.num_stages,
         )
     return out, lse
+
+
+def backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    offsets: str,
+    causal: bool,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv; recomputes the weights from lse."""
+    q, k, v, out, d_out = (readable(x) for x in (q, k, v, out, d_out))
+    dq, dk, dv = empty_like_rows(q), empty_like_rows(k), empty_like_rows(v)
+    if not q.numel():
+        return dq, dk, dv
+    lse = lse.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    delta = torch.empty_like(lse)
+    call = Call(q, (window, offsets, causal), lengths, cu_seqlens)
+    by_queries, by_keys = (q, k, v, out, d_out, dq), (q, k, v, d_out, dk)
+    aligned = alignment(*by_queries, dk)
+    config = call.config(aligned, backward=True)
+    grid = call.programs(config.block_rows)
+    options: dict[str, Any] = {
+        "ALIGNED": aligned,
+        "BLOCK_M": config.block_rows,
+        "BLOCK_N": config.block_others,
+        "FAR_STAGES": config.far_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **call.constants,
+    }
+    with device_of(q):
+        attention_backward_queries[grid](
+            *(q, k, v, out, d_out, lse, lse if d_lse is None else d_lse, delta, dq),
+            call.bounds,
+            *call.far,
+            scale,
+            *call.sizes(config.block_rows),
+            *(stride // aligned for x in by_queries for stride in strides(x)),
+            *row_strides(lse),
+            HAS_D_LSE=d_lse is not None,
+            **options,
+        )
+        attention_backward_keys[grid](
+            *(q, k, v, d_out, lse, delta, dk, dv),
+            call.bounds,
+            *call.far,
+            scale,
+            *call.sizes(config.block_rows),
+            *(stride // aligned for x in by_keys for stride in strides(x)),
+            *row_strides(lse),
+            **options,
+        )
+    return dq, dk, dv

@@ -13,6 +13,7 @@ import triton.language as tl
 from fastrec.kernels._triton import rounded
 from fastrec.kernels.window_sparse_attention._triton.tiles import (
     base_of,
+    dot,
     far_range,
     load_rows,
     locate,
@@ -142,10 +143,7 @@ def attention_forward(
         # [BLOCK_N, BLOCK_D]
         k = load_rows(k_base, stride_kl, n, column, 0, keys, D, BLOCK_D)
         v = load_rows(v_base, stride_vl, n, column, 0, keys, D, BLOCK_D)
-        if WIDEN:
-            scores = tl.dot(q_wide, tl.trans(k.to(tl.float32)))
-        else:
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = dot(q, tl.trans(k), PRECISION, WIDEN)
         j = n + column
         steps = i[:, None] - j[None, :]
         seen = (steps <= window) & (j < keys)[None, :]
@@ -154,11 +152,7 @@ def attention_forward(
         m, finite, alpha = _raised(m, tl.max(scores, axis=1))
         p = tl.exp2(scores - finite[:, None])
         total = total * alpha + tl.sum(p, axis=1)
-        acc = acc * alpha[:, None]
-        if WIDEN:
-            acc = tl.dot(p, v.to(tl.float32), acc)
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = acc * alpha[:, None] + dot(rounded(p, v.dtype, ROUND), v, PRECISION, WIDEN)
 
     # A row that saw no key: nothing by 1 is 0, and its log-sum-exp is -inf.
     none = total == 0.0

@@ -84,6 +84,28 @@ def load_rows(base, stride, first, local, lower, upper, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def load_numbers(base, stride, first, local, upper):
+    """One float32 for each of the rows first + local; zeros outside [0, upper)."""
+    at = first + local
+    return tl.load(base + at.to(tl.int64) * stride, mask=(at >= 0) & (at < upper), other=0.0)
+
+
+@triton.jit
+def load_lse(base, stride, first, local, upper):
+    """The rows' log-sum-exp in powers of two; 0 for a row that saw nothing and is masked."""
+    lse = load_numbers(base, stride, first, local, upper)
+    return tl.where(lse == float("-inf"), 0.0, lse * 1.4426950408889634)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """a b on matrix units, summed in float32; WIDEN where the interpreter can't multiply them."""
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
 def store_rows(base, stride, first, local, upper, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes rows first + local below ``upper``."""
     d = tl.arange(0, BLOCK_D)
