@@ -57,7 +57,7 @@ def build(
 
 
 def forward(target: str, dtype: str, dims: int, rows: int, window: int, **options: Any) -> Any:
-    from fastrec.kernels.window_sparse_attention._triton.forward import attention_forward
+    from fastrec.kernels.window_sparse_attention._triton.forward_kernel import attention_forward
 
     config = heuristic(rows, window, dims, ITEMSIZE[dtype], aligned=dims % 8 == 0)
     kernel = build(attention_forward, target, dtype, dims, config, WITH_LSE=True, **options)
@@ -66,7 +66,7 @@ def forward(target: str, dtype: str, dims: int, rows: int, window: int, **option
 
 def backward(target: str, dtype: str, dims: int, rows: int, window: int, **options: Any) -> Any:
     """The kernels by queries and by keys, and their rows."""
-    from fastrec.kernels.window_sparse_attention._triton import backward as kernels
+    from fastrec.kernels.window_sparse_attention._triton import backward_kernels as kernels
 
     aligned = dims % 8 == 0
     config = heuristic(rows, window, dims, ITEMSIZE[dtype], aligned=aligned, backward=True)

@@ -55,7 +55,7 @@ def _of_bucket(
     """As many rows as leave all sums in registers: what the compiler says, see the tests."""
     if not aligned:
         # Every element has an address of its own.
-        return LaunchConfig(16, 16 if itemsize == 4 else 32, 8, 2, 1)
+        return LaunchConfig(16, 16 if itemsize == 4 or backward else 32, 8, 2, 1)
     if itemsize == 4:
         # Multiplied without matrix units, where float32 is to be exact.
         most = 32 if dims <= (32 if backward else 64) else 16
@@ -68,7 +68,8 @@ def _of_bucket(
         most = 64 if dims <= 64 else 4096 // dims
         if dims <= 32:
             return LaunchConfig(min(rows, most), others, 4, 2, 2)
-        return LaunchConfig(min(rows, most), 32, 8, 2, 1)
+        # A second stage is what makes an MI300 spill.
+        return LaunchConfig(min(rows, most), 32, 8, 1 if dims <= 64 else 2, 1)
     if dims > 128:
         return LaunchConfig(min(rows, 32), 32, 8, 2, 1)
     return LaunchConfig(rows, others, 4 if dims <= 64 else 8, 2, 2)

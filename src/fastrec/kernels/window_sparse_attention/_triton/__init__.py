@@ -12,11 +12,11 @@ from fastrec.kernels._triton import INTERPRETED
 from fastrec.kernels.window_sparse_attention._config import LaunchConfig, block_dims, heuristic
 from fastrec.kernels.window_sparse_attention._cpu import empty_like_rows
 from fastrec.kernels.window_sparse_attention._spec import decode
-from fastrec.kernels.window_sparse_attention._triton.backward import (
+from fastrec.kernels.window_sparse_attention._triton.backward_kernels import (
     attention_backward_keys,
     attention_backward_queries,
 )
-from fastrec.kernels.window_sparse_attention._triton.forward import attention_forward
+from fastrec.kernels.window_sparse_attention._triton.forward_kernel import attention_forward
 
 LOG2_E = 1.4426950408889634
 FAR_BLOCK = 32
