@@ -16,6 +16,7 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
+from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
 from fastrec.kernels.grouped_linear import (
     bypasses_dispatcher,
@@ -40,7 +41,9 @@ from fastrec.kernels.separable_projection.shapes import (
 
 __all__ = ["SPEC", "separable_projection", "separable_projection_int8"]
 
-BACKENDS = Backends("separable_projection", {"cpu": floats_can_run, "reference": always})
+BACKENDS = Backends(
+    "separable_projection", {"cpu": floats_can_run, "triton": triton_can_run, "reference": always}
+)
 
 
 def _check(
@@ -84,22 +87,23 @@ def separable_projection(
     """Depthwise convolution along the sequence ("same" zero padding), then a grouped projection.
 
     Args:
-        x: [B, L, C], float32 or bfloat16 (other float dtypes run on the reference); any strides
-            with contiguous channels are read in place.
+        x: [B, L, C], float32 or bfloat16 (other float dtypes run on the reference; float16 on a GPU
+            too); any strides with contiguous channels are read in place.
         depthwise: [C, W], W odd and at most 31 (even too where causal), x's dtype; as in
             ``torch.nn.Conv1d`` the taps are not flipped.
         pointwise: [G, O, I], C = G * I, x's dtype; G = 1 is the plain projection.
         bias: [G * O], x's dtype.
         lengths: int64 [B], 0 to L: rows beyond count as zeros for the convolution, are never read,
-            and their outputs are zero, without bias. None means L.
+            and their outputs are zero, without bias. None means L. A GPU's are not waited for: what
+            is out of range is moved into it, and no error raised.
         causal: taps look at the row itself and the W - 1 before it, instead of W // 2 both ways.
-        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "triton" or "reference" forces one.
 
     Returns:
         [B, L, G * O], contiguous, x's dtype; the hidden rows and all sums are float32 (float64 for
-        float64; hidden rows of bfloat16 are rounded to it where the CPU multiplies bfloat16 as it
-        is, as they would be between two layers). Differentiable in x, depthwise, pointwise and
-        bias; gradients are the same bits for any number of threads.
+        float64; hidden rows of 16 bits are rounded to them where a CPU or GPU multiplies them as
+        they are, as they would be between two layers). Differentiable in x, depthwise, pointwise
+        and bias; gradients are the same bits for any number of threads.
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.
@@ -122,7 +126,8 @@ def _forward(
     backend: str | None = None,
 ) -> torch.Tensor:
     _check(x, depthwise, pointwise, bias, lengths, causal)
-    if chosen(BACKENDS, x, backend) == "reference":
+    kind = chosen(BACKENDS, x, backend)
+    if kind == "reference":
         check_values(lengths, x.shape[1])
         return separable_projection_reference(
             x, depthwise, pointwise, bias, lengths=lengths, causal=causal
@@ -134,6 +139,13 @@ def _forward(
     bias = None if bias is None else bias.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     y = x.new_empty((batch, length, groups * outputs))
+    if kind == "triton":
+        from fastrec.kernels.separable_projection import _triton
+
+        if x.is_cpu:
+            check_values(lengths, length)
+        _triton.forward(x, depthwise, pointwise, bias, lengths, y, taps_before(width, causal))
+        return y
     bad = _compiled.native().separable_projection.forward(
         x.data_ptr(),
         x.stride(0),
@@ -168,7 +180,8 @@ def _backward(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, ddepthwise, dpointwise, dbias), those not wanted empty. The forward checked lengths."""
-    if chosen(BACKENDS, x, backend) == "reference":
+    kind = chosen(BACKENDS, x, backend)
+    if kind == "reference":
         grads = separable_projection_backward_reference(
             dy, x, depthwise, pointwise, lengths=lengths, causal=causal
         )
@@ -184,14 +197,22 @@ def _backward(
     lengths = None if lengths is None else lengths.contiguous()
     # The bias' gradient comes with the projection's.
     sums = wants[2] or wants[3]
-    hidden = x.new_empty((batch, length, channels) if sums else 0, dtype=torch.float32)
-    dhidden = x.new_empty(
-        (batch, length, channels) if wants[0] or wants[1] else 0, dtype=torch.float32
-    )
     dx = x.new_empty((batch, length, channels) if wants[0] else 0)
     ddepthwise = x.new_empty((channels, width) if wants[1] else 0)
     dpointwise = x.new_empty((groups, outputs, inputs) if sums else 0)
     dbias = x.new_empty(groups * outputs if wants[3] else 0)
+    if kind == "triton":
+        from fastrec.kernels.separable_projection import _triton
+
+        asked = zip((dx, ddepthwise, dpointwise, dbias), (*wants[:2], sums, wants[3]), strict=True)
+        gradients = [gradient if want else None for gradient, want in asked]
+        before = taps_before(width, causal)
+        _triton.backward(dy, x, depthwise, pointwise, lengths, before, *gradients)
+        return dx, ddepthwise, dpointwise if wants[2] else x.new_empty(0), dbias
+    hidden = x.new_empty((batch, length, channels) if sums else 0, dtype=torch.float32)
+    dhidden = x.new_empty(
+        (batch, length, channels) if wants[0] or wants[1] else 0, dtype=torch.float32
+    )
     _compiled.native().separable_projection.backward(
         dy.data_ptr(),
         x.data_ptr(),
