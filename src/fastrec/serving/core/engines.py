@@ -116,11 +116,13 @@ class EngineHandle(abc.ABC):
     Attributes:
         name: unique in the process.
         spec: the inputs; after :meth:`open`.
+        on_death: called in the loop's thread when the engine is found dead between two calls.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.spec = InputSpec(())
+        self.on_death: Callable[[], None] = lambda: None
 
     @abc.abstractmethod
     async def open(self) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,15 @@ from fastrec.errors import ArgumentError, FastrecError
 from fastrec.runtime.spec import InputSpec
 from fastrec.serving.core.clock import Clock, LoopClock
 from fastrec.serving.core.config import ServingConfig
-from fastrec.serving.core.engines import EngineHandle, InlineEngine, Ran, Source, ThreadEngine
-from fastrec.serving.core.events import BatchDone, EngineChanged, Event, Observer, RequestDone
+from fastrec.serving.core.engines import Source
+from fastrec.serving.core.events import Event, Observer, RolloutChanged
+from fastrec.serving.core.guard import Guard, Signals
+from fastrec.serving.core.lanes import Ticket
+from fastrec.serving.core.pool import EnginePool
 from fastrec.serving.core.request import Kind, Rejected, Request, Response, Timings
+from fastrec.serving.core.rollout import Rollout
+from fastrec.serving.core.scheduler import Scheduler, quotas_of
+from fastrec.serving.core.signature import Signature
 
 _LOG = logging.getLogger("fastrec.serving")
 
@@ -46,11 +52,43 @@ class ModelInfo:
     engines: dict[str, int]
 
 
-@dataclass
 class _Version:
-    info: ModelInfo
-    handle: EngineHandle
-    waiting: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    """A version of a model: its engines, its scheduler, its share."""
+
+    def __init__(self, pool: EnginePool, weight: float) -> None:
+        self.pool, self.weight = pool, weight
+        self.credit = 0.0
+        self.is_new = False  # of a release under way
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        return self.pool.scheduler
+
+    def ready(self) -> bool:
+        return (
+            not self.pool.draining
+            and self.scheduler is not None
+            and bool(self.scheduler.router.slots)
+        )
+
+    def info(self) -> ModelInfo:
+        pool, signature = self.pool, self.pool.signature
+        states = pool.states()
+        state = "READY"
+        if pool.draining:
+            state = "DRAINING"
+        elif not self.ready():
+            state = next((s for s in ("WARMING", "LOADING") if s in states), "FAILED")
+        return ModelInfo(
+            pool.name,
+            pool.version,
+            state,
+            self.weight,
+            InputSpec(()) if signature is None else signature.spec,
+            {} if signature is None else dict(signature.outputs),
+            1 if self.scheduler is None else self.scheduler.batcher.most_users,
+            states,
+        )
 
 
 class Runtime:
@@ -61,18 +99,25 @@ class Runtime:
     Args:
         config: see :class:`ServingConfig`; its defaults where None.
         clock: the loop's where None.
+        guard_probe: reads the system's state; the cgroup's files where None.
     """
 
-    def __init__(self, config: ServingConfig | None = None, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: ServingConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        guard_probe: Callable[[], Signals] | None = None,
+    ) -> None:
         self.config = config or ServingConfig()
         self.clock = clock or LoopClock()
         self._observers: list[Observer] = []
         self._models: dict[str, dict[str, _Version]] = {}
-        self._names = itertools.count()
-        self._running = 0
+        self._rollouts: dict[str, Rollout] = {}
+        self._quotas = quotas_of(self.config)
+        self.guard = Guard(self.config.admission, self.clock, guard_probe)
         self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
         """Call ``observer.on_event`` from now on; the result ends that."""
@@ -106,26 +151,116 @@ class Runtime:
         versions = self._models.setdefault(model, {})
         if version in versions:
             raise ArgumentError("version", "a new one", version)
-        name = f"{model}:{version}#{next(self._names)}"
-        kind = kind or self.config.pool.kind
-        make = InlineEngine if kind == "inline" else ThreadEngine
-        handle: EngineHandle = make(name, source, self.config.pool.threads)
-        await handle.open()
         share = (0.0 if versions else 1.0) if weight is None else weight
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Ran] = loop.create_future()
-        handle.run(handle.spec.sample(), future.set_result)
-        ran = await future
-        if ran.error is not None:
-            await handle.close()
-            raise ran.error
-        outputs: dict[str, tuple[tuple[int | str, ...], str]] = {
-            key: (("B", *value.shape[1:]), str(value.dtype)) for key, value in ran.outputs.items()
-        }
-        info = ModelInfo(model, version, "READY", share, handle.spec, outputs, 64, {"READY": 1})
-        versions[version] = _Version(info, handle)
-        self._emit(EngineChanged(self.clock.now(), model, version, name, "WARMING", "READY", ""))
-        return info
+
+        def scheduler(signature: Signature) -> Scheduler:
+            return Scheduler(
+                model,
+                version,
+                self.config,
+                self.clock,
+                signature,
+                quotas=self._quotas,
+                emit=self._emit,
+                guard=lambda: self.guard.factor,
+                on_lost=pool.lost,
+            )
+
+        pool = EnginePool(
+            model,
+            version,
+            source,
+            self.config,
+            self.clock,
+            self._emit,
+            scheduler,
+            engines=engines,
+            kind=kind,
+        )
+        entry = versions[version] = _Version(pool, 0.0)
+        try:
+            await pool.start()
+        except BaseException:
+            versions.pop(version, None)
+            if not versions:
+                self._models.pop(model, None)
+            raise
+        entry.weight = share
+        return entry.info()
+
+    async def release(
+        self,
+        model: str,
+        source: Source,
+        *,
+        version: str,
+        engines: int | None = None,
+        kind: str | None = None,
+    ) -> Rollout:
+        """Load a version and let it take over, step by step, unless it proves bad.
+
+        Returns once the first step has begun; :class:`RolloutChanged` tells the rest. The version
+        that loses is drained and unloaded: no accepted request is lost.
+
+        Raises:
+            ArgumentError: the version is there already, or a release of the model is under way.
+            Rejected: NOT_FOUND, there is no version to take over from.
+            FastrecError: it cannot be loaded or warmed; the old version goes on.
+        """
+        if model in self._rollouts:
+            raise ArgumentError("model", "one without a release under way", model)
+        old = self._find(model, "")
+        await self.load(model, source, version=version, weight=0.0, engines=engines, kind=kind)
+        new = self._models[model][version]
+        new.is_new = True
+        before = old.weight or 1.0
+
+        def set_weight(share: float, action: str) -> None:
+            new.weight, old.weight = before * share, before * (1 - share)
+            self._emit(RolloutChanged(self.clock.now(), model, version, action, share, ""))
+
+        def ended(action: str, reason: str) -> None:
+            share = 1.0 if action == "promote" else 0.0
+            new.weight, old.weight = before * share, before * (1 - share)
+            self._rollouts.pop(model, None)
+            new.is_new = False
+            self._emit(RolloutChanged(self.clock.now(), model, version, action, share, reason))
+            loser = old if action == "promote" else new
+            task = asyncio.ensure_future(self._retire(model, loser))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        rollout = Rollout(self.config.canary, self.clock, set_weight, ended)
+        self._rollouts[model] = rollout
+        return rollout
+
+    async def _retire(self, model: str, loser: _Version) -> None:
+        versions = self._models.get(model, {})
+        if versions.get(loser.pool.version) is loser:
+            await loser.pool.drain()
+            versions.pop(loser.pool.version, None)
+
+    def set_weight(self, model: str, version: str, weight: float) -> None:
+        """A version's share of the requests that name none, against the other versions' weights.
+
+        Raises:
+            Rejected: NOT_FOUND.
+            ArgumentError: a negative weight.
+        """
+        if not weight >= 0:
+            raise ArgumentError("weight", "a number from 0", weight)
+        self._find(model, version).weight = weight
+
+    async def resize(self, model: str, engines: int, version: str = "") -> None:
+        """So many engines take requests of a version from now on; returns when they do.
+
+        Raises:
+            Rejected: NOT_FOUND.
+            ArgumentError: fewer than one.
+        """
+        if engines < 1:
+            raise ArgumentError("engines", "at least 1", engines)
+        await self._find(model, version).pool.resize(engines)
 
     async def unload(self, model: str, version: str = "") -> None:
         """Take no more requests, answer those accepted, free the engines.
@@ -138,10 +273,15 @@ class Runtime:
         """
         self._find(model, version)
         versions = self._models[model]
-        for key in [version] if version else list(versions):
-            await versions.pop(key).handle.close()
+        rollout = self._rollouts.pop(model, None)
+        if rollout is not None:
+            rollout.cancel("unloaded")
+        leaving = [version] if version else list(versions)
+        await asyncio.gather(*(versions[key].pool.drain() for key in leaving))
+        for key in leaving:
+            versions.pop(key, None)
         if not versions:
-            del self._models[model]
+            self._models.pop(model, None)
 
     async def infer(self, request: Request) -> Response:
         """The answer to one request. Cancelling the task takes the request out at once.
@@ -149,81 +289,82 @@ class Runtime:
         Raises:
             Rejected: not answered, and why.
         """
-        start = self.clock.now()
         if self._draining:
             raise Rejected(Kind.NOT_READY, "the server is shutting down")
-        version = self._find(request.model, request.version)
-        try:
-            arrays = [request.inputs[key] for key in version.handle.spec.names]
-            version.handle.spec.check(arrays)
-        except KeyError as error:
-            raise Rejected(Kind.INVALID, f"input {error} is missing") from error
-        except FastrecError as error:
-            raise Rejected(Kind.INVALID, str(error)) from error
-        future: asyncio.Future[Ran] = asyncio.get_running_loop().create_future()
-
-        def done(ran: Ran) -> None:
-            if not future.done():
-                future.set_result(ran)
-
-        self._running += 1
-        self._idle.clear()
-        try:
-            version.handle.run(arrays, done)
-            ran = await future
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-        total = self.clock.now() - start
-        rows = request.rows or int(np.prod(arrays[-1].shape[:2]))
-        self._emit(
-            RequestDone(
-                self.clock.now(),
-                request.model,
-                version.info.version,
-                request.tier or self.config.default_tier,
-                "standard",
-                request.priority,
-                "ok" if ran.error is None else "internal",
-                rows,
-                total - ran.seconds,
-                ran.seconds,
-                total,
-                request.id,
+        chosen = self._choose(request.model, request.version)
+        scheduler = chosen.scheduler
+        if scheduler is None or not chosen.ready():
+            raise Rejected(
+                Kind.NOT_READY, f"model '{request.model}' has no engine that can run", 1.0
             )
+        arrays = _checked(request, scheduler.signature)
+        future: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        ticket = Ticket(request, arrays, partial(_resolve, future))
+        scheduler.submit(ticket, arrays)
+        try:
+            await future
+        except asyncio.CancelledError:
+            scheduler.cancel(ticket)
+            raise
+        now = self.clock.now()
+        self._tell_rollout(request.model, chosen, ticket, now)
+        if ticket.error is not None:
+            raise ticket.error
+        times = Timings(
+            ticket.started - ticket.arrival,
+            ticket.compute_s,
+            now - ticket.arrival,
+            ticket.batch_rows,
+            ticket.pieces,
+            ticket.tries,
+            ticket.engine,
         )
-        self._emit(
-            BatchDone(
-                self.clock.now(),
-                request.model,
-                version.info.version,
-                version.handle.name,
-                "standard",
-                1,
-                rows,
-                ran.seconds,
-                ran.seconds,
-                "" if ran.error is None else str(ran.error),
-            )
-        )
-        if ran.error is not None:
-            raise Rejected(Kind.INTERNAL, str(ran.error)) from ran.error
-        times = Timings(total - ran.seconds, ran.seconds, total, rows, engine=version.handle.name)
-        return Response(ran.outputs, request.model, version.info.version, times)
+        return Response(ticket.outputs, request.model, chosen.pool.version, times)
+
+    def _tell_rollout(self, model: str, chosen: _Version, ticket: Ticket, now: float) -> None:
+        rollout = self._rollouts.get(model)
+        if rollout is None:
+            return
+        error = ticket.error
+        if error is None or error.kind in (Kind.INTERNAL, Kind.NOT_READY):
+            rollout.add(chosen.is_new, now - ticket.arrival, error is not None)
+
+    def _choose(self, model: str, version: str) -> _Version:
+        """The version for a request: by name, or in turn, in proportion to the weights."""
+        versions = self._models.get(model)
+        if version or not versions:
+            return self._find(model, version)
+        if len(versions) == 1:
+            return next(iter(versions.values()))
+        total, best = 0.0, None
+        for entry in versions.values():
+            if entry.weight and entry.ready():
+                total += entry.weight
+                entry.credit += entry.weight
+                if best is None or entry.credit > best.credit:
+                    best = entry
+        if best is None:
+            return self._find(model, "")
+        best.credit -= total
+        return best
 
     def ready(self, model: str = "", version: str = "") -> bool:
         """Whether requests of the model ("" = of every model, and there is one) can run."""
         if self._draining:
             return False
-        if not model:
-            return bool(self._models)
-        versions = self._models.get(model, {})
-        return version in versions if version else bool(versions)
+        names = [model] if model else list(self._models)
+        return bool(names) and all(
+            any(
+                entry.ready()
+                for key, entry in self._models.get(name, {}).items()
+                if version in ("", key)
+            )
+            for name in names
+        )
 
     def models(self) -> list[ModelInfo]:
         """Every version, loading ones too."""
-        return [v.info for versions in self._models.values() for v in versions.values()]
+        return [v.info() for versions in self._models.values() for v in versions.values()]
 
     def model(self, model: str, version: str = "") -> ModelInfo:
         """One version; "" = the one with the largest weight.
@@ -231,26 +372,63 @@ class Runtime:
         Raises:
             Rejected: NOT_FOUND.
         """
-        return self._find(model, version).info
+        return self._find(model, version).info()
 
     def stats(self) -> dict[str, Any]:
-        """A snapshot in plain JSON types."""
-        return {"models": {}, "admission": {}, "running": self._running}
+        """A snapshot in plain JSON types: ``models`` by name and version, and the ``guard``."""
+        return {
+            "models": {
+                name: {
+                    key: {
+                        "state": entry.info().state,
+                        "weight": entry.weight,
+                        "pool": entry.pool.states(),
+                        "failures": entry.pool.failures,
+                        **({} if entry.scheduler is None else entry.scheduler.snapshot()),
+                    }
+                    for key, entry in versions.items()
+                }
+                for name, versions in self._models.items()
+            },
+            "guard": {
+                "factor": self.guard.factor,
+                "reason": self.guard.reason,
+                "loop_lag_s": self.guard.lag_s,
+                "throttled_share": self.guard.throttled,
+                "memory_share": self.guard.memory,
+            },
+            "tenants": {tier: len(quota) for tier, quota in self._quotas.items()},
+            "draining": self._draining,
+        }
 
     async def drain(self, timeout_s: float = 30.0) -> bool:
         """Take no more requests and wait for those accepted; whether all were answered in time."""
         self._draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        end = self.clock.now() + timeout_s
+        while self.clock.now() < end:
+            if not any(
+                entry.scheduler is not None and entry.scheduler.open
+                for versions in self._models.values()
+                for entry in versions.values()
+            ):
+                return True
+            await asyncio.sleep(0.005)
+        return False
 
     async def close(self) -> None:
         """Free the engines; requests still there are CANCELLED. Closing twice is harmless."""
         self._draining = True
-        for model in list(self._models):
-            await self.unload(model)
+        self.guard.close()
+        for rollout in list(self._rollouts.values()):
+            rollout.cancel("closed")
+        for task in list(self._tasks):
+            task.cancel()
+        entries = [e for versions in self._models.values() for e in versions.values()]
+        self._models.clear()
+        for entry in entries:
+            if entry.scheduler is not None:
+                entry.scheduler.fail_all(Kind.CANCELLED, "the server was closed")
+        await asyncio.gather(*(entry.pool.close() for entry in entries))
 
     def _find(self, model: str, version: str) -> _Version:
         versions = self._models.get(model)
@@ -263,7 +441,7 @@ class Runtime:
                     f"Request for unknown model: '{model}' version {version} is not found",
                 )
             return versions[version]
-        return max(versions.values(), key=lambda v: v.info.weight)
+        return max(versions.values(), key=lambda v: v.weight)
 
     def _emit(self, event: Event) -> None:
         for observer in self._observers:
@@ -271,3 +449,30 @@ class Runtime:
                 observer.on_event(event)
             except Exception:
                 _LOG.exception("an observer failed on %s", type(event).__name__)
+
+
+def _checked(request: Request, signature: Signature) -> tuple[np.ndarray, ...]:
+    """The inputs in order.
+
+    Raises:
+        Rejected: INVALID.
+    """
+    inputs = request.inputs
+    try:
+        arrays = tuple([inputs[name] for name in signature.names])
+        if len(inputs) != len(arrays):
+            unknown = sorted(set(inputs) - set(signature.names))
+            raise Rejected(Kind.INVALID, f"unexpected inference input '{unknown[0]}'")
+        signature.check(arrays)
+    except KeyError as error:
+        raise Rejected(Kind.INVALID, f"input {error} is missing") from error
+    except FastrecError as error:
+        if isinstance(error, Rejected):
+            raise
+        raise Rejected(Kind.INVALID, str(error)) from error
+    return arrays
+
+
+def _resolve(future: asyncio.Future[Ticket], ticket: Ticket) -> None:
+    if not future.done():
+        future.set_result(ticket)

@@ -1,0 +1,183 @@
+"""Batches: how requests are split, which parts share a call, and when it starts."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+
+import numpy as np
+
+from fastrec.serving.core.config import Batching
+from fastrec.serving.core.lanes import Part, Queues, Ticket
+from fastrec.serving.core.latency import LatencyModel
+from fastrec.serving.core.router import Slot
+from fastrec.serving.core.signature import Signature
+
+_MOST_USERS = 64
+
+
+class Batch:
+    """Parts that share a call."""
+
+    __slots__ = (
+        "given_up",
+        "lane",
+        "padded",
+        "parts",
+        "predicted_s",
+        "rows",
+        "started",
+        "users",
+    )
+
+    def __init__(self, parts: list[Part], lane: str) -> None:
+        self.parts, self.lane = parts, lane
+        self.padded = parts[0].key[0]
+        self.users = self.rows = 0
+        self.predicted_s = self.started = 0.0
+        self.given_up = False
+
+
+class Batcher:
+    """Splits and joins, within ``batch_s`` predicted seconds a call."""
+
+    def __init__(self, config: Batching, signature: Signature, batch_s: float) -> None:
+        self.config, self.signature, self.batch_s = config, signature, batch_s
+
+    @property
+    def most_users(self) -> int:
+        """Users that one call takes."""
+        own = self.signature.most("B")
+        wanted = self.config.max_users or own or _MOST_USERS
+        return wanted if own is None else min(wanted, own)
+
+    def padded(self, candidates: int) -> int:
+        """Candidates that so many are padded to."""
+        sizes = self.config.pad_to
+        if not sizes or not self.signature.separable:
+            return candidates
+        i = bisect.bisect_left(sizes, candidates)
+        return sizes[i] if i < len(sizes) else candidates
+
+    def split(self, ticket: Ticket, arrays: tuple[np.ndarray, ...], model: LatencyModel) -> None:
+        """Make the ticket's parts: each is within the limits of a call where it can be cut."""
+        users, candidates = ticket.users, ticket.candidates
+        width = self._most_candidates(candidates, model)
+        height = self._most_users(min(width, candidates), users, model)
+        whole = height >= users and width >= candidates
+        for top in range(0, users, height):
+            bottom = min(top + height, users)
+            row = arrays if whole else self.signature.users(arrays, top, bottom)
+            chunk = []
+            for left in range(0, candidates, width):
+                right = min(left + width, candidates)
+                cut = row
+                if width < candidates:
+                    cut = self.signature.candidates(row, left, right)
+                chunk.append(self._part(ticket, cut, bottom - top, right - left, model))
+            ticket.parts.append(chunk)
+        ticket.open_parts = ticket.pieces = sum([len(chunk) for chunk in ticket.parts])
+
+    def _part(
+        self,
+        ticket: Ticket,
+        arrays: tuple[np.ndarray, ...],
+        users: int,
+        candidates: int,
+        model: LatencyModel,
+    ) -> Part:
+        padded = self.padded(candidates)
+        key = (padded, self.signature.key(arrays, padded))
+        cost = model.predict(users, users * padded)
+        return Part(ticket, arrays, users, candidates, key, cost)
+
+    def _most_candidates(self, candidates: int, model: LatencyModel) -> int:
+        """Of one user in one call."""
+        if not self.signature.separable:
+            return candidates
+        most = min(
+            self.config.max_rows, self.signature.most(self.config.candidate_symbol) or 1 << 30
+        )
+        room = self.batch_s - model.beta - model.gamma
+        if model.alpha > 0:
+            # Where users alone take the time, cutting candidates would only repeat that.
+            most = min(most, max(int(room / model.alpha), candidates // 8, 1))
+        if most >= candidates:
+            return candidates
+        pieces = -(-candidates // most)
+        return -(-candidates // pieces)
+
+    def _most_users(self, candidates: int, users: int, model: LatencyModel) -> int:
+        """Of one request in one call."""
+        if not self.signature.joins:
+            return users
+        most = min(self.most_users, max(self.config.max_rows // max(candidates, 1), 1))
+        each = model.gamma + model.alpha * candidates
+        if each > 0:
+            most = min(most, max(int((self.batch_s - model.beta) / each), 1))
+        if most >= users:
+            return users
+        pieces = -(-users // most)
+        return -(-users // pieces)
+
+    def _room(self, padded: int, model: LatencyModel) -> int:
+        """Users of so many candidates that a call has room for."""
+        if not self.config.enabled or not self.signature.joins:
+            return 0
+        each = model.gamma + model.alpha * padded
+        most = min(self.most_users, self.config.max_rows // max(padded, 1))
+        if each > 0:
+            most = min(most, int((self.batch_s - model.beta) / each))
+        return most
+
+    def fill(
+        self,
+        seed: Part,
+        queues: Queues,
+        model: LatencyModel,
+        now: float,
+        too_late: Callable[[Part], bool],
+    ) -> list[Part]:
+        """Take the seed and what fits beside it, by the tiers' turns; no part is made late by those
+        that join it."""
+        queues.take(seed)
+        parts = [seed]
+        padded = seed.key[0]
+        each = model.gamma + model.alpha * padded
+        room = self._room(padded, model) - seed.users
+
+        def in_time(deadline: float) -> float:
+            return (deadline - now - model.beta) / each if each > 0 else room
+
+        soonest = seed.ticket.deadline
+        if in_time(soonest) > seed.users:
+            room = min(room, int(in_time(soonest)) - seed.users)
+        if seed.solo or room <= 0:
+            return parts
+        for part in queues.heads(seed.key):
+            if too_late(part):
+                continue
+            deadline = part.ticket.deadline
+            if deadline < soonest:
+                taken = sum([p.users for p in parts])
+                room = min(room, int(in_time(deadline)) - taken)
+                soonest = deadline
+            if part.users > room:
+                break
+            queues.take(part)
+            parts.append(part)
+            room -= part.users
+            if room <= 0:
+                break
+        return parts
+
+    def wait_until(self, seed: Part, queues: Queues, slot: Slot, now: float) -> float:
+        """When a call that is not full should start: ``now``, unless it may be put off."""
+        delay = self.config.max_delay_ms / 1e3
+        if not delay or seed.solo or not self.config.enabled or not self.signature.joins:
+            return now
+        room = self._room(seed.key[0], slot.model)
+        if queues.count >= room:
+            return now
+        full_s = slot.model.predict(room, room * seed.key[0])
+        return min(seed.ticket.arrival + delay, seed.ticket.deadline - 1.5 * full_s)
