@@ -21,10 +21,12 @@ _EXPORTS = {
     "compile": "fastrec.runtime",
     "distill": "fastrec.compress",
     "export": "fastrec.runtime",
+    "NMPruning": "fastrec.compress",
     "load": "fastrec.compress",
     "prune_": "fastrec.compress",
     "quantize_": "fastrec.compress",
     "save": "fastrec.compress",
+    "sensitivity": "fastrec.compress",
 }
 _ROOMS = (
     "compress",
@@ -45,12 +47,14 @@ if TYPE_CHECKING:
         QAT,
         BlockPruning,
         Int8,
+        NMPruning,
         Recipe,
         distill,
         load,
         prune_,
         quantize_,
         save,
+        sensitivity,
     )
     from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
     from fastrec.runtime import compile, export
@@ -60,6 +64,7 @@ __all__ = [
     "AttentionPattern",
     "BlockPruning",
     "Int8",
+    "NMPruning",
     "Recipe",
     "__version__",
     "compile",
@@ -77,6 +82,7 @@ __all__ = [
     "report",
     "runtime",
     "save",
+    "sensitivity",
     "serving",
     "train",
 ]

@@ -174,7 +174,7 @@ def test_a_never_trained_zero_layer_may_still_learn() -> None:
     linear = nn.Linear(32, 32)
     nn.init.zeros_(linear.weight)
     twin = FakeQuantLinear.twin_of(linear, 0.01)
-    assert twin.kept is None
+    assert twin.dropped is None
     assert torch.equal(row_scales(linear.weight), torch.ones(32))
 
 

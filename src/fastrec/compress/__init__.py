@@ -29,7 +29,9 @@ _EXPORTS = {
     "prune_": "pruning",
     "quantize_": "quantization",
     "read_manifest": "artifact",
+    "SensitivityReport": "layer_sensitivity",
     "save": "artifact",
+    "sensitivity": "layer_sensitivity",
 }
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         distill,
         distillation_loss,
     )
+    from fastrec.compress.layer_sensitivity import SensitivityReport, sensitivity
     from fastrec.compress.pruning import BlockPruning, NMPruning, PruneReport, prune_
     from fastrec.compress.quantization import QAT, Int8, QuantizeReport, quantize_
     from fastrec.compress.recipe import Distillation, FineTune, Recipe
@@ -60,6 +63,7 @@ __all__ = [
     "PruneReport",
     "QuantizeReport",
     "Recipe",
+    "SensitivityReport",
     "artifact_bytes",
     "distill",
     "distillation_loss",
@@ -68,6 +72,7 @@ __all__ = [
     "quantize_",
     "read_manifest",
     "save",
+    "sensitivity",
 ]
 
 

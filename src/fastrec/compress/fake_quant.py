@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrec.compress.layers import as_dense, output_order, weight_of
-from fastrec.compress.observers import LEVELS, affine_u8
+from fastrec.compress.observers import affine_u8
+from fastrec.compress.straight_through import round_input, round_weight
 from fastrec.errors import ArgumentError
 from fastrec.kernels.grouped_linear import grouped_linear
 from fastrec.kernels.separable_projection.reference import valid_rows
@@ -28,7 +29,7 @@ WEIGHT_LEVELS = 127  # symmetric s8: -127 .. 127, so that -w is representable wh
 def row_scales(weight: Tensor) -> Tensor:
     """Symmetric s8 scale of each row, f32 [N]: absmax / 127, which is (max - min) / (2^8 - 2) of
     the symmetric range [-absmax, absmax]; 1 for a row of zeros."""
-    peak = weight.detach().float().abs().amax(1)
+    peak = torch.linalg.vector_norm(weight.detach().float(), torch.inf, 1)
     return torch.where(peak > 0, peak / WEIGHT_LEVELS, torch.ones_like(peak))
 
 
@@ -51,8 +52,9 @@ class FakeQuant(nn.Module):
     averaging: float
     x_min: Tensor
     x_max: Tensor
-    kept: Tensor | None
+    dropped: Tensor | None
     bias: Tensor | None
+    _zeroed: tuple[int, int]  # the weight, and its version, whose pruned elements are zero
 
     def _adopt(self, layer: nn.Module, averaging: float) -> None:
         """Share the parameters of ``layer``, so that optimisers made before stay valid."""
@@ -62,7 +64,9 @@ class FakeQuant(nn.Module):
         weight = weight_of(self)
         self.register_buffer("x_min", torch.tensor(float("inf"), device=weight.device))
         self.register_buffer("x_max", torch.tensor(float("-inf"), device=weight.device))
-        self.register_buffer("kept", zero_mask(weight), persistent=False)
+        kept = zero_mask(weight)
+        self.register_buffer("dropped", None if kept is None else ~kept, persistent=False)
+        self._zeroed = (0, 0)
         self.train(layer.training)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -85,21 +89,26 @@ class FakeQuant(nn.Module):
             f"{seen} at the input of {name!r}",
         )
 
-    def kept_weight(self) -> Tensor:
-        """The weight with pruned elements zero, whatever the optimiser left there."""
+    def kept_weight(self) -> nn.Parameter:
+        """The weight, in which pruned elements are zero again whatever the optimiser left there.
+
+        In place and once a step: a product with the mask in each forward and backward pass costs
+        more than the rounding.
+        """
         weight = weight_of(self)
-        return weight if self.kept is None else weight * self.kept
+        now = (id(weight), weight._version)
+        if self.dropped is not None and now != self._zeroed:
+            weight.detach().data.masked_fill_(self.dropped, 0.0)
+            self._zeroed = now
+        return weight
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantised weight, in its shape, and the scales [N] of its rows of outputs."""
         weight = self.kept_weight()
         rows = weight.flatten(0, -2)
         scale = row_scales(rows)
-        zero = torch.zeros_like(scale, dtype=torch.int32)
-        rounded = torch.fake_quantize_per_channel_affine(
-            rows, scale, zero, 0, -WEIGHT_LEVELS, WEIGHT_LEVELS
-        )
-        return rounded.view(weight.shape), scale
+        dropped = None if self.dropped is None else self.dropped.flatten(0, -2)
+        return round_weight(rows.float(), scale, dropped).view(weight.shape), scale
 
     def as_float(self) -> tuple[nn.Linear, Tensor]:
         """A float layer [N, K] that holds the fake-quantised weight, and its scales [N]: every
@@ -113,7 +122,7 @@ class FakeQuant(nn.Module):
         if self.training:
             self._follow(x.detach())
         scale, zero_point = self.input_qparams()
-        return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, 0, LEVELS)
+        return round_input(x.float(), scale, zero_point)
 
     def _follow(self, x: Tensor) -> None:
         if x.numel() == 0:
@@ -225,7 +234,7 @@ class FakeQuantEmbedding(nn.Embedding):
         """ids [...] -> [..., dim]."""
         rows = super().forward(ids)
         if self.kept is not None:
-            rows = rows * self.kept[ids]
+            rows = rows.masked_fill(~self.kept[ids], 0.0)
         peak = rows.detach().abs().amax(-1, keepdim=True)
         scale = torch.where(peak > 0, peak / WEIGHT_LEVELS, torch.ones_like(peak))
         rounded = (rows.detach() / scale).round() * scale

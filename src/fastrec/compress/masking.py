@@ -174,12 +174,12 @@ def masked_gradients(matrices: Sequence[Matrix], watch: bool) -> Iterator[None]:
     """
 
     def hook_for(matrix: Matrix, mask: Tensor) -> Callable[[Tensor], Tensor]:
-        mask = mask.view(matrix.weight.shape).to(matrix.weight.dtype)
+        dropped = ~mask.view(matrix.weight.shape)
 
         def hook(gradient: Tensor) -> Tensor:
             if watch:
                 matrix.watch(gradient)
-            return gradient * mask
+            return gradient.masked_fill(dropped, 0.0)
 
         return hook
 
