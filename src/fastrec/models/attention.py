@@ -66,8 +66,12 @@ class Attention(nn.Module):
         ``causal`` and ``mask`` exclude each other.
         """
         bias = None if mask is None else mask.bias
-        # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products.
-        spelled_out = self.record is not None or (self.training and q.device.type == "cpu")
+        # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products; in
+        # fp32 its causal kernel skips half of the work.
+        slow = (
+            self.training and q.device.type == "cpu" and not (causal and q.dtype == torch.float32)
+        )
+        spelled_out = self.record is not None or slow
         if self.fused and not (spelled_out or causal) and self._kernel_takes(q, k, v):
             context = padded_attention(q, k, v, lengths=None if mask is None else mask.length)
         elif not spelled_out:

@@ -1,0 +1,1 @@
+"""Experiments on recommendation quality: one command each, results in docs/results."""

@@ -1,0 +1,168 @@
+"""``sasrec.{md,json,png}`` from what ``experiments.sasrec`` and ``experiments.variants`` wrote.
+
+``python -m experiments.report --data ml-1m.txt --base RUN --runs RUN/variants --out docs/results``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from experiments.histories import Histories
+from experiments.variants import RESAMPLES, VARIANTS, kept_share, read
+from fastrec.runtime.machine import machine_card
+from fastrec.train import Evaluation
+
+METRICS = ("hit_rate_10", "ndcg_10", "hit_rate_50", "ndcg_50", "mrr")
+TITLES = {"hit_rate_10": "HR@10", "ndcg_10": "NDCG@10", "hit_rate_50": "HR@50",
+          "ndcg_50": "NDCG@50", "mrr": "MRR"}  # fmt: skip
+# What the baseline has to reach, and which share of its metrics a variant has to keep.
+BASELINE_GOALS = {"hit_rate_10": 0.31, "ndcg_10": 0.178, "hit_rate_50": 0.57}
+KEPT_GOALS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "40 % pruned + int8": (0.995, ("hit_rate_50", "ndcg_50", "mrr")),
+    "75 % pruned + int8": (0.99, ("hit_rate_50", "ndcg_50", "mrr")),
+    "window + log2": (0.99, ("hit_rate_10",)),
+    "distilled, a fifth of the parameters": (0.994, ("hit_rate_50",)),
+}
+BYTES_GOAL = 0.15
+
+
+def _row(name: str, result: Evaluation, seen: Evaluation, base: Evaluation, run: Any, full: int
+         ) -> dict[str, Any]:  # fmt: skip
+    return {
+        "variant": name,
+        "metrics": {m: result.metrics[m] for m in METRICS},
+        "ci95": {m: result.ci95[m] for m in METRICS},
+        "seen_items_ranked_too": {m: seen.metrics[m] for m in METRICS},
+        "kept": {m: dict(zip(("share", "low", "high"), kept_share(result, base, m), strict=True))
+                 for m in METRICS},
+        "bytes": run["bytes"],
+        "bytes_share": run["bytes"] / full,
+        "run": run,
+    }  # fmt: skip
+
+
+def _verdicts(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """A line a goal: reached or missed, and what was measured."""
+    lines = []
+    base = rows["baseline"]["metrics"]
+    for metric, goal in BASELINE_GOALS.items():
+        word = "reached" if base[metric] >= goal else "missed"
+        lines.append(f"- baseline {TITLES[metric]} >= {goal}: {base[metric]:.4f}, {word}")
+    for name, (goal, metrics) in KEPT_GOALS.items():
+        for metric in metrics if name in rows else ():
+            kept = rows[name]["kept"][metric]
+            word = "reached" if kept["share"] >= goal else "missed"
+            interval = f"[{kept['low']:.4f}, {kept['high']:.4f}]"
+            lines.append(
+                f"- {name}, {TITLES[metric]} kept >= {goal}: {kept['share']:.4f} {interval}, {word}"
+            )
+    for name in ("40 % pruned + int8", "75 % pruned + int8"):
+        if name in rows:
+            share = rows[name]["bytes_share"]
+            word = "reached" if share <= BYTES_GOAL else "missed"
+            lines.append(f"- {name}, bytes <= {BYTES_GOAL:.0%} of fp32: {share:.1%}, {word}")
+    return lines
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    rows = {row["variant"]: row for row in report["variants"]}
+    card, training = report["machine"], report["baseline"]
+    lines = [
+        "# SASRec, each technique alone and together",
+        "",
+        f"{report['data']['users']:,} users, {report['data']['items']:,} items, leave-one-out, "
+        "ranked over the whole catalogue without the items of the user's own history; "
+        f"max length {report['data']['max_length']}. "
+        f"Baseline: {training['epochs']} epochs at most, "
+        f"epoch {training['best_epoch']} picked by validation. "
+        f"Kept: share of the baseline's metric, with the 95 % interval of {RESAMPLES:,} paired "
+        "bootstrap resamples of the users; one seed. "
+        f"{card.get('cpu', '')}, commit {card.get('commit')}.",
+        "",
+        "| variant | " + " | ".join(TITLES[m] for m in METRICS)
+        + " | HR@10 kept | HR@50 kept | NDCG@50 kept | bytes of fp32 |",
+        "|---|" + "---|" * (len(METRICS) + 4),
+    ]  # fmt: skip
+    for row in rows.values():
+        values = [f"{row['metrics'][m]:.4f}" for m in METRICS]
+        for metric in ("hit_rate_10", "hit_rate_50", "ndcg_50"):
+            kept = row["kept"][metric]
+            values.append(f"{kept['share']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]")
+        values.append(f"{row['bytes_share']:.1%}")
+        lines.append(f"| {row['variant']} | " + " | ".join(values) + " |")
+    missing = [v.name for v in VARIANTS if v.name not in rows]
+    if missing:
+        lines += ["", f"Not measured yet: {'; '.join(missing)}."]
+    lines += ["", "## Goals", "", *_verdicts(rows), "",
+              "With the items seen ranked too, the baseline's are: "
+              + ", ".join(f"{TITLES[m]} {v:.4f}" for m, v in
+                          rows["baseline"]["seen_items_ranked_too"].items()) + ".", "",
+              "![share kept](sasrec.png)", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report["variants"][1:]
+    figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.5), layout="constrained")
+    shown = ("hit_rate_10", "hit_rate_50", "ndcg_50")
+    for offset, metric in zip((-0.22, 0.0, 0.22), shown, strict=True):
+        kept = [row["kept"][metric] for row in rows]
+        share = [k["share"] for k in kept]
+        errors = [[k["share"] - k["low"] for k in kept], [k["high"] - k["share"] for k in kept]]
+        positions = [i + offset for i in range(len(rows))]
+        axes.errorbar(share, positions, xerr=errors, fmt="o", capsize=3, label=TITLES[metric])
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the fp32 baseline's metric, 95 % paired interval")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    data: Annotated[Path, typer.Option(help="The file that the runs were made on.")],
+    base: Annotated[Path, typer.Option(help="Folder of experiments.sasrec train.")],
+    runs: Annotated[Path, typer.Option(help="Folder of experiments.variants.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+) -> None:
+    """Write the report; what is not measured yet is named as missing."""
+    from fastrec.train.checkpoint import read_tensors
+
+    histories = Histories.read(data)
+    found = read(runs, histories)
+    if "baseline" not in found:
+        raise typer.BadParameter(f"{runs} holds no baseline: run experiments.variants first")
+    baseline, _, run = found["baseline"]
+    _, state = read_tensors(base / "checkpoint.safetensors", "checkpoint")
+    state = state.get("state", state)
+    report = {
+        "machine": machine_card(),
+        "data": {"users": len(histories.users()), "items": histories.n_items - 1,
+                 "max_length": histories.max_length},
+        "baseline": {"epochs": state["config"]["epochs"], "best_epoch": state["best_epoch"],
+                     "settings": state["config"], "history": state["history"]},
+        "variants": [_row(name, result, seen, baseline, how, run["bytes"])
+                     for name, (result, seen, how) in found.items()],
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sasrec.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "sasrec.md").write_text(_markdown(report))
+    _plot(report, out / "sasrec.png")
+
+
+if __name__ == "__main__":
+    app()

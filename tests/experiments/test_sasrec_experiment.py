@@ -1,0 +1,162 @@
+"""The experiments on a data set small enough for a test: protocol, loss, variants, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from experiments.histories import Histories
+from experiments.ranking import rank
+from experiments.sasrec import mean_loss, sequence_loss
+from experiments.softmax import catalogue_loss
+from experiments.variants import VARIANTS, kept_share, read, run
+from typer.testing import CliRunner
+
+from fastrec.errors import ArgumentError
+from fastrec.models import SASRec, SASRecConfig
+from fastrec.train import Evaluation
+
+USERS, ITEMS = 60, 1100
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each user walks up the catalogue from somewhere: the next item is learnable."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for user in range(1, USERS + 1):
+        length, item = rng.integers(3, 30), rng.integers(1, ITEMS - 120)
+        lines += [f"{user} {item + 3 * i}" for i in range(length)]
+    path = tmp_path_factory.mktemp("data") / "small.txt"
+    path.write_text("\n".join([*lines, f"{USERS + 1} {ITEMS - 1}"]) + "\n")
+    return path
+
+
+def test_leave_one_out(file: Path) -> None:
+    data = Histories.read(file)
+    assert len(data.users()) == USERS  # the user of one item has no targets
+    known, _ = data.history(0, "test")
+    validated, before = data.history(0, "valid")
+    assert list(known[:-1]) == list(validated)
+    assert known[-1] == before
+    for batch in data.training(8, seed=1):
+        # What is trained on ends before the validation target.
+        rows = zip(batch.user, batch.item, batch.target, batch.length, strict=True)
+        for user, item, wanted, n in rows:
+            own, held_out = data.history(int(user), "valid")
+            assert set(wanted[:n]) <= set(own)
+            assert held_out not in wanted[:n]
+            np.testing.assert_array_equal(item[1:n], wanted[: max(n - 1, 0)])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1 2\n2 1\n1 3\n", "together"), ("1 x\n", "two integers"), ("1 2 3\n", "two integers")],
+)
+def test_a_file_that_is_not_histories_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match=expected):
+        Histories.read(path)
+    with pytest.raises(ArgumentError, match="a file of"):
+        Histories.read(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [1, 127, 300])
+def test_the_loss_in_pieces_is_the_plain_one(rows: int, share: float) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 16, requires_grad=True)
+    table = torch.randn(37, 16, requires_grad=True)
+    target = torch.randint(1, 37, (rows,))
+    guide = torch.randn(rows, 8), torch.randn(37, 8)
+    loss = catalogue_loss(hidden, table, target, guide=guide if share else None, share=share)
+    ours = torch.autograd.grad(loss, (hidden, table))
+    scores = (hidden @ table.t())[:, 1:].log_softmax(1)
+    wanted = (1 - share) * F.one_hot(target - 1, 36)
+    wanted = wanted + share * (guide[0] @ guide[1].t())[:, 1:].softmax(1)
+    plain = -(wanted * scores).sum()
+    # Sums of rows x 36 products of float32, in another order.
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-4)
+    for a, b in zip(ours, torch.autograd.grad(plain, (hidden, table)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_share_a_batch_without_changing_it(file: Path) -> None:
+    data = Histories.read(file)
+    torch.manual_seed(0)
+    model = SASRec(SASRecConfig(data.n_items, d=16, ffn=32, dropout=0.0)).train()
+    batch = next(iter(data.training(16, 0)))
+    grads = []
+    for workers in (1, 2):
+        loss = mean_loss(sequence_loss(), workers)(model, batch)
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_seen_items_are_left_out_and_the_target_is_not(file: Path) -> None:
+    data = Histories.read(file)
+    torch.manual_seed(0)
+    model = SASRec(SASRecConfig(data.n_items, d=16, ffn=32)).eval()
+    with_seen = rank(model, data, "test", exclude_seen=False, intervals=False)
+    without = rank(model, data, "test", intervals=False)
+    assert (without.ranks <= with_seen.ranks).all()
+    seen = np.array([len(set(data.history(int(u), "test")[0])) for u in without.users])
+    assert (with_seen.ranks - without.ranks <= seen).all()
+
+
+def test_a_ratio_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    ranks = rng.integers(0, 99, 500)
+    base = Evaluation.from_ranks(ranks, protocol="full", n_candidates=100)
+    share, low, high = kept_share(base, base, "mrr")
+    assert share == low == high == 1
+    worse = Evaluation.from_ranks(np.minimum(ranks + 1, 99), protocol="full", n_candidates=100)
+    share, low, high = kept_share(worse, base, "mrr")
+    assert low <= share <= high < 1
+
+
+@pytest.mark.slow
+def test_variants_end_to_end_and_resumed(file: Path, tmp_path: Path) -> None:
+    from experiments.report import app as report
+    from experiments.sasrec import app as train
+
+    arguments = ["--data", str(file), "--out", str(tmp_path / "base"), "--d", "32"]
+    done = CliRunner().invoke(
+        train, ["train", *arguments, "--epochs", "2", "--lr", "0.01", "--workers", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    data = Histories.read(file)
+    from fastrec.train import load_model
+
+    base = load_model(tmp_path / "base" / "model.safetensors")
+    assert isinstance(base, SASRec)
+    settings = {"epochs": 1, "lr": 1e-3, "workers": 1, "seed": 1}
+    said: list[str] = []
+    names = ("baseline", "window + log2", "75 % pruned + int8")
+    some = tuple(v for v in VARIANTS if v.name in names)
+    out = tmp_path / "variants"
+    run(data, base, out, **settings, variants=some[:2], say=said.append)
+    assert len(said) == 2
+    run(data, base, out, **settings, variants=some, say=said.append)
+    assert len(said) == len(some)  # what was done is not done again
+    found = read(out, data)
+    assert list(found) == [v.name for v in some]
+    full, pruned = (found[name][2]["bytes"] for name in ("baseline", "75 % pruned + int8"))
+    assert pruned < 0.35 * full  # position vectors stay in float
+    done = CliRunner().invoke(
+        report,
+        ["--data", str(file), "--base", str(tmp_path / "base"), "--runs", str(out),
+         "--out", str(tmp_path / "results")],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "results" / "sasrec.json").read_text())
+    assert len(results["variants"]) == len(some)
+    assert (tmp_path / "results" / "sasrec.png").stat().st_size > 10_000
+    text = (tmp_path / "results" / "sasrec.md").read_text()
+    assert "Not measured yet: control;" in text
