@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrec.compress.hidden_states import (
+    Pairs,
+    check_pairs,
+    hidden_distance,
+    pair_layers,
+    record_hidden,
+)
 from fastrec.compress.selection import call_model, check_model
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.models import record_attention
@@ -30,12 +37,14 @@ class Forward:
         maps: attention maps [B, H, Lq, Lk], in the order of execution; empty unless recorded.
         length: int64 [B], valid positions of each history, or None where the batch has none.
         label: int64 [...], the right column of ``scores``, or None.
+        hidden: what layers returned, by name; empty unless recorded.
     """
 
     scores: Tensor
     maps: Sequence[Tensor] = ()
     length: Tensor | None = None
     label: Tensor | None = None
+    hidden: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DistillLoss(Protocol):
@@ -97,8 +106,9 @@ class AttentionMapKL:
     A student's map is paired with a teacher's of the same (queries, keys): the j-th of n with the
     ceil(j N / n)-th of the teacher's N, so that the last learns from the last. Heads: where the
     numbers differ, neighbouring heads of the richer model are averaged (all heads, where neither
-    number divides the other). Keys beyond a history's length have no weight in the teacher's map
-    and so none here; query rows beyond it, and users without history, do not count.
+    number divides the other). The teacher's weights are taken over the keys that the student sees
+    (its pattern) and made to add up to one. Keys beyond a history's length have no weight in the
+    teacher's map and so none here; query rows beyond it, and users without history, do not count.
 
     Args:
         weight: of this term.
@@ -122,6 +132,44 @@ class AttentionMapKL:
                     (own, target),
                 )
             terms.append(map_divergence(student.maps[own], teacher.maps[target], student.length))
+        return torch.stack(terms).mean()
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Distance of the layers' outputs, a share of the teacher's variance; mean over the pairs.
+
+    Widths may differ: see :func:`~fastrec.compress.hidden_states.hidden_distance`. Rows beyond a
+    history's length do not count.
+
+    Args:
+        weight: of this term.
+        layers: (student module, teacher module) names; None pairs the entries of each model's
+            longest ``nn.ModuleList``, the last with the last.
+    """
+
+    weight: float = 1.0
+    layers: Pairs | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive("weight", self.weight, zero=True)
+
+    def pairs(self, student: nn.Module, teacher: nn.Module) -> Pairs:
+        """The pairs of names, checked.
+
+        Raises:
+            ArgumentError: a name that is none, or models without a list of layers.
+        """
+        pairs = pair_layers(student, teacher) if self.layers is None else self.layers
+        check_pairs(pairs, student, teacher)
+        return pairs
+
+    def __call__(self, student: Forward, teacher: Forward) -> Tensor:
+        names = self.layers or tuple(zip(student.hidden, teacher.hidden, strict=True))
+        terms = [
+            hidden_distance(student.hidden[own], teacher.hidden[guide], student.length)
+            for own, guide in names
+        ]
         return torch.stack(terms).mean()
 
 
@@ -178,6 +226,10 @@ def map_divergence(student: Tensor, teacher: Tensor, length: Tensor | None) -> T
         n_heads = 1
     own = student.float().unflatten(1, (n_heads, -1)).mean(2)
     target = teacher.float().unflatten(1, (n_heads, -1)).mean(2)
+    # Over the student's pattern: what it cannot see, it cannot learn; so the teacher's weights
+    # there are left out, and the rest made to add up to one. Rows without any rest count nothing.
+    target = torch.where(own > 0, target, 0.0)
+    target = target / target.sum(-1, keepdim=True).clamp_min(1e-9)
     # xlogy: a key without weight in the teacher's map adds 0, whatever the student does. The clamp
     # keeps a key that the student cannot see (another pattern, underflow) finite.
     rows = (torch.xlogy(target, target) - target * own.clamp_min(1e-9).log()).sum(-1)  # [B, H, Lq]
@@ -212,6 +264,7 @@ def distillation_loss(
     if not terms or not all(callable(term) and hasattr(term, "weight") for term in terms):
         raise DtypeError("losses", "LogitKL, AttentionMapKL, HardLabel, ...", repr(losses))
     needs_maps = any(isinstance(term, AttentionMapKL) for term in terms)
+    states = [term for term in terms if isinstance(term, HiddenStates)]
 
     def loss_fn(student: nn.Module, batch: Any) -> Tensor:
         inputs, label = _split(batch)
@@ -221,15 +274,19 @@ def distillation_loss(
         label = None if label is None else torch.as_tensor(label, device=device)
         training = teacher.training
         teacher.eval()
+        pairs = [pair for term in states for pair in term.pairs(student, teacher)]
         with torch.no_grad():
-            guide = _forward(teacher, inputs, length, label, needs_maps)
+            guide = _forward(teacher, inputs, length, label, needs_maps, [p[1] for p in pairs])
         teacher.train(training)
-        own = _forward(student, inputs, length, label, needs_maps)
+        own = _forward(student, inputs, length, label, needs_maps, [p[0] for p in pairs])
         total = own.scores.new_zeros(())
         for term in terms:
             if term.weight == 0:
                 continue
-            value = term(own, guide)
+            if isinstance(term, HiddenStates):
+                value = HiddenStates(term.weight, term.pairs(student, teacher))(own, guide)
+            else:
+                value = term(own, guide)
             if record is not None:
                 record(type(term).__name__, float(value.detach()))
             total = total + term.weight * value
@@ -313,12 +370,18 @@ def _split(batch: Any) -> tuple[Any, Any]:
 
 
 def _forward(
-    model: nn.Module, inputs: Any, length: Tensor | None, label: Tensor | None, needs_maps: bool
+    model: nn.Module,
+    inputs: Any,
+    length: Tensor | None,
+    label: Tensor | None,
+    needs_maps: bool,
+    layers: Sequence[str],
 ) -> Forward:
     with ExitStack() as stack:
         maps = stack.enter_context(record_attention(model)) if needs_maps else []
+        hidden = stack.enter_context(record_hidden(model, layers))
         scores = call_model(model, inputs)
-        return Forward(scores, list(maps), length, label)
+        return Forward(scores, list(maps), length, label, hidden)
 
 
 def _check_positive(argument: str, value: Any, *, zero: bool = False) -> None:
