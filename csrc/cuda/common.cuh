@@ -36,6 +36,12 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 
 #if !defined(FASTREC_EMULATED)
 
+// A block's dynamic shared memory.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(16) uint8_t fastrec_shared[];
+  return fastrec_shared;
+}
+
 // Copies 16 bytes from global to shared memory; where `valid` is false, writes zeros and reads
 // nothing.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
@@ -78,5 +84,36 @@ __device__ __forceinline__ void mma_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4
 }
 
 #endif
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+// Stores the first `count` of four values, at once where all four count and `alignment`, in bytes,
+// allows it.
+template <typename T>
+__device__ __forceinline__ void store_fours(T* to, const T (&values)[4], int64_t count,
+                                            int alignment) {
+  constexpr int kBytes = 4 * static_cast<int>(sizeof(T));
+  if (count >= 4 && alignment >= kBytes) {
+    typename Word<kBytes>::Type word;
+    memcpy(&word, values, kBytes);
+    *reinterpret_cast<typename Word<kBytes>::Type*>(to) = word;
+  } else {
+    for (int j = 0; j < 4; ++j)
+      if (j < count) to[j] = values[j];
+  }
+}
 
 }  // namespace fastrec

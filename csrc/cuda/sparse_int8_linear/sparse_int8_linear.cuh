@@ -1,0 +1,310 @@
+// The kernel of sparse_int8_linear. y [M, N] of x [M, K] and the packed weight (csrc/cpu's header
+// states the op; the arithmetic outside the accumulator is the same, in the same order, so that
+// results agree with the CPU's to the last bit).
+//
+// Weights are the matrix instruction's 16 rows, activations its 8 columns: a register of either
+// then holds 4 consecutive inputs of one output or of one row, which is what a kept group is made
+// of. A step is 8 groups, the 32 inputs of one instruction; which groups those are costs nothing,
+// since each lane reads its activations from shared memory one group at a time.
+//
+// Device form of a panel (kernels/sparse_int8_linear/_device.py makes it): groups in order of
+// chunks of 512 inputs, each chunk filled up to whole steps with groups of zeros. Within a chunk
+// groups stand so that any 4 in a row lie in different shared memory banks, where the pattern
+// allows it.
+#pragma once
+
+#include "common.cuh"
+
+namespace fastrec::sparse_int8_linear {
+
+inline constexpr int kPanelOutputs = 32;
+inline constexpr int kGroupInputs = 4;
+inline constexpr int kStepGroups = 8;
+inline constexpr int kStepBytes = kStepGroups * kGroupInputs * kPanelOutputs;
+inline constexpr int kChunkInputs = 512;
+// 4 banks further each row: 8 rows x 4 neighbouring groups lie in 32 different banks.
+inline constexpr int kRowBytes = kChunkInputs + 16;
+inline constexpr int kStages = 2;
+// A row of sums of one panel, with the same end: written by (column, row), read in fours.
+inline constexpr int kSumsRow = kPanelOutputs + 4;
+
+enum Activation : int32_t { kNone, kRelu, kGelu };
+enum Dtype : int32_t { kU8, kF32, kBf16 };
+
+// Given by value; _cuda.py holds its twin.
+struct Params {
+  const void* x;              // [M, K], rows contiguous
+  void* y;                    // [M, N], rows contiguous
+  const int8_t* values;       // [steps, 8, 32, 4]
+  const uint16_t* offset;     // [steps, 8]: the group's byte within its chunk of a row
+  const int32_t* step_start;  // [panels, chunks + 1]
+  const int32_t* start;       // [panels * 32]: -zero point * sum of the output's weights
+  const float* scale;         // [panels * 32]: x_scale * w_scale
+  const float* bias;          // [panels * 32]; -0 where there is none
+  int64_t rows;
+  int32_t outputs, inputs, panels, chunks;
+  int32_t x_dtype, y_dtype, activation;
+  int32_t x_zero_point, y_zero_point;
+  float x_inverse_scale, y_inverse_scale;
+  int32_t x_alignment, y_alignment;  // of every row, in bytes: 16, 4 or 1
+};
+
+__host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+// Bytes of shared memory of a block, and its threads.
+__host__ __device__ constexpr int shared_bytes(int rows, int wide, int panels, int slices) {
+  return max_of(kStages * rows * kRowBytes, slices * panels * wide * rows * kSumsRow * 4);
+}
+__host__ __device__ constexpr int block_threads(int panels, int slices) {
+  return kWarp * panels * slices;
+}
+
+__device__ __forceinline__ uint8_t quantise(float value, float inverse_scale, int32_t zero_point) {
+  const float scaled = __fmul_rn(value, inverse_scale);
+  const float low = static_cast<float>(-zero_point), high = static_cast<float>(255 - zero_point);
+  // A NaN becomes the lower bound, as on the CPU.
+  const float raised = scaled > low ? scaled : low;
+  return static_cast<uint8_t>(__float2int_rn(raised < high ? raised : high) + zero_point);
+}
+
+__device__ __forceinline__ float from_bf16(uint16_t half) {
+  return __uint_as_float(static_cast<uint32_t>(half) << 16);
+}
+
+__device__ __forceinline__ uint16_t to_bf16(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// csrc/cpu/gelu.h: erf(y) = y * P(y^2) / Q(y^2) on |y| <= 4, error below 4.3e-7.
+__device__ __forceinline__ float gelu(float value) {
+  constexpr float kP[] = {1.1283791065216064f,    0.19352270662784576f,   0.05309876427054405f,
+                          0.0038823934737592936f, 0.0002845456183422357f, 1.986956021937658e-06f};
+  constexpr float kQ[] = {1.0f,
+                          0.5048375725746155f,
+                          0.11534073948860168f,
+                          0.015205327421426773f,
+                          0.0011853439500555396f,
+                          3.7420944863697514e-05f};
+  const float half = __fmul_rn(0.5f, value);
+  const float y = fminf(fmaxf(__fmul_rn(value, 0.70710678118654752f), -4.0f), 4.0f);
+  const float u = __fmul_rn(y, y);
+  float p = kP[5], q = kQ[5];
+#pragma unroll
+  for (int i = 4; i >= 0; --i) {
+    p = fmaf(p, u, kP[i]);
+    q = fmaf(q, u, kQ[i]);
+  }
+  const float erf = fminf(fmaxf(__fdiv_rn(__fmul_rn(y, p), q), -1.0f), 1.0f);
+  return fmaf(half, erf, half);
+}
+
+__device__ __forceinline__ float finish(const Params& params, int32_t sum, int64_t n) {
+  const float scaled = __fmul_rn(static_cast<float>(sum), params.scale[n]);
+  const float value = __fadd_rn(scaled, params.bias[n]);
+  if (params.activation == kRelu) return value > 0.0f ? value : 0.0f;
+  return params.activation == kGelu ? gelu(value) : value;
+}
+
+// Rows row0 .. row0 + kRows of one chunk of x as bytes in `stage`, kRowBytes a row; what lies
+// outside x is 0. Copies of bytes are asynchronous, other inputs are quantised on the way. A warp
+// takes a row: 32 lanes x 16 bytes are a chunk's.
+template <int kRows, int kThreads>
+__device__ __forceinline__ void load_chunk(const Params& params, int64_t row0, int chunk,
+                                           uint8_t* stage) {
+  static_assert(kWarp * 16 == kChunkInputs, "a row of a chunk is one copy of each lane");
+  const int lane = threadIdx.x % kWarp, k0 = chunk * kChunkInputs;
+  const int width = params.inputs - k0 < kChunkInputs ? params.inputs - k0 : kChunkInputs;
+  for (int row = threadIdx.x / kWarp; row < kRows; row += kThreads / kWarp) {
+    const bool valid = row0 + row < params.rows;
+    const int64_t at = valid ? (row0 + row) * params.inputs + k0 : 0;
+    uint8_t* const to = stage + row * kRowBytes;
+    if (params.x_dtype == kU8 && params.x_alignment == 16) {
+      const int k = lane * 16;
+      const uint8_t* const from = static_cast<const uint8_t*>(params.x) + at;
+      if (k < width) copy_async_16(to + k, from + (valid ? k : 0), valid);
+    } else if (params.x_dtype == kU8 && params.x_alignment == 4) {
+      const uint8_t* const from = static_cast<const uint8_t*>(params.x) + at;
+      for (int k = lane * 4; k < width; k += kWarp * 4)
+        copy_async_4(to + k, from + (valid ? k : 0), valid);
+    } else {
+      for (int k = lane; k < width; k += kWarp) {
+        uint8_t byte = 0;
+        if (valid && params.x_dtype == kU8) {
+          byte = static_cast<const uint8_t*>(params.x)[at + k];
+        } else if (valid) {
+          const float value = params.x_dtype == kF32
+                                  ? static_cast<const float*>(params.x)[at + k]
+                                  : from_bf16(static_cast<const uint16_t*>(params.x)[at + k]);
+          byte = quantise(value, params.x_inverse_scale, params.x_zero_point);
+        }
+        to[k] = byte;
+      }
+    }
+  }
+  copy_async_commit();
+}
+
+// What one lane multiplies in one step: its words of the weights, by panel and 16 outputs, and
+// where its two groups lie in a row of activations.
+template <int kWide>
+struct Step {
+  uint32_t weights[kWide][2][4];
+  int offset[2];
+};
+
+// kRows:   rows of x of a block, a multiple of 8
+// kWide:   panels that a warp multiplies by the same activations: 2 only for weights whose panels
+//          come in pairs that keep the same groups (dense ones do)
+// kPanels: warps side by side, each with kWide panels of its own
+// kSlices: warps that share the steps of a panel
+// kAhead:  steps whose weights are under way, in registers
+template <int kRows, int kWide, int kPanels, int kSlices, int kAhead>
+__global__ void __launch_bounds__(block_threads(kPanels, kSlices))
+    multiply(const Params params) {
+  constexpr int kThreads = block_threads(kPanels, kSlices), kColumns = kRows / 8;
+  uint8_t* const shared = dynamic_shared();
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / kWarp, side = warp % kPanels, slice = warp / kPanels;
+  const int blocks = static_cast<int>(ceil_div(params.panels, kPanels * kWide));
+  const int panel0 = blockIdx.x % blocks * (kPanels * kWide);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x / blocks) * kRows;
+  const int panel = panel0 + side * kWide;
+
+  int32_t sums[kWide][2][kColumns][4] = {};
+  // Beyond the last panel a warp has no step, and only helps to load.
+  const bool works = panel < params.panels;
+  const int32_t* const starts = params.step_start + (works ? panel : 0) * (params.chunks + 1);
+  const int32_t first = starts[0], last = works ? starts[params.chunks] : first;
+  // A pair's second panel follows the first, with as many steps.
+  const uint32_t* const weights =
+      reinterpret_cast<const uint32_t*>(params.values) + t * kPanelOutputs + g;
+  const int64_t pair_words = static_cast<int64_t>(last - first) * (kStepBytes / 4);
+
+  Step<kWide> ahead[kAhead];
+  auto fetch = [&](Step<kWide>& step, int32_t at) {
+    if (at >= last) return;
+    const uint32_t* const from = weights + static_cast<int64_t>(at) * (kStepBytes / 4);
+#pragma unroll
+    for (int wide = 0; wide < kWide; ++wide)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          step.weights[wide][half][i] =
+              __ldg(from + wide * pair_words + i / 2 * (4 * kPanelOutputs) + half * 16 + i % 2 * 8);
+    step.offset[0] = __ldg(params.offset + static_cast<int64_t>(at) * kStepGroups + t);
+    step.offset[1] = __ldg(params.offset + static_cast<int64_t>(at) * kStepGroups + t + 4);
+  };
+
+  int chunk = -1;
+  int32_t chunk_end = first;
+  const uint8_t* lane_rows = nullptr;  // the lane's row of every 8, in the chunk at hand
+  // Every warp enters every chunk, in order.
+  auto enter_chunk = [&] {
+    ++chunk;
+    chunk_end = starts[chunk + 1];
+    lane_rows = shared + chunk % kStages * (kRows * kRowBytes) + g * kRowBytes;
+    copy_async_wait<kStages - 2>();
+    __syncthreads();
+    // All have left the chunk before, whose memory the next to come takes.
+    const int next = chunk + kStages - 1;
+    if (next < params.chunks)
+      load_chunk<kRows, kThreads>(params, row0, next, shared + next % kStages * (kRows * kRowBytes));
+    else
+      copy_async_commit();
+  };
+
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) fetch(ahead[i], first + slice + i * kSlices);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < params.chunks)
+      load_chunk<kRows, kThreads>(params, row0, i, shared + i * (kRows * kRowBytes));
+    else
+      copy_async_commit();
+  }
+
+  for (int32_t at = first + slice; at < last;) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (at >= last) break;
+      while (at >= chunk_end) enter_chunk();
+      const Step<kWide>& step = ahead[i];
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        const uint8_t* const row = lane_rows + column * (8 * kRowBytes);
+        const uint32_t x[2] = {*reinterpret_cast<const uint32_t*>(row + step.offset[0]),
+                               *reinterpret_cast<const uint32_t*>(row + step.offset[1])};
+#pragma unroll
+        for (int wide = 0; wide < kWide; ++wide)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            mma_s8_u8(sums[wide][half][column], step.weights[wide][half], x);
+      }
+      fetch(ahead[i], at + kAhead * kSlices);
+      at += kSlices;
+    }
+  }
+  while (chunk < params.chunks - 1) enter_chunk();
+
+  // Sums to shared memory, one part a slice, and from there to y, whole rows at a time.
+  copy_async_wait<0>();
+  __syncthreads();
+  int32_t* const parts = reinterpret_cast<int32_t*>(shared);
+#pragma unroll
+  for (int wide = 0; wide < kWide; ++wide)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = column * 8 + 2 * t + i % 2, n = half * 16 + i / 2 * 8 + g;
+          const int part = (slice * kPanels + side) * kWide + wide;
+          parts[(part * kRows + row) * kSumsRow + n] = sums[wide][half][column][i];
+        }
+  __syncthreads();
+
+  constexpr int kFours = kPanels * kWide * kPanelOutputs / 4;
+  for (int i = threadIdx.x; i < kRows * kFours; i += kThreads) {
+    const int row = i / kFours, four = i % kFours;
+    const int64_t n = static_cast<int64_t>(panel0) * kPanelOutputs + four * 4;
+    if (row0 + row >= params.rows || n >= params.outputs) continue;
+    int32_t sum[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j] = params.start[n + j];
+#pragma unroll
+    for (int part = 0; part < kSlices; ++part) {
+      const int32_t* const from =
+          parts +
+          ((part * kPanels * kWide + four / (kPanelOutputs / 4)) * kRows + row) * kSumsRow +
+          four % (kPanelOutputs / 4) * 4;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[j] += from[j];
+    }
+    float value[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) value[j] = finish(params, sum[j], n + j);
+    const int64_t to = (row0 + row) * params.outputs + n;
+    if (params.y_dtype == kU8) {
+      uint8_t byte[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        byte[j] = quantise(value[j], params.y_inverse_scale, params.y_zero_point);
+      store_fours(static_cast<uint8_t*>(params.y) + to, byte, params.outputs - n,
+                  params.y_alignment);
+    } else if (params.y_dtype == kF32) {
+      store_fours(static_cast<float*>(params.y) + to, value, params.outputs - n,
+                  params.y_alignment);
+    } else {
+      uint16_t half[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) half[j] = to_bf16(value[j]);
+      store_fours(static_cast<uint16_t*>(params.y) + to, half, params.outputs - n,
+                  params.y_alignment);
+    }
+  }
+}
+
+}  // namespace fastrec::sparse_int8_linear
