@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
+#include "sparse_int8_linear/bind.h"
 
 namespace py = pybind11;
 using namespace fastrec;
@@ -25,4 +26,6 @@ PYBIND11_MODULE(_native_cuda, m) {
         return count;
       },
       "GPUs that CUDA sees; raises CudaError without a driver.");
+
+  sparse_int8_linear::bind(m);
 }

@@ -14,50 +14,9 @@
 #pragma once
 
 #include "common.cuh"
+#include "sparse_int8_linear/params.cuh"
 
 namespace fastrec::sparse_int8_linear {
-
-inline constexpr int kPanelOutputs = 32;
-inline constexpr int kGroupInputs = 4;
-inline constexpr int kStepGroups = 8;
-inline constexpr int kStepBytes = kStepGroups * kGroupInputs * kPanelOutputs;
-inline constexpr int kChunkInputs = 512;
-// 4 banks further each row: 8 rows x 4 neighbouring groups lie in 32 different banks.
-inline constexpr int kRowBytes = kChunkInputs + 16;
-inline constexpr int kStages = 2;
-// A row of sums of one panel, with the same end: written by (column, row), read in fours.
-inline constexpr int kSumsRow = kPanelOutputs + 4;
-
-enum Activation : int32_t { kNone, kRelu, kGelu };
-enum Dtype : int32_t { kU8, kF32, kBf16 };
-
-// Given by value; _cuda.py holds its twin.
-struct Params {
-  const void* x;              // [M, K], rows contiguous
-  void* y;                    // [M, N], rows contiguous
-  const int8_t* values;       // [steps, 8, 32, 4]
-  const uint16_t* offset;     // [steps, 8]: the group's byte within its chunk of a row
-  const int32_t* step_start;  // [panels, chunks + 1]
-  const int32_t* start;       // [panels * 32]: -zero point * sum of the output's weights
-  const float* scale;         // [panels * 32]: x_scale * w_scale
-  const float* bias;          // [panels * 32]; -0 where there is none
-  int64_t rows;
-  int32_t outputs, inputs, panels, chunks;
-  int32_t x_dtype, y_dtype, activation;
-  int32_t x_zero_point, y_zero_point;
-  float x_inverse_scale, y_inverse_scale;
-  int32_t x_alignment, y_alignment;  // of every row, in bytes: 16, 4 or 1
-};
-
-__host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
-
-// Bytes of shared memory of a block, and its threads.
-__host__ __device__ constexpr int shared_bytes(int rows, int wide, int panels, int slices) {
-  return max_of(kStages * rows * kRowBytes, slices * panels * wide * rows * kSumsRow * 4);
-}
-__host__ __device__ constexpr int block_threads(int panels, int slices) {
-  return kWarp * panels * slices;
-}
 
 __device__ __forceinline__ uint8_t quantise(float value, float inverse_scale, int32_t zero_point) {
   const float scaled = __fmul_rn(value, inverse_scale);
@@ -160,8 +119,7 @@ struct Step {
 // kSlices: warps that share the steps of a panel
 // kAhead:  steps whose weights are under way, in registers
 template <int kRows, int kWide, int kPanels, int kSlices, int kAhead>
-__global__ void __launch_bounds__(block_threads(kPanels, kSlices))
-    multiply(const Params params) {
+__global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1) multiply(const Params params) {
   constexpr int kThreads = block_threads(kPanels, kSlices), kColumns = kRows / 8;
   uint8_t* const shared = dynamic_shared();
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
@@ -210,7 +168,8 @@ __global__ void __launch_bounds__(block_threads(kPanels, kSlices))
     // All have left the chunk before, whose memory the next to come takes.
     const int next = chunk + kStages - 1;
     if (next < params.chunks)
-      load_chunk<kRows, kThreads>(params, row0, next, shared + next % kStages * (kRows * kRowBytes));
+      load_chunk<kRows, kThreads>(params, row0, next,
+                                  shared + next % kStages * (kRows * kRowBytes));
     else
       copy_async_commit();
   };
@@ -277,8 +236,7 @@ __global__ void __launch_bounds__(block_threads(kPanels, kSlices))
 #pragma unroll
     for (int part = 0; part < kSlices; ++part) {
       const int32_t* const from =
-          parts +
-          ((part * kPanels * kWide + four / (kPanelOutputs / 4)) * kRows + row) * kSumsRow +
+          parts + ((part * kPanels * kWide + four / (kPanelOutputs / 4)) * kRows + row) * kSumsRow +
           four % (kPanelOutputs / 4) * 4;
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum[j] += from[j];

@@ -14,6 +14,7 @@ from fastrec.kernels._compiled import Signature
 from fastrec.kernels.sparse_int8_linear import (
     BACKENDS,
     _cpu,
+    _gpu,
     check_epilogue,
     check_input,
     check_numbers,
@@ -61,6 +62,7 @@ class SparseInt8Linear(nn.Module):
     # Made at the first call: the checked weight, what runs it, and what that borrows.
     _packed: PackedWeight | None
     _run: _cpu.Run | None
+    _prepared: tuple[_gpu.Prepared, str] | None
     _bias_of_run: torch.Tensor | None
     _out_dtype: torch.dtype
 
@@ -190,8 +192,8 @@ class SparseInt8Linear(nn.Module):
             x.is_cpu and x.dtype in _cpu.DTYPE_CODES and shape and shape[-1] == self.in_features
         ):
             check_input(x, self.in_features, self.values.device)
-        if run is _reference:
-            return self._run_reference(x)
+        if run is _elsewhere:
+            return self._run_elsewhere(x)
         return _cpu.call(run, x, self.out_features, self._out_dtype)
 
     def _epilogue(self) -> dict[str, Any]:
@@ -216,17 +218,22 @@ class SparseInt8Linear(nn.Module):
             epilogue["out_zero_point"],
         )
         packed = self.packed
-        if BACKENDS.choose(Signature(self.values.device.type)) == "reference":
-            run: _cpu.Run = _reference
-        else:
+        chosen = BACKENDS.choose(Signature(self.values.device.type))
+        run: _cpu.Run = _elsewhere
+        if chosen in ("cuda", "triton"):
+            self._prepared = _gpu.prepare(packed, **epilogue), chosen
+        elif chosen == "cpu":
             self._bias_of_run = None if self.bias is None else self.bias.contiguous()
             run = _cpu.prepare(packed, **epilogue | {"bias": self._bias_of_run})
         self._out_dtype = _cpu.OUT_DTYPES[epilogue["out"]]
         self._run = run
         return run
 
-    def _run_reference(self, x: torch.Tensor) -> torch.Tensor:
+    def _run_elsewhere(self, x: torch.Tensor) -> torch.Tensor:
+        """Not by the compiled CPU kernel."""
         check_input(x, self.in_features, self.values.device)
+        if self._prepared is not None:
+            return _gpu.call(self._prepared[0], x, self._prepared[1])
         check_numbers(x)
         return sparse_int8_linear_reference(x, self.packed, **self._epilogue())
 
@@ -250,6 +257,7 @@ class SparseInt8Linear(nn.Module):
         self._packed = None
         self._run = None
         self._bias_of_run = None
+        self._prepared = None
         self._out_dtype = torch.float32
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -258,7 +266,7 @@ class SparseInt8Linear(nn.Module):
             self._forget()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseInt8Linear:
-        # .to(dtype) must not touch the scales' float32; devices other than the CPU have no kernel.
+        # .to(dtype) must not touch the scales' float32.
         kept = {name: getattr(self, name) for name in ("w_scale", "bias", "x_scale", "out_scale")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -317,7 +325,7 @@ class SparseInt8Linear(nn.Module):
         )
 
 
-def _reference(x: int, dtype: int, elements: int, result: int) -> bool:
+def _elsewhere(x: int, dtype: int, elements: int, result: int) -> bool:
     raise AssertionError("stands for the reference, which takes tensors")
 
 

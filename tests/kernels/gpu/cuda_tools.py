@@ -41,7 +41,8 @@ def nvrtc_cubin(source: str, arch: str, names: tuple[str, ...]) -> bytes:
         nvrtc.compileProgram(program, [*_cuda.NVRTC_OPTIONS, f"--gpu-architecture={arch}"])
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program))
-    binary: bytes = nvrtc.getCUBIN(program)
+    # CuPy takes the last byte for the end of a string.
+    binary: bytes = nvrtc.getCUBIN(program) + b"\0"
     nvrtc.destroyProgram(program)
     return binary
 

@@ -17,8 +17,9 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels._compiled import cpu_can_run
+from fastrec.kernels._cuda import cuda_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Signature, always
-from fastrec.kernels.sparse_int8_linear import _cpu
+from fastrec.kernels.sparse_int8_linear import _cpu, _gpu
 from fastrec.kernels.sparse_int8_linear.packed import PackedWeight, check_vector
 from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_reference
 
@@ -26,7 +27,10 @@ __all__ = ["SPEC", "PackedWeight", "sparse_int8_linear"]
 
 
 # `reference` is the definition and the last fallback.
-BACKENDS = Backends("sparse_int8_linear", {"cpu": cpu_can_run, "reference": always})
+BACKENDS = Backends(
+    "sparse_int8_linear",
+    {"cpu": cpu_can_run, "cuda": cuda_can_run, "reference": always},
+)
 
 
 def check_quantisation(prefix: str, scale: float, zero_point: int) -> None:
@@ -98,20 +102,20 @@ def sparse_int8_linear(
         activation: None, "relu" or "gelu" (the erf form, to 4.3e-7 of erf).
         out: None for float32, "bfloat16" for that rounded to nearest even, "uint8" to requantise
             with out_scale and out_zero_point.
-        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "cuda" or "reference" forces one.
 
     Returns:
         float32, bfloat16 or uint8 [..., N]. Not differentiable: train through
         ``fastrec.quantize_(model, QAT(step="prepare"))``.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument, a NaN in a float input.
+        ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument, a NaN in a float input
+            (on a GPU, which would have to be waited for, a NaN counts as the lowest value instead).
         BackendError: the backend asked for can't run.
     """
     compiling = torch.compiler.is_compiling()
-    key = (x_scale, x_zero_point, id(bias), activation, out, out_scale, out_zero_point)
-    known = not compiling and (backend is None or backend == "cpu")
-    held = packed._handles.get(key) if known else None
+    key = (x_scale, x_zero_point, id(bias), activation, out, out_scale, out_zero_point, backend)
+    held = None if compiling else packed._handles.get(key)
     if held is None or not held.is_current():
         epilogue: dict[str, Any] = {
             "x_scale": x_scale,
@@ -131,15 +135,19 @@ def sparse_int8_linear(
         check_quantisation("x", x_scale, x_zero_point)
         check_epilogue(packed.outputs, bias, activation, out_scale, out_zero_point)
         signature = Signature(x_u8.device.type, str(x_u8.dtype).removeprefix("torch."))
-        if BACKENDS.choose(signature, backend) == "reference":
+        chosen = BACKENDS.choose(signature, backend)
+        if chosen == "reference":
             check_input(x_u8, packed.inputs, packed.values.device)
             check_numbers(x_u8)
             return sparse_int8_linear_reference(x_u8, packed, **epilogue)
-        held = _Held(packed, epilogue)
+        held = _Held(packed, epilogue, chosen)
         if held.versions is not None and all(type(part) in _PLAIN for part in key):
             if len(packed._handles) >= _MAX_HANDLES:
                 packed._handles.clear()
             packed._handles[key] = held
+    if held.backend != "cpu":
+        check_input(x_u8, packed.inputs, packed.values.device)
+        return _gpu.call(held.prepared, x_u8, held.backend)
     shape = x_u8.shape
     if not (x_u8.is_cpu and x_u8.dtype in _cpu.DTYPE_CODES and shape and shape[-1] == held.inputs):
         check_input(x_u8, packed.inputs, packed.values.device)
@@ -153,13 +161,17 @@ _PLAIN = (float, int, str, type(None))
 class _Held:
     """A prepared handle with what it borrows and the versions that it was made from."""
 
-    def __init__(self, packed: PackedWeight, epilogue: dict[str, Any]) -> None:
+    def __init__(self, packed: PackedWeight, epilogue: dict[str, Any], backend: str) -> None:
         bias = epilogue["bias"]
+        self.backend = backend
         self.versions = _versions(packed, bias)
         # Both: the key holds the address of the one, the handle the memory of the other.
         self.bias = bias
-        self.contiguous_bias = None if bias is None else bias.contiguous()
-        self.run = _cpu.prepare(packed, **epilogue | {"bias": self.contiguous_bias})
+        if backend == "cpu":
+            self.contiguous_bias = None if bias is None else bias.contiguous()
+            self.run = _cpu.prepare(packed, **epilogue | {"bias": self.contiguous_bias})
+        else:
+            self.prepared = _gpu.prepare(packed, **epilogue)
         self.inputs, self.outputs = packed.inputs, packed.outputs
         self.out_dtype = _cpu.OUT_DTYPES[epilogue["out"]]
         self._watched = [*packed.parts(), *(() if bias is None else (bias,))]
@@ -281,6 +293,7 @@ def _op_fake(
 
 
 _LIBRARY.impl("sparse_int8_linear", _op, "CPU")
+_LIBRARY.impl("sparse_int8_linear", _op, "CUDA")
 torch.library.register_fake("fastrec::sparse_int8_linear", _op_fake, lib=_LIBRARY)
 
 

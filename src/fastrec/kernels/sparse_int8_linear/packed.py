@@ -87,7 +87,7 @@ class PackedWeight:
         # [panels, groups, 32, 4]
         blocks = padded.view(panels, PANEL_OUTPUTS, groups, GROUP_INPUTS).transpose(1, 2)
         kept = (blocks != 0).any(-1).any(-1)  # [panels, groups]
-        starts = torch.zeros(panels + 1, dtype=torch.int32)
+        starts = torch.zeros(panels + 1, dtype=torch.int32, device=weight_s8.device)
         starts[1:] = kept.sum(1).cumsum(0)
         return PackedWeight(
             values=blocks[kept].reshape(-1, GROUP_BYTES).contiguous(),
@@ -138,7 +138,7 @@ class PackedWeight:
         limit = ceil_div(inputs, GROUP_INPUTS)
         if groups and (int(group_index.min()) < 0 or int(group_index.max()) >= limit):
             raise ArgumentError("group_index", f"values in [0, {limit})", "a value outside")
-        owner = torch.repeat_interleave(torch.arange(panels), steps.long())
+        owner = torch.arange(panels, device=steps.device).repeat_interleave(steps.long())
         if len(torch.unique(owner * limit + group_index.long())) != groups:
             raise ArgumentError(
                 "group_index", "each group at most once a panel", "a repeated group"
@@ -159,11 +159,20 @@ class PackedWeight:
         """The int8 weight [N, K], dropped groups as zeros."""
         panels = len(self.panel_start) - 1
         groups = ceil_div(self.inputs, GROUP_INPUTS)
-        blocks = torch.zeros(panels, groups, PANEL_OUTPUTS, GROUP_INPUTS, dtype=torch.int8)
-        owner = torch.repeat_interleave(torch.arange(panels), self.panel_start.diff().long())
+        device = self.values.device
+        blocks = torch.zeros(
+            panels, groups, PANEL_OUTPUTS, GROUP_INPUTS, dtype=torch.int8, device=device
+        )
+        owner = torch.arange(panels, device=device)
+        owner = owner.repeat_interleave(self.panel_start.diff().long())
         blocks[owner, self.group_index.long()] = self.values.view(-1, PANEL_OUTPUTS, GROUP_INPUTS)
         weight = blocks.transpose(1, 2).reshape(panels * PANEL_OUTPUTS, groups * GROUP_INPUTS)
         return weight[: self.outputs, : self.inputs].contiguous()
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on that device."""
+        values, index, starts, scale, total = (part.to(device) for part in self.parts())
+        return PackedWeight(values, index, starts, scale, total, self.outputs, self.inputs)
 
     @property
     def density(self) -> float:

@@ -1,0 +1,110 @@
+"""Glue to the CUDA kernel of ``csrc/cuda/sparse_int8_linear``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from fastrec.kernels import _cuda
+from fastrec.kernels._gpu import device_of
+from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, CudaConfig, cuda_heuristic
+from fastrec.kernels.sparse_int8_linear._cpu import ACTIVATION_CODES, DTYPE_CODES
+from fastrec.kernels.sparse_int8_linear._gpu import Prepared
+
+HEADER = "sparse_int8_linear/sparse_int8_linear.cuh"
+
+
+class Params(ctypes.Structure):
+    """``Params`` of params.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "values", "offset", "step_start")),
+        *((name, ctypes.c_void_p) for name in ("start", "scale", "bias")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("outputs", "inputs", "panels", "chunks")),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "y_dtype", "activation")),
+        *((name, ctypes.c_int32) for name in ("x_zero_point", "y_zero_point")),
+        *((name, ctypes.c_float) for name in ("x_inverse_scale", "y_inverse_scale")),
+        *((name, ctypes.c_int32) for name in ("x_alignment", "y_alignment")),
+    )
+
+
+def params_of(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> Params:
+    """Of contiguous x [M, K] and y [M, N]."""
+    weight = prepared.weight
+    return Params(
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        values=weight.values.data_ptr(),
+        offset=weight.offset.data_ptr(),
+        step_start=weight.step_start.data_ptr(),
+        start=prepared.start.data_ptr(),
+        scale=prepared.scale.data_ptr(),
+        bias=prepared.bias.data_ptr(),
+        rows=x.shape[0],
+        outputs=weight.outputs,
+        inputs=weight.inputs,
+        panels=weight.panels,
+        chunks=weight.chunks,
+        x_dtype=DTYPE_CODES[x.dtype],
+        y_dtype=DTYPE_CODES[y.dtype],
+        activation=ACTIVATION_CODES[prepared.activation],
+        x_zero_point=prepared.x_zero_point,
+        y_zero_point=prepared.y_zero_point,
+        x_inverse_scale=prepared.x_inverse_scale,
+        y_inverse_scale=prepared.y_inverse_scale,
+        x_alignment=_alignment(x),
+        y_alignment=_alignment(y),
+    )
+
+
+def _alignment(rows: torch.Tensor) -> int:
+    """Bytes, 16, 8, 4 or 1, at whose multiples every row of a contiguous matrix begins."""
+    together = rows.data_ptr() | rows.shape[1] * rows.element_size()
+    return next(bytes_ for bytes_ in (16, 8, 4, 1) if together % bytes_ == 0)
+
+
+def kernel_name(config: CudaConfig) -> str:
+    """The instantiation as C++ writes it."""
+    sizes = (config.rows, config.wide, config.panels, config.slices, config.ahead)
+    return f"fastrec::sparse_int8_linear::multiply<{', '.join(map(str, sizes))}>"
+
+
+@functools.cache
+def _compiled_index(config: CudaConfig) -> int:
+    module = _cuda.compiled()
+    assert module is not None
+    found: list[list[int]] = module.sparse_int8_linear.configurations()
+    wanted = [config.rows, config.wide, config.panels, config.slices, config.ahead]
+    return found.index(wanted)
+
+
+@functools.cache
+def _nvrtc(config: CudaConfig) -> _cuda.Launch:
+    return _cuda.nvrtc_kernel(HEADER, kernel_name(config))
+
+
+def run(
+    prepared: Prepared, x: torch.Tensor, y: torch.Tensor, config: CudaConfig | None = None
+) -> None:
+    """y [M, N] of x [M, K], both contiguous, on torch's current stream; M > 0."""
+    weight = prepared.weight
+    rows = x.shape[0]
+    if config is None:
+        config = cuda_heuristic(rows, weight.panels, weight.paired)
+    params = params_of(prepared, x, y)
+    with device_of(x):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        module = _cuda.compiled()
+        if module is not None and config in CUDA_CONFIGS:
+            module.sparse_int8_linear.launch(_compiled_index(config), params, stream)
+        else:
+            _nvrtc(config)(
+                (config.blocks(rows, weight.panels),),
+                (config.threads,),
+                params,
+                config.shared_bytes,
+                stream,
+            )

@@ -1,0 +1,89 @@
+"""What the GPU backends of ``sparse_int8_linear`` share: the prepared weight and the call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastrec.kernels.sparse_int8_linear._cpu import OUT_DTYPES
+from fastrec.kernels.sparse_int8_linear._device import DeviceWeight, device_weight
+from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight with its epilogue on a device; per-output values padded to whole panels.
+
+    Attributes:
+        start: int32; -zero point * sum of the output's weights.
+        scale: float32; x_scale * w_scale, rounded once.
+        bias: float32; -0 where there is none: adding it changes no value.
+    """
+
+    weight: DeviceWeight
+    start: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    activation: str | None
+    out_dtype: torch.dtype
+    x_zero_point: int
+    y_zero_point: int
+    x_inverse_scale: float
+    y_inverse_scale: float
+
+
+def _inverse(scale: float) -> float:
+    """1 / scale, both rounded to float32."""
+    return float(torch.tensor(1.0) / torch.tensor(scale, dtype=torch.float32))
+
+
+def prepare(
+    packed: PackedWeight,
+    *,
+    x_scale: float,
+    x_zero_point: int,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    out: str | None,
+    out_scale: float | None,
+    out_zero_point: int | None,
+) -> Prepared:
+    """Takes copies of all that it needs; the weight's memory is not borrowed."""
+    weight = device_weight(packed)
+    size = weight.panels * PANEL_OUTPUTS
+    folded_bias = torch.full((size,), -0.0, dtype=torch.float32, device=weight.scale.device)
+    if bias is not None:
+        folded_bias[: packed.outputs] = bias
+    return Prepared(
+        weight=weight,
+        start=-x_zero_point * weight.sum,
+        scale=torch.tensor(x_scale, dtype=torch.float32) * weight.scale,
+        bias=folded_bias,
+        activation=activation,
+        out_dtype=OUT_DTYPES[out],
+        x_zero_point=x_zero_point,
+        y_zero_point=0 if out_zero_point is None else out_zero_point,
+        x_inverse_scale=_inverse(x_scale),
+        y_inverse_scale=1.0 if out_scale is None else _inverse(out_scale),
+    )
+
+
+@functools.cache
+def _runner(backend: str) -> Callable[[Prepared, torch.Tensor, torch.Tensor], None]:
+    module = importlib.import_module(f"fastrec.kernels.sparse_int8_linear._{backend}")
+    run: Callable[[Prepared, torch.Tensor, torch.Tensor], None] = module.run
+    return run
+
+
+def call(prepared: Prepared, x: torch.Tensor, backend: str) -> torch.Tensor:
+    """x [..., K], checked, on the weight's device -> [..., N]."""
+    outputs, inputs = prepared.weight.outputs, prepared.weight.inputs
+    y = torch.empty((*x.shape[:-1], outputs), dtype=prepared.out_dtype, device=x.device)
+    if y.numel():
+        flat = x.reshape(-1, inputs).contiguous()
+        _runner(backend)(prepared, flat, y.view(-1, outputs))
+    return y
