@@ -87,9 +87,8 @@ def test_every_configuration_agrees_when_emulated(emulator: ctypes.CDLL, case: S
 def test_chunks_agree_in_any_order_of_threads(
     emulator: ctypes.CDLL, inputs: int, density: float
 ) -> None:
-    case = sample(19, 96, inputs, density=density, activation="relu", out="uint8")
-    for seed in (1, 2):
-        emulated(emulator, case, CUDA_CONFIGS, seed)
+    case = sample(9, 96, inputs, density=density, activation="relu", out="uint8")
+    emulated(emulator, case, CUDA_CONFIGS, seed=inputs)
 
 
 def test_gelu_is_the_cpus_to_the_last_bit(emulator: ctypes.CDLL) -> None:

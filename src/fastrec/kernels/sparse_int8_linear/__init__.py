@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from fastrec.kernels import _gpu as gpus
 from fastrec.kernels._compiled import cpu_can_run
 from fastrec.kernels._cuda import cuda_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Signature, always
@@ -26,10 +27,15 @@ from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_refe
 __all__ = ["SPEC", "PackedWeight", "sparse_int8_linear"]
 
 
+def triton_can_run(signature: Signature) -> str | None:
+    """``can_run`` of the Triton kernel, which takes every dtype of the op."""
+    return gpus.reason_missing(signature.device)
+
+
 # `reference` is the definition and the last fallback.
 BACKENDS = Backends(
     "sparse_int8_linear",
-    {"cpu": cpu_can_run, "cuda": cuda_can_run, "reference": always},
+    {"cpu": cpu_can_run, "cuda": cuda_can_run, "triton": triton_can_run, "reference": always},
 )
 
 
@@ -102,7 +108,8 @@ def sparse_int8_linear(
         activation: None, "relu" or "gelu" (the erf form, to 4.3e-7 of erf).
         out: None for float32, "bfloat16" for that rounded to nearest even, "uint8" to requantise
             with out_scale and out_zero_point.
-        backend: None picks the best once per signature; "cpu", "cuda" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "cuda", "triton" or "reference"
+            forces one.
 
     Returns:
         float32, bfloat16 or uint8 [..., N]. Not differentiable: train through

@@ -39,6 +39,7 @@ class DeviceWeight:
         scale, sum: float32, int32 [P * 32]; the weight's own, 1 and 0 beyond N.
         paired: whether panels 2 i and 2 i + 1 keep the same groups, in the same steps; P is then
             even.
+        steps: the most that a panel has.
     """
 
     values: torch.Tensor
@@ -50,6 +51,7 @@ class DeviceWeight:
     outputs: int
     inputs: int
     paired: bool
+    steps: int
 
     @property
     def panels(self) -> int:
@@ -119,6 +121,7 @@ def device_weight(packed: PackedWeight) -> DeviceWeight:
         outputs=packed.outputs,
         inputs=packed.inputs,
         paired=paired,
+        steps=int((step_start[:, -1] - step_start[:, 0]).max()),
     ).to(device)
 
 

@@ -20,12 +20,14 @@ class Prepared:
 
     Attributes:
         start: int32; -zero point * sum of the output's weights.
+        start_of_signed: the same for inputs of which 128 is taken: (128 - zero point) * sum.
         scale: float32; x_scale * w_scale, rounded once.
         bias: float32; -0 where there is none: adding it changes no value.
     """
 
     weight: DeviceWeight
     start: torch.Tensor
+    start_of_signed: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor
     activation: str | None
@@ -61,6 +63,7 @@ def prepare(
     return Prepared(
         weight=weight,
         start=-x_zero_point * weight.sum,
+        start_of_signed=(128 - x_zero_point) * weight.sum,
         scale=torch.tensor(x_scale, dtype=torch.float32) * weight.scale,
         bias=folded_bias,
         activation=activation,
