@@ -9,7 +9,13 @@ import pytest
 from ahead_of_time import TARGETS, check, compiled
 
 from fastrec import env
-from fastrec.kernels.window_sparse_attention._config import LaunchConfig, block_dims, heuristic
+from fastrec.kernels.window_sparse_attention._config import (
+    LaunchConfig,
+    block_dims,
+    heuristic,
+    is_short,
+    short,
+)
 
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="the interpreter compiles nothing")
 
@@ -33,6 +39,7 @@ def build(
     types = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
     types |= {name: "*fp32" for name in ("lse_ptr", "d_lse_ptr", "delta_ptr") if name in names}
     types |= {"bounds_ptr": "*i64", "far_ptr": "*i32", "far_starts_ptr": "*i32"}
+    types |= {"lengths_ptr": "*i64", "seen_ptr": "*i8"}
     types |= {name: "fp32" for name in names if name.startswith("scale")}
     types |= {n: "i64" for n in names if n.startswith("stride_") and n[-1] in "bh"}
     constants: dict[str, Any] = {
@@ -51,6 +58,7 @@ def build(
         "FAR_STAGES": config.far_stages,
         **others,
     }
+    constants = {name: value for name, value in constants.items() if name in names}
     numbers = tuple(n for n in names if n not in constants and not n.endswith("_ptr"))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return compiled(kernel, target, types, constants, numbers, **options)
@@ -112,6 +120,23 @@ def test_exact_float32_does_not_spill(target: str, dims: int, tmp_path: Path) ->
     kernel, _ = forward(target, "fp32", dims, 8192, 64)
     for each in (kernel, *backward(target, "fp32", dims, 8192, 64)[:2]):
         check(each, target, tmp_path, matrices=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "rows", "dims"),
+    [*((target, 100, 32) for target in TARGETS), ("sm_90", 256, 64), ("sm_90", 40, 256)],
+)
+def test_a_short_sequence_takes_one_program(
+    target: str, rows: int, dims: int, tmp_path: Path
+) -> None:
+    from fastrec.kernels.window_sparse_attention._triton.short_kernel import (
+        attention_short_forward,
+    )
+
+    assert is_short(rows, dims, 2)
+    config = short(rows, dims, 2)
+    kernel = build(attention_short_forward, target, "bf16", dims, config, WITH_LSE=True)
+    check(kernel, target, tmp_path, matrices=True, rows=config.block_rows)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -18,8 +18,11 @@ from fastrec.kernels.window_sparse_attention import SPEC
 DEVICE = "cpu" if env.triton_interpret() else "cuda"
 WHY_NOT = triton_can_run(Signature(DEVICE))
 runs = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}; TRITON_INTERPRET=1 needs none")
-# The interpreter takes a millisecond a tile of far positions.
-SMALL = [case for case in SPEC.samples() if case.macs <= 60_000 and not case.bench]
+# The interpreter takes a millisecond a tile of far positions. A case that is short for one program
+# runs in tiles too, if it is small.
+SMALL = [case for case in SPEC.samples() if case.macs <= 120_000 and not case.bench]
+TILED = [case for case in SMALL if case.macs <= 15_000 or "jagged" in case.name]
+SHORT = [case for case in SMALL if "jagged" not in case.name]
 
 
 def there(value: Any) -> Any:
@@ -30,9 +33,22 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.fixture(params=["short", "tiled"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the forward's kernels takes a short sequence."""
+    if request.param == "tiled":
+        from fastrec.kernels.window_sparse_attention import _triton
+
+        monkeypatch.setattr(_triton, "is_short", lambda *_: False)
+
+
+CONTRACT = [pytest.param("short", case, id=f"short-{case.name}") for case in SHORT]
+CONTRACT += [pytest.param("tiled", case, id=f"tiled-{case.name}") for case in TILED]
+
+
 @runs
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_contract_samples(case: Sample) -> None:
+@pytest.mark.parametrize(("kernel", "case"), CONTRACT, indirect=["kernel"])
+def test_contract_samples(kernel: None, case: Sample) -> None:
     args, kwargs = case.make()
     on_device = {name: there(value) for name, value in kwargs.items()}
     out = window_sparse_attention(*map(there, args), **on_device, backend="triton")
@@ -40,7 +56,7 @@ def test_contract_samples(case: Sample) -> None:
 
 
 @runs
-def test_rows_that_see_nothing() -> None:
+def test_rows_that_see_nothing(kernel: None) -> None:
     q, k, v = draw(3, 2, 1, 40, 8)
     k[1, :, 5:] = v[1, :, 5:] = torch.nan
     out, lse = window_sparse_attention(
@@ -62,7 +78,7 @@ def test_rows_that_see_nothing() -> None:
 
 @runs
 @pytest.mark.parametrize("jagged", [False, True])
-def test_log_sum_exp(jagged: bool) -> None:
+def test_log_sum_exp(kernel: None, jagged: bool) -> None:
     pattern = AttentionPattern(1, ((9, 30), (4, 17), ()), causal=True)
     q, k, v = draw(45, 3, 3, 8).unbind(1) if jagged else draw(3, 2, 3, 45, 8)
     kwargs: dict[str, Any] = {"cu_seqlens": torch.tensor([0, 1, 41, 45])} if jagged else {}
@@ -84,7 +100,7 @@ def test_gradients_are_deterministic() -> None:
 
 
 @runs
-def test_a_view_that_is_not_aligned_is_read_in_place() -> None:
+def test_a_view_that_is_not_aligned_is_read_in_place(kernel: None) -> None:
     """Loads of 16 bytes would be refused by a GPU."""
     field = draw(1, 2, 40, 17, dtype=torch.bfloat16)
     args = tuple(field[..., n : n + 16] for n in (0, 1, 1))
@@ -94,7 +110,7 @@ def test_a_view_that_is_not_aligned_is_read_in_place() -> None:
 
 
 @runs
-def test_lengths_out_of_range() -> None:
+def test_lengths_out_of_range(kernel: None) -> None:
     """On a CPU an error; a GPU does not wait for one, and reads nothing that is not there."""
     q, k, v = map(there, draw(3, 2, 1, 20, 8))
     lengths = there(torch.tensor([20, 99]))

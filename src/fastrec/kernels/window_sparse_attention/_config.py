@@ -26,6 +26,27 @@ class LaunchConfig:
     far_stages: int
 
 
+# Longest sequence whose keys and values one program takes at once, and their most bytes each.
+SHORT_ROWS = 256
+SHORT_BYTES = 32 * 1024
+
+
+def is_short(rows: int, dims: int, itemsize: int) -> bool:
+    """Whether one program can take all keys of a head."""
+    keys = power_of_two(rows, 16, 1 << 30)
+    return rows <= SHORT_ROWS and keys * block_dims(dims) * itemsize <= SHORT_BYTES
+
+
+def short(rows: int, dims: int, itemsize: int) -> LaunchConfig:
+    """The configuration for all keys of a head at once; ``block_others`` holds them."""
+    keys = power_of_two(rows, 16, SHORT_ROWS)
+    # Scores and sums of a tile of queries are in registers together.
+    large = keys > 128 or block_dims(dims) > 128
+    most = 32 if itemsize == 4 or large else 64
+    wide = keys * most >= 128 * 64 or block_dims(dims) * most >= 128 * 64
+    return LaunchConfig(min(keys, most), keys, 8 if wide else 4, 1, 1)
+
+
 def block_dims(dims: int) -> int:
     """D as wide as a tile: a power of two, at least what a matrix instruction takes."""
     return power_of_two(dims, 16, 256)

@@ -9,7 +9,14 @@ import torch
 
 from fastrec.kernels._gpu import ceil_div, device_of, fp32_precision, power_of_two
 from fastrec.kernels._triton import INTERPRETED
-from fastrec.kernels.window_sparse_attention._config import LaunchConfig, block_dims, heuristic
+from fastrec.kernels.window_sparse_attention._config import (
+    SHORT_ROWS,
+    LaunchConfig,
+    block_dims,
+    heuristic,
+    is_short,
+    short,
+)
 from fastrec.kernels.window_sparse_attention._cpu import empty_like_rows
 from fastrec.kernels.window_sparse_attention._spec import decode
 from fastrec.kernels.window_sparse_attention._triton.backward_kernels import (
@@ -17,6 +24,7 @@ from fastrec.kernels.window_sparse_attention._triton.backward_kernels import (
     attention_backward_queries,
 )
 from fastrec.kernels.window_sparse_attention._triton.forward_kernel import attention_forward
+from fastrec.kernels.window_sparse_attention._triton.short_kernel import attention_short_forward
 
 LOG2_E = 1.4426950408889634
 FAR_BLOCK = 32
@@ -45,6 +53,21 @@ def far_table(
     """The far positions on the device. Distances that a sequence lacks reach none of its keys, so
     the table of the next power of two serves all lengths up to it."""
     return _far(window, offsets, causal, heads, power_of_two(length, 256, 1 << 31), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def seen_table(
+    window: int, offsets: str, causal: bool, heads: int, device: torch.device
+) -> torch.Tensor:
+    """int8 [H, 512]: whether query i sees key j, at j - i + 256, in sequences of up to 256."""
+    pattern = decode(window, offsets, causal)
+    steps = torch.arange(-SHORT_ROWS, SHORT_ROWS)
+    distances = [pattern.distances(SHORT_ROWS, head) for head in range(heads)]
+    far = [torch.isin(steps.abs(), torch.tensor(row, dtype=torch.int64)) for row in distances]
+    seen = torch.stack(far) | (steps.abs() <= window)
+    if causal:
+        seen &= steps <= 0
+    return seen.to(device, torch.int8)
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
@@ -95,14 +118,11 @@ class Call:
         # Anything with an address where there are no bounds.
         self.bounds = self.far[0] if bounds is None else bounds
         self.itemsize = q.element_size()
-        interpreted = INTERPRETED and q.dtype is torch.bfloat16
         self.constants: dict[str, Any] = {
             "CAUSAL": causal,
             "JAGGED": self.jagged,
             "HAS_LENGTHS": lengths is not None,
-            "PRECISION": fp32_precision() if q.dtype is torch.float32 else "ieee",
-            "WIDEN": interpreted,
-            "ROUND": interpreted,
+            **arithmetic(q),
             "D": self.dims,
             "BLOCK_D": block_dims(self.dims),
             "BLOCK_F": FAR_BLOCK,
@@ -152,9 +172,13 @@ def forward(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if with_lse else None
     if not q.numel():
         return out, lse
-    call = Call(q, (window, offsets, causal), lengths, cu_seqlens)
     tensors = (q, k, v, out)
     aligned = alignment(*tensors)
+    if cu_seqlens is None and is_short(q.shape[2], q.shape[3], q.element_size()):
+        seen = seen_table(window, offsets, causal, q.shape[1], q.device)
+        _short_forward(tensors, lse, lengths, seen, scale, aligned)
+        return out, lse
+    call = Call(q, (window, offsets, causal), lengths, cu_seqlens)
     config = call.config(aligned)
     with device_of(q):
         attention_forward[call.programs(config.block_rows)](
@@ -179,6 +203,44 @@ def forward(
             num_stages=config.num_stages,
         )
     return out, lse
+
+
+def arithmetic(q: torch.Tensor) -> dict[str, Any]:
+    """How the kernels multiply and round numbers of q's dtype."""
+    interpreted = INTERPRETED and q.dtype is torch.bfloat16
+    precision = fp32_precision() if q.dtype is torch.float32 else "ieee"
+    return {"PRECISION": precision, "WIDEN": interpreted, "ROUND": interpreted}
+
+
+def _short_forward(
+    tensors: tuple[torch.Tensor, ...],
+    lse: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    seen: torch.Tensor,
+    scale: float,
+    aligned: int,
+) -> None:
+    q, _, _, out = tensors
+    batch, heads, length, dims = q.shape
+    config = short(length, dims, q.element_size())
+    with device_of(q):
+        attention_short_forward[(batch * heads,)](
+            *(*tensors, out if lse is None else lse, seen if lengths is None else lengths, seen),
+            scale * LOG2_E,
+            heads,
+            length,
+            *(stride // aligned for x in tensors for stride in strides(x)),
+            HAS_LENGTHS=lengths is not None,
+            WITH_LSE=lse is not None,
+            ALIGNED=aligned,
+            **arithmetic(q),
+            D=dims,
+            BLOCK_D=block_dims(dims),
+            BLOCK_M=config.block_rows,
+            BLOCK_N=config.block_others,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
 
 def backward(
