@@ -19,7 +19,7 @@ from fastrec.runtime.spec import InputSpec
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Engine(abc.ABC):
 
     Attributes:
         backend: the backend's name.
-        precision: ``fp32``, ``bf16`` or ``int8``.
+        precision: one of :data:`PRECISIONS`.
         threads: threads a call may use.
         spec: the inputs accepted.
         spin_s: how long idle workers keep a core busy after a call, in seconds (for timing).

@@ -227,14 +227,20 @@ class Tolerance:
 
     @classmethod
     def for_precision(cls, precision: str) -> Tolerance:
-        """The policy for ``fp32``, ``bf16`` or ``int8``.
+        """The policy for ``fp32``, ``bf16``, ``fp16`` or ``int8``.
 
         fp32: a sum of K = 1024 rounded products is off by about sqrt(K) * 2^-24 = 2e-6 of its
         scale; some twenty dependent layers add up to 4e-5, so 1e-4 holds with room and any wrong
-        operator breaks it. bf16 rounds at 2^-9, 32,768 times coarser, and int8 coarser still: there
-        the ranking is what has to survive, so the error is held against the spread of the scores.
+        operator breaks it. bf16 rounds at 2^-9, 32,768 times coarser, fp16 at 2^-12, int8
+        coarser than both: there the ranking is what has to survive, so the error is held against
+        the spread of the scores.
         """
-        policies = {"fp32": cls(relative=1e-4), "bf16": cls(noise=0.25), "int8": cls(noise=0.5)}
+        policies = {
+            "fp32": cls(relative=1e-4),
+            "bf16": cls(noise=0.25),
+            "fp16": cls(noise=0.25),
+            "int8": cls(noise=0.5),
+        }
         if precision not in policies:
             raise ArgumentError("precision", f"one of {sorted(policies)}", precision)
         return policies[precision]

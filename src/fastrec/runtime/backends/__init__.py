@@ -17,6 +17,7 @@ BACKENDS = {
     "onnxruntime": "onnxruntime",
     "torch_compile": "torch_compile",
     "torch": "torch_eager",
+    "cuda": "cuda",
 }
 
 

@@ -18,11 +18,7 @@ CHUNK = 32
 
 def optimise(plan: Plan) -> None:
     """All passes, in the order that lets each see what the one before has freed."""
-    remove_unused(plan)
-    remove_copies(plan)
-    remove_unused(plan)
-    fuse_maps(plan)
-    fuse_activations(plan)
+    simplify(plan)
     fuse_residuals(plan)
     merge_linears(plan)  # those whose results are read as they are
     quantise_norms(plan)
@@ -30,6 +26,15 @@ def optimise(plan: Plan) -> None:
     keep_tiles(plan)
     remove_unused(plan)
     order_by_rows(plan, batch_symbol(plan))
+
+
+def simplify(plan: Plan) -> None:
+    """The passes that serve any executor: one step a layer, without copies."""
+    remove_unused(plan)
+    remove_copies(plan)
+    remove_unused(plan)
+    fuse_maps(plan)
+    fuse_activations(plan)
 
 
 def remove_unused(plan: Plan) -> None:
