@@ -4,6 +4,7 @@
 |---|---|
 | ``FASTREC_FORCE_ISA`` | newest instruction set CPU kernels may use; unknown ones raise |
 | ``FASTREC_FORCE_BACKEND`` | kernel backend where the caller names none; raises if it can't run |
+| ``FASTREC_CACHE_DIR`` | where tuned launch configurations are kept; default ``~/.cache/fastrec`` |
 | ``TRITON_INTERPRET`` | Triton's own: kernels run in its interpreter, on CPU tensors |
 | ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA``, ``FASTREC_CUDA_ARCHS`` | only setup.py reads them |
 """
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def force_isa() -> str | None:
@@ -32,3 +34,10 @@ def omp_num_threads() -> str | None:
     """``OMP_NUM_THREADS`` as it is set, for the machine card; torch, whose count kernels follow,
     obeys it."""
     return os.environ.get("OMP_NUM_THREADS")
+
+
+def cache_dir() -> Path:
+    """``FASTREC_CACHE_DIR``, else ``fastrec`` in the user's cache folder."""
+    if own := os.environ.get("FASTREC_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrec"

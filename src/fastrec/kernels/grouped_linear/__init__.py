@@ -16,6 +16,7 @@ import torch
 
 from fastrec.errors import DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
+from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
@@ -133,6 +134,7 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
     return not torch._C._functorch.maybe_current_level()
 
 
+@takes_arrays
 def grouped_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -16,6 +16,7 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
+from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
 from fastrec.kernels.grouped_linear import (
@@ -74,6 +75,7 @@ def _check(
     check_lengths(lengths, x)
 
 
+@takes_arrays
 def separable_projection(
     x: torch.Tensor,
     depthwise: torch.Tensor,

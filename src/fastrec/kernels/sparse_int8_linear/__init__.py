@@ -17,6 +17,7 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _gpu as gpus
+from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._compiled import cpu_can_run
 from fastrec.kernels._cuda import cuda_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Signature, always
@@ -83,6 +84,7 @@ def check_numbers(x: torch.Tensor) -> None:
         raise ArgumentError("x", "numbers", "a NaN")
 
 
+@takes_arrays
 def sparse_int8_linear(
     x_u8: torch.Tensor,
     packed: PackedWeight,

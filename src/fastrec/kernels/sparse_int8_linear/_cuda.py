@@ -7,10 +7,11 @@ import functools
 
 import torch
 
-from fastrec.kernels import _cuda
-from fastrec.kernels._gpu import device_of
+from fastrec.kernels import _cuda, _tuning
+from fastrec.kernels._gpu import device_of, power_of_two
 from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, CudaConfig, cuda_heuristic
 from fastrec.kernels.sparse_int8_linear._cpu import ACTIVATION_CODES, DTYPE_CODES
+from fastrec.kernels.sparse_int8_linear._device import DeviceWeight
 from fastrec.kernels.sparse_int8_linear._gpu import Prepared
 
 HEADER = "sparse_int8_linear/sparse_int8_linear.cuh"
@@ -86,6 +87,42 @@ def _nvrtc(config: CudaConfig) -> _cuda.Launch:
     return _cuda.nvrtc_kernel(HEADER, kernel_name(config))
 
 
+@functools.cache
+def table(device: int) -> _tuning.Table:
+    """The tuned configurations of a GPU."""
+    return _tuning.Table(
+        "sparse_int8_linear", _tuning.gpu_name(device), _cuda.source(HEADER), _cuda.NVRTC_OPTIONS
+    )
+
+
+def shape_key(rows: int, weight: DeviceWeight) -> str:
+    """What an entry of the table is for: rows, in powers of two, panels, steps, paired or not."""
+    bucket = power_of_two(rows, 8, 1 << 30)
+    return f"{bucket} {weight.panels} {weight.steps} {int(weight.paired)}"
+
+
+def possible(weight: DeviceWeight) -> list[CudaConfig]:
+    return [config for config in CUDA_CONFIGS if weight.paired or config.wide == 1]
+
+
+def choose(rows: int, weight: DeviceWeight, device: int) -> CudaConfig:
+    """The tuned configuration, else the heuristic's."""
+    known = table(device).find(shape_key(rows, weight), possible(weight))
+    return known or cuda_heuristic(rows, weight.panels, weight.paired)
+
+
+def tune(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> CudaConfig:
+    """Times every configuration on this call, keeps the fastest for its shape in the user's cache
+    and returns it."""
+    weight, device = prepared.weight, torch.cuda.current_device()
+    best = _tuning.fastest(
+        possible(weight),
+        lambda config: _tuning.device_time_ms(lambda: run(prepared, x, y, config)),
+    )
+    table(device).keep(shape_key(x.shape[0], weight), best)
+    return best
+
+
 def run(
     prepared: Prepared, x: torch.Tensor, y: torch.Tensor, config: CudaConfig | None = None
 ) -> None:
@@ -93,7 +130,7 @@ def run(
     weight = prepared.weight
     rows = x.shape[0]
     if config is None:
-        config = cuda_heuristic(rows, weight.panels, weight.paired)
+        config = choose(rows, weight, x.device.index)
     params = params_of(prepared, x, y)
     with device_of(x):
         stream = torch.cuda.current_stream(x.device).cuda_stream

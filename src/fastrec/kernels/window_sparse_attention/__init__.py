@@ -14,6 +14,7 @@ from typing import Literal, overload
 import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._registry import OpSpec
 from fastrec.kernels.window_sparse_attention import _torch_op
 from fastrec.kernels.window_sparse_attention._spec import encode, encode_cached
@@ -92,6 +93,7 @@ def window_sparse_attention(
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@takes_arrays
 def window_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -1,0 +1,102 @@
+"""Tuned launch configurations: which one was fastest on a GPU, by op and shape.
+
+One JSON file for an op on a kind of GPU, in the user's cache (``FASTREC_CACHE_DIR``, else
+``$XDG_CACHE_HOME/fastrec``, else ``~/.cache/fastrec``), named by a digest of the kernel's source,
+its compiler's flags and the GPU's name and architecture: a changed kernel does not find old
+entries. Tables that ship with the package lie in ``kernels/tuned`` and have the same form; there is
+one only where a GPU was measured. What no table knows is up to the op's heuristic.
+
+    {"op": "sparse_int8_linear", "gpu": "NVIDIA H200 (9.0)", "digest": "...",
+     "entries": {"64 32 32 1": {"rows": 64, "wide": 2, ...}}}
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastrec import env
+
+Config = TypeVar("Config")
+
+SHIPPED = Path(__file__).parent / "tuned"
+
+
+@functools.cache
+def gpu_name(index: int) -> str:
+    """Name and compute capability of a GPU."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} ({major}.{minor})"
+
+
+class Table:
+    """The entries of one op on one kind of GPU; read once, at the first question."""
+
+    def __init__(self, op_id: str, gpu: str, source: str, flags: Iterable[str]) -> None:
+        self.op_id, self.gpu = op_id, gpu
+        text = "\0".join((op_id, gpu, source, *flags))
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def path(self) -> Path:
+        """Where entries of this machine's own are kept."""
+        return env.cache_dir() / "tuned" / f"{self.op_id}-{self.digest}.json"
+
+    @functools.cached_property
+    def entries(self) -> dict[str, dict[str, int]]:
+        """This machine's own before those shipped; a file that can't be read counts as none."""
+        return self._read(SHIPPED / self.path.name) | self._read(self.path)
+
+    def _read(self, path: Path) -> dict[str, dict[str, int]]:
+        try:
+            found = json.loads(path.read_text())
+            entries = found["entries"] if found["digest"] == self.digest else {}
+            return {str(key): dict(value) for key, value in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def find(self, key: str, possible: Iterable[Config]) -> Config | None:
+        """The configuration for a shape, if it is known and among the possible ones."""
+        entry = self.entries.get(key)
+        return next((config for config in possible if asdict(config) == entry), None)  # type: ignore[call-overload]
+
+    def keep(self, key: str, config: Any) -> None:
+        """Adds an entry and writes the file, whole or not at all."""
+        entries = self._read(self.path) | {key: asdict(config)}
+        content = {"op": self.op_id, "gpu": self.gpu, "digest": self.digest, "entries": entries}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=2)
+        Path(name).replace(self.path)
+        self.entries[key] = asdict(config)
+
+
+def fastest(possible: Iterable[Config], time_ms: Callable[[Config], float]) -> Config:
+    """The configuration with the least time."""
+    return min(possible, key=time_ms)
+
+
+def device_time_ms(call: Callable[[], None], calls: int = 50) -> float:
+    """Median time of a call on the current GPU, between events; the first ones don't count."""
+    import torch
+
+    times = []
+    for i in range(calls + 10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if i >= 10:
+            times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]

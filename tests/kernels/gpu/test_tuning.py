@@ -1,0 +1,84 @@
+"""Tables of tuned configurations: kept in the user's cache, never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrec import env
+from fastrec.kernels import _tuning
+from fastrec.kernels.sparse_int8_linear import _cuda as op
+from fastrec.kernels.sparse_int8_linear import _gpu
+from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, cuda_heuristic
+from fastrec.kernels.sparse_int8_linear.samples import sample
+
+pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="nothing here is Triton's")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTREC_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def table(source: str = "source", gpu: str = "GPU (9.0)") -> _tuning.Table:
+    return _tuning.Table("sparse_int8_linear", gpu, source, ("-O3",))
+
+
+def test_entries_survive_the_process_and_stay_in_the_cache(own_cache: Path) -> None:
+    table().keep("8 1 1 0", CUDA_CONFIGS[3])
+    table().keep("16 1 1 0", CUDA_CONFIGS[4])
+    assert table().find("8 1 1 0", CUDA_CONFIGS) == CUDA_CONFIGS[3]
+    assert table().find("16 1 1 0", CUDA_CONFIGS) == CUDA_CONFIGS[4]
+    assert [path.parent for path in own_cache.rglob("*.json")] == [own_cache / "tuned"]
+    assert not list((own_cache / "tuned").glob("*.json?*")), "a file half written"
+
+
+def test_another_source_or_gpu_knows_nothing() -> None:
+    table().keep("8 1 1 0", CUDA_CONFIGS[3])
+    assert table(source="changed").find("8 1 1 0", CUDA_CONFIGS) is None
+    assert table(gpu="GPU (8.0)").find("8 1 1 0", CUDA_CONFIGS) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"digest": 1}', '{"entries": {"8": 3}}'])
+def test_a_broken_file_counts_as_none(text: str) -> None:
+    path = table().path
+    path.parent.mkdir()
+    path.write_text(text)
+    assert table().find("8 1 1 0", CUDA_CONFIGS) is None
+
+
+def test_an_entry_that_no_kernel_has_is_passed_over() -> None:
+    table().keep("8 1 1 0", CUDA_CONFIGS[0])
+    content = json.loads(table().path.read_text())
+    content["entries"]["8 1 1 0"]["rows"] = 4096
+    table().path.write_text(json.dumps(content))
+    assert table().find("8 1 1 0", CUDA_CONFIGS) is None
+
+
+def test_calls_take_the_tuned_configuration_and_else_the_heuristics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (x, packed), kwargs = sample(9, 96, 36, bias=False).make()
+    prepared = _gpu.prepare(packed, **kwargs | {"out_scale": None, "out_zero_point": None})
+    weight = prepared.weight
+    monkeypatch.setattr(_tuning, "gpu_name", lambda index: "GPU (9.0)")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(op, "run", lambda prepared, x, y, config: None)
+    op.table.cache_clear()
+    heuristic = cuda_heuristic(9, weight.panels, weight.paired)
+    assert op.choose(9, weight, 0) == heuristic
+    slow = next(config for config in CUDA_CONFIGS if config != heuristic)
+    monkeypatch.setattr(_tuning, "fastest", lambda configs, time_ms: slow)
+    assert op.tune(prepared, x, torch.empty(9, 96)) == slow
+    assert op.choose(9, weight, 0) == slow
+    assert op.choose(16, weight, 0) == slow  # the same power of two
+    assert op.choose(17, weight, 0) == cuda_heuristic(17, weight.panels, weight.paired)
+    op.table.cache_clear()
+
+
+def test_the_fastest_is_the_one_that_took_least() -> None:
+    assert _tuning.fastest([3, 1, 2], float) == 1
