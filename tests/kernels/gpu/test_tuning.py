@@ -12,7 +12,7 @@ from fastrec import env
 from fastrec.kernels import _tuning
 from fastrec.kernels.sparse_int8_linear import _cuda as op
 from fastrec.kernels.sparse_int8_linear import _gpu
-from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, cuda_heuristic
+from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, CudaConfig, cuda_heuristic
 from fastrec.kernels.sparse_int8_linear.samples import sample
 
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="nothing here is Triton's")
@@ -69,15 +69,21 @@ def test_calls_take_the_tuned_configuration_and_else_the_heuristics(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(op, "run", lambda prepared, x, y, config: None)
     op.table.cache_clear()
+    op.choose.cache_clear()
+
+    def chosen(rows: int) -> CudaConfig:
+        return op.choose(rows, weight.panels, weight.steps, weight.paired, 0)
+
     heuristic = cuda_heuristic(9, weight.panels, weight.paired)
-    assert op.choose(9, weight, 0) == heuristic
+    assert chosen(9) == heuristic
     slow = next(config for config in CUDA_CONFIGS if config != heuristic)
     monkeypatch.setattr(_tuning, "fastest", lambda configs, time_ms: slow)
     assert op.tune(prepared, x, torch.empty(9, 96)) == slow
-    assert op.choose(9, weight, 0) == slow
-    assert op.choose(16, weight, 0) == slow  # the same power of two
-    assert op.choose(17, weight, 0) == cuda_heuristic(17, weight.panels, weight.paired)
+    assert chosen(9) == slow
+    assert chosen(16) == slow  # the same power of two
+    assert chosen(17) == cuda_heuristic(17, weight.panels, weight.paired)
     op.table.cache_clear()
+    op.choose.cache_clear()
 
 
 def test_the_fastest_is_the_one_that_took_least() -> None:

@@ -11,7 +11,6 @@ from fastrec.kernels import _cuda, _tuning
 from fastrec.kernels._gpu import device_of, power_of_two
 from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, CudaConfig, cuda_heuristic
 from fastrec.kernels.sparse_int8_linear._cpu import ACTIVATION_CODES, DTYPE_CODES
-from fastrec.kernels.sparse_int8_linear._device import DeviceWeight
 from fastrec.kernels.sparse_int8_linear._gpu import Prepared
 
 HEADER = "sparse_int8_linear/sparse_int8_linear.cuh"
@@ -95,20 +94,21 @@ def table(device: int) -> _tuning.Table:
     )
 
 
-def shape_key(rows: int, weight: DeviceWeight) -> str:
-    """What an entry of the table is for: rows, in powers of two, panels, steps, paired or not."""
-    bucket = power_of_two(rows, 8, 1 << 30)
-    return f"{bucket} {weight.panels} {weight.steps} {int(weight.paired)}"
+def shape_key(rows: int, panels: int, steps: int, paired: bool) -> str:
+    """What an entry of the table is for; rows count in powers of two."""
+    return f"{power_of_two(rows, 8, 1 << 30)} {panels} {steps} {int(paired)}"
 
 
-def possible(weight: DeviceWeight) -> list[CudaConfig]:
-    return [config for config in CUDA_CONFIGS if weight.paired or config.wide == 1]
+def possible(paired: bool) -> list[CudaConfig]:
+    """The configurations for weights of that kind."""
+    return [config for config in CUDA_CONFIGS if paired or config.wide == 1]
 
 
-def choose(rows: int, weight: DeviceWeight, device: int) -> CudaConfig:
-    """The tuned configuration, else the heuristic's."""
-    known = table(device).find(shape_key(rows, weight), possible(weight))
-    return known or cuda_heuristic(rows, weight.panels, weight.paired)
+@functools.lru_cache(maxsize=4096)
+def choose(rows: int, panels: int, steps: int, paired: bool, device: int) -> CudaConfig:
+    """The tuned configuration, else the heuristic's; decided once."""
+    known = table(device).find(shape_key(rows, panels, steps, paired), possible(paired))
+    return known or cuda_heuristic(rows, panels, paired)
 
 
 def tune(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> CudaConfig:
@@ -116,10 +116,12 @@ def tune(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> CudaConfig:
     and returns it."""
     weight, device = prepared.weight, torch.cuda.current_device()
     best = _tuning.fastest(
-        possible(weight),
+        possible(weight.paired),
         lambda config: _tuning.device_time_ms(lambda: run(prepared, x, y, config)),
     )
-    table(device).keep(shape_key(x.shape[0], weight), best)
+    key = shape_key(x.shape[0], weight.panels, weight.steps, weight.paired)
+    table(device).keep(key, best)
+    choose.cache_clear()
     return best
 
 
@@ -130,7 +132,7 @@ def run(
     weight = prepared.weight
     rows = x.shape[0]
     if config is None:
-        config = choose(rows, weight, x.device.index)
+        config = choose(rows, weight.panels, weight.steps, weight.paired, x.device.index)
     params = params_of(prepared, x, y)
     with device_of(x):
         stream = torch.cuda.current_stream(x.device).cuda_stream
