@@ -119,7 +119,8 @@ struct Step {
 // kSlices: warps that share the steps of a panel
 // kAhead:  steps whose weights are under way, in registers
 template <int kRows, int kWide, int kPanels, int kSlices, int kAhead>
-__global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1) multiply(const Params params) {
+__global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1)
+    multiply(const Params params) {
   constexpr int kThreads = block_threads(kPanels, kSlices), kColumns = kRows / 8;
   uint8_t* const shared = dynamic_shared();
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
