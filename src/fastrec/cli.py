@@ -22,11 +22,12 @@ def _mount() -> None:
     from fastrec.info import explain, info
     from fastrec.report.cli import bench, table1
     from fastrec.runtime.cli import export
+    from fastrec.serving.cli import serve
     from fastrec.train.cli import train
 
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
-    for command in (train, compress, table1, export, bench, explain):
+    for command in (train, compress, table1, export, bench, explain, serve):
         app.command()(command)
 
 

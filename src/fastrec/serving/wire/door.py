@@ -78,6 +78,7 @@ class Door:
         self._admin = admin
         self.statistics = statistics or (lambda name, version: [])
         self._max_users = max_users
+        self.running = 0
         self._logged: dict[tuple[str, str], tuple[float, int]] = {}
 
     def identify(self, authorization: str | None, certificate_names: Iterable[str]) -> Identity:
@@ -142,18 +143,21 @@ class Door:
         if remaining_s is not None and (timeout is None or remaining_s < timeout):
             timeout = remaining_s
         deadline = None if timeout is None else self.runtime.clock.now() + timeout
-        response = await self.runtime.infer(
-            Request(
-                model,
-                version,
-                inputs,
-                priority=hints.priority,
-                deadline=deadline,
-                tier=tier,
-                tenant=tenant,
-                id=request_id,
-            )
+        request = Request(
+            model,
+            version,
+            inputs,
+            priority=hints.priority,
+            deadline=deadline,
+            tier=tier,
+            tenant=tenant,
+            id=request_id,
         )
+        self.running += 1
+        try:
+            response = await self.runtime.infer(request)
+        finally:
+            self.running -= 1
         if outputs:
             response.outputs = {name: response.outputs[name] for name in outputs}
         return response

@@ -268,7 +268,7 @@ class GrpcServer:
         return self._replies["ServerReady"](ready=self._door.runtime.ready())
 
     async def _model_ready(self, request: Any, _who: Any, _context: Any) -> Any:
-        self._door.runtime.model(request.name, request.version)
+        # Unknown models are not ready; as with Triton, that is no error.
         ready = self._door.runtime.ready(request.name, request.version)
         return self._replies["ModelReady"](ready=ready)
 

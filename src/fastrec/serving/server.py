@@ -1,0 +1,252 @@
+"""The embedded server: a runtime, its models, gRPC and HTTP in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastrec import __version__
+from fastrec.errors import ArgumentError, MissingDependencyError
+from fastrec.serving.core.config import ServingConfig
+from fastrec.serving.core.events import EngineChanged, Event
+from fastrec.serving.core.runtime import Runtime
+
+try:
+    from fastrec.serving.observe.metrics import Metrics
+    from fastrec.serving.observe.recorder import Recorder
+    from fastrec.serving.repository import ModelRepository
+    from fastrec.serving.wire.auth import Auth
+    from fastrec.serving.wire.door import Door
+    from fastrec.serving.wire.grpc_server import GrpcServer, Limits, Tls
+    from fastrec.serving.wire.http import HttpLimits, HttpServer
+    from fastrec.serving.wire.rest import Rest
+except ImportError as error:
+    if error.name is None or error.name.partition(".")[0] not in (
+        "grpc",
+        "google",
+        "h11",
+        "prometheus_client",
+    ):
+        raise
+    raise MissingDependencyError(error.name, "serve", "fastrec.serving.server") from error
+
+log = logging.getLogger("fastrec.serving")
+
+_LAG_PERIOD_S = 0.25
+PAGE = Path(__file__).parent / "observe" / "page.html"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where and to whom a server listens.
+
+    Args:
+        host: address to listen at; the default is reached from this machine alone.
+        grpc_port, http_port: 0 = a free one; None = not served.
+        tls: for both ports.
+        auth: None = anyone may call, and is believed its tier and tenant.
+        admin: whether models may be loaded and unloaded over the wire; None = from loopback
+            addresses alone.
+        reuse_port: whether several processes share the ports.
+        limits: of the gRPC port; messages over HTTP have the same limit.
+        drain_s: how long requests in flight are waited for at the end.
+        linger_s: how long the server goes on serving once it is told to end and says NOT_SERVING,
+            so that load balancers can look away first.
+        cache: where compiled checkpoints are kept.
+    """
+
+    host: str = "127.0.0.1"
+    grpc_port: int | None = 8001
+    http_port: int | None = 8000
+    tls: Tls | None = None
+    auth: Auth | None = None
+    admin: bool | None = None
+    reuse_port: bool = False
+    limits: Limits = field(default_factory=Limits)
+    drain_s: float = 30.0
+    linger_s: float = 0.0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.grpc_port is None and self.http_port is None:
+            raise ArgumentError("ports", "at least one of gRPC and HTTP", "neither")
+        checked = self.tls is not None and self.tls.client_authority is not None
+        if self.auth is not None and self.auth.by_certificate and not checked:
+            raise ArgumentError("tls", "a client authority, as auth names certificates", "none")
+
+
+class Server:
+    """Serves what lies at a path.
+
+    Args:
+        path: see :mod:`fastrec.serving.repository`; None = no repository: load models through
+            :attr:`runtime`.
+        config: of the scheduler.
+        options: of the wire.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        config: ServingConfig | None = None,
+        options: ServerOptions | None = None,
+    ) -> None:
+        self.options = options or ServerOptions()
+        self.config = config or ServingConfig()
+        self._path = path
+        self._tasks: list[asyncio.Task[None]] = []
+        self._grpc: GrpcServer | None = None
+        self._http: HttpServer | None = None
+
+    @property
+    def grpc_port(self) -> int | None:
+        """The port that gRPC listens at."""
+        return None if self._grpc is None else self._grpc.port
+
+    @property
+    def http_port(self) -> int | None:
+        """The port that HTTP listens at."""
+        return None if self._http is None else self._http.port
+
+    async def start(self) -> None:
+        """Listen, then load; probes say NOT_SERVING until every model is warm.
+
+        Raises:
+            ArgumentError: an address or a file of the options is no good.
+            ArtifactError, FastrecError: a model cannot be loaded.
+        """
+        options = self.options
+        self.runtime = Runtime(self.config)
+        self.recorder = Recorder(self.config)
+        self.runtime.subscribe(self.recorder)
+        self.repository = (
+            None
+            if self._path is None
+            else ModelRepository(self._path, self.runtime, cache=options.cache)
+        )
+        self.door = Door(
+            self.runtime,
+            self.repository,
+            auth=options.auth,
+            admin=options.admin,
+            statistics=self.recorder.statistics,
+        )
+        self.metrics = Metrics(self.recorder, self.runtime, self.door)
+        if options.grpc_port is not None:
+            self._grpc = GrpcServer(
+                self.door,
+                f"{options.host}:{options.grpc_port}",
+                tls=options.tls,
+                limits=options.limits,
+                reuse_port=options.reuse_port,
+            )
+            self.runtime.subscribe(_Changes(self._grpc.health.changed))
+            await self._grpc.start()
+        if options.http_port is not None:
+            rest = Rest(
+                self.door,
+                metrics=self.metrics.exposition,
+                status=self.status,
+                page=PAGE.read_bytes(),
+            )
+            self._http = HttpServer(
+                rest.handle,
+                f"{options.host}:{options.http_port}",
+                tls=options.tls,
+                limits=HttpLimits(message_mib=options.limits.message_mib),
+                reuse_port=options.reuse_port,
+            )
+            await self._http.start()
+        self._tasks.append(asyncio.create_task(self._watch_lag()))
+        if self.repository is not None:
+            await self.repository.load_all()
+        if self._grpc is not None:
+            self._grpc.health.changed()
+        # What is alive now lives as long as the process: no collection needs to look at it again.
+        gc.collect()
+        gc.freeze()
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, answer what was accepted, close."""
+        if self._grpc is not None:
+            self._grpc.health.close()
+        if self.options.linger_s:
+            await asyncio.sleep(self.options.linger_s)
+        if not await self.runtime.drain(self.options.drain_s):
+            log.warning("requests were still running after %.0f s", self.options.drain_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._grpc is not None:
+            await self._grpc.stop(1.0)
+        if self._http is not None:
+            await self._http.stop()
+        await self.runtime.close()
+        gc.unfreeze()
+
+    async def run(self, on_start: Callable[[Server], None] | None = None) -> None:
+        """Start, serve until SIGTERM or SIGINT, stop."""
+        loop = asyncio.get_running_loop()
+        end = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end.set)
+        try:
+            await self.start()
+            if on_start is not None:
+                on_start(self)
+            await end.wait()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            await self.stop()
+
+    def status(self) -> dict[str, Any]:
+        """What the status page shows, in plain JSON types."""
+        return {
+            "version": __version__,
+            "at": time.time(),
+            "ready": self.runtime.ready(),
+            "running": self.door.running,
+            "queued": self.metrics.queued(),
+            "limit_s": self.recorder.limit_s,
+            "guard": self.recorder.guard,
+            "lag_ms": 1e3 * self.metrics.loop_lag_s,
+            "models": [
+                {
+                    "name": info.name,
+                    "version": info.version,
+                    "state": info.state,
+                    "weight": info.weight,
+                    "engines": info.engines,
+                }
+                for info in self.runtime.models()
+            ],
+            "window": self.recorder.window(),
+            "series": self.recorder.series(),
+            "recent": list(self.recorder.recent),
+        }
+
+    async def _watch_lag(self) -> None:
+        """How late the loop runs its timers: what every request waits besides its own work."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LAG_PERIOD_S
+            await asyncio.sleep(_LAG_PERIOD_S)
+            self.metrics.loop_lag_s = max(0.0, loop.time() - due)
+
+
+class _Changes:
+    """Calls back when an engine changes state."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, EngineChanged):
+            self._call()

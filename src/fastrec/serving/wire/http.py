@@ -1,0 +1,254 @@
+"""A small HTTP/1.1 server: h11 reads the protocol, this bounds what a client may make it hold.
+
+A request's head has to arrive within ``head_s`` and its body within ``body_s``; both are limited in
+bytes, and so are the connections. h11 refuses what is malformed. No framework: what is served are
+a handful of fixed paths.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import h11
+
+from fastrec.errors import ArgumentError
+from fastrec.serving.wire.grpc_server import Tls
+
+_CHUNK = 1 << 16
+_HEAD_BYTES = 16 << 10
+_KINDS = {"json": "application/json", "html": "text/html; charset=utf-8"}
+
+
+@dataclass
+class Request:
+    """One request, whole."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    peer: str
+    certificate_names: tuple[str, ...] = ()
+
+
+@dataclass
+class Reply:
+    """One answer."""
+
+    status: int = 200
+    body: bytes = b""
+    kind: str = _KINDS["json"]
+    headers: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """Bounds of what clients may make the server hold."""
+
+    message_mib: int = 16
+    head_s: float = 10.0
+    body_s: float = 30.0
+    idle_s: float = 75.0
+    connections: int = 1024
+
+
+class HttpServer:
+    """Serves ``handle`` at ``HOST:PORT``; port 0 takes a free one, see :attr:`port`."""
+
+    def __init__(
+        self,
+        handle: Callable[[Request], Awaitable[Reply]],
+        address: str,
+        *,
+        tls: Tls | None = None,
+        limits: HttpLimits | None = None,
+        reuse_port: bool = False,
+    ) -> None:
+        self._handle, self._limits, self._tls = handle, limits or HttpLimits(), tls
+        self._host, _, port = address.rpartition(":")
+        self._reuse_port = reuse_port
+        self.port = int(port)
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ArgumentError: the address cannot be listened at.
+        """
+        try:
+            self._server = await asyncio.start_server(
+                self._accept,
+                self._host.strip("[]"),
+                self.port,
+                ssl=None if self._tls is None else _context(self._tls),
+                limit=_CHUNK,
+                reuse_port=self._reuse_port or None,
+            )
+        except OSError as error:
+            address = f"{self._host}:{self.port}"
+            raise ArgumentError("http address", "one that can be listened at", address) from error
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Close, connections too."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._connections) >= self._limits.connections:
+            writer.close()
+            return
+        self._connections.add(task)
+        try:
+            await self._talk(reader, writer)
+        except (ConnectionError, asyncio.TimeoutError, ssl.SSLError):
+            return  # the client's end; nobody is left to tell
+        finally:
+            self._connections.discard(task)
+            writer.close()
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(writer.wait_closed(), 1.0)
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD_BYTES)
+        first = True
+        while True:
+            try:
+                request = await self._read(connection, reader, writer, first)
+                if request is None:
+                    return
+                reply = await self._handle(request)
+            except h11.RemoteProtocolError as error:
+                if connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                    reply = Reply(error.error_status_hint, b'{"error":"malformed request"}')
+                    reply.headers.append(("connection", "close"))
+                    await self._send(connection, writer, reply, body=True)
+                return
+            await self._send(connection, writer, reply, body=request.method != "HEAD")
+            if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
+                return
+            connection.start_next_cycle()
+            first = False
+
+    async def _read(
+        self,
+        connection: h11.Connection,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        first: bool,
+    ) -> Request | None:
+        """The next request, None where the client has gone.
+
+        Raises:
+            RemoteProtocolError: malformed or too large.
+            TimeoutError: too slow.
+        """
+        loop = asyncio.get_running_loop()
+        limits = self._limits
+        until = loop.time() + (limits.head_s if first else limits.idle_s)
+        head: h11.Request | None = None
+        body = bytearray()
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                if connection.they_are_waiting_for_100_continue:
+                    proceed = h11.InformationalResponse(status_code=100, headers=[])
+                    writer.write(connection.send(proceed) or b"")
+                data = await asyncio.wait_for(reader.read(_CHUNK), max(0.0, until - loop.time()))
+                connection.receive_data(data)
+                if not first and head is None and data:
+                    until, first = min(until, loop.time() + limits.head_s), True
+            elif isinstance(event, h11.Request):
+                head = event
+                until = loop.time() + limits.body_s
+                _check_length(head, limits.message_mib << 20)
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > limits.message_mib << 20:
+                    raise h11.RemoteProtocolError("too large", error_status_hint=413)
+            elif isinstance(event, h11.EndOfMessage):
+                assert head is not None
+                return Request(
+                    head.method.decode("ascii"),
+                    head.target.decode("latin-1"),
+                    {k.decode("latin-1"): v.decode("latin-1") for k, v in head.headers},
+                    bytes(body),
+                    _peer(writer),
+                    _names(writer),
+                )
+            else:  # ConnectionClosed, PAUSED
+                return None
+
+    async def _send(
+        self, connection: h11.Connection, writer: asyncio.StreamWriter, reply: Reply, *, body: bool
+    ) -> None:
+        headers = [
+            ("content-type", reply.kind),
+            ("content-length", str(len(reply.body))),
+            ("x-content-type-options", "nosniff"),
+            *reply.headers,
+        ]
+        reason = HTTPStatus(reply.status).phrase if reply.status in set(HTTPStatus) else ""
+        parts = [
+            connection.send(
+                h11.Response(status_code=reply.status, headers=headers, reason=reason.encode())
+            )
+        ]
+        if body:
+            parts.append(connection.send(h11.Data(data=reply.body)))
+        parts.append(connection.send(h11.EndOfMessage()))
+        writer.write(b"".join(part for part in parts if part))
+        # A client that does not read is given as long as one that does not send.
+        await asyncio.wait_for(writer.drain(), self._limits.body_s)
+
+
+def _check_length(head: h11.Request, most: int) -> None:
+    for name, value in head.headers:
+        if name == b"content-length" and int(value) > most:
+            raise h11.RemoteProtocolError("too large", error_status_hint=413)
+
+
+def _peer(writer: asyncio.StreamWriter) -> str:
+    """As gRPC writes it."""
+    address = writer.get_extra_info("peername")
+    if not isinstance(address, tuple):
+        return ""
+    kind = "ipv6" if ":" in address[0] else "ipv4"
+    return f"{kind}:[{address[0]}]:{address[1]}"
+
+
+def _names(writer: asyncio.StreamWriter) -> tuple[str, ...]:
+    certificate = writer.get_extra_info("peercert") or {}
+    names = [
+        value
+        for part in certificate.get("subject", ())
+        for key, value in part
+        if key == "commonName"
+    ]
+    names += [value for _, value in certificate.get("subjectAltName", ())]
+    return tuple(names)
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        if tls.client_authority is not None:
+            context.load_verify_locations(tls.client_authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ArgumentError("tls", "readable PEM files that belong together", str(error)) from error
+    return context
