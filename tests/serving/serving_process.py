@@ -60,7 +60,7 @@ class Running:
         self.http = f"127.0.0.1:{self.server.http_port}"
 
     def run(self, work: Awaitable[Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)  # type: ignore[arg-type]
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(240)  # type: ignore[arg-type]
 
     def close(self) -> None:
         try:
