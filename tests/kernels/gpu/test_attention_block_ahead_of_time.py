@@ -13,7 +13,8 @@ from fastrec.kernels.window_sparse_attention._config import BLOCK_ROWS, BLOCK_TI
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="the interpreter compiles nothing")
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# Before sm_90 it would spill, and the op composes the three instead.
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_80"])
 def test_the_canonical_ranker_s_block(target: str, tmp_path: Path) -> None:
     from fastrec.kernels.window_sparse_attention._triton.block_kernel import attention_block
 

@@ -21,14 +21,19 @@ from fastrec.kernels.window_sparse_attention._torch_op import DTYPE_NAMES
 Biases = tuple[torch.Tensor, torch.Tensor]
 
 
-def fused_can_run(x: torch.Tensor, heads: int) -> str | None:
+def fused_can_run(x: torch.Tensor) -> str | None:
     """Why the one launch can't take this input, or None if it can. Gradients are not asked for."""
     signature = Signature(x.device.type, DTYPE_NAMES[x.dtype])
     if signature.dtype not in ("bfloat16", "float16"):
         return f"it computes in bfloat16 or float16, the input is {signature.dtype}"
     if x.shape[1] > BLOCK_ROWS or x.shape[2] > BLOCK_CHANNELS:
         return f"it takes L <= {BLOCK_ROWS} and d <= {BLOCK_CHANNELS}, got {list(x.shape)}"
-    return reason_missing(signature.device)
+    if (reason := reason_missing(signature.device)) is not None:
+        return reason
+    older = x.is_cuda and torch.version.hip is None
+    if older and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return "before sm_90 it does not fit the registers"
+    return None
 
 
 def _check(
@@ -93,7 +98,7 @@ def window_sparse_attention_block(
     _check(x, in_weight, out_weight, biases, heads)
     if backend not in (None, "triton", "composed"):
         raise BackendError(f"backend: expected one of triton, composed, got {backend!r}")
-    reason = fused_can_run(x, heads)
+    reason = fused_can_run(x)
     tensors = (x, in_weight, out_weight, *(biases or ()))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         reason = reason or "a gradient is asked for"
