@@ -80,6 +80,7 @@ def op_rows() -> list[dict[str, Any]]:
                 continue
             args, kwargs = sample.make()
             args = tuple(a.cuda() if isinstance(a, torch.Tensor) else a for a in args)
+            kwargs = {n: a.cuda() if isinstance(a, torch.Tensor) else a for n, a in kwargs.items()}
             spec.compare(spec.function(*args, **kwargs, backend="triton"), args, kwargs)
             for engine, call in (
                 ("triton", lambda a=args, k=kwargs, f=spec.function: f(*a, **k, backend="triton")),
@@ -87,7 +88,13 @@ def op_rows() -> list[dict[str, Any]]:
             ):
                 precision = str(args[0].dtype).removeprefix("torch.")
                 case = {"engine": f"{op_id} {sample.name}, {engine}", "precision": precision}
-                rows.append(case | {"batch": sample.labels["rows"], "device_ms": device_ms(call)})
+                rows.append(
+                    case
+                    | {
+                        "batch": sample.labels.get("rows", sample.labels.get("batch")),
+                        "device_ms": device_ms(call),
+                    }
+                )
     return rows
 
 
