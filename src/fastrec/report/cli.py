@@ -169,7 +169,14 @@ def bench(
         Path | None,
         typer.Argument(help="What fastrec.save wrote; default: random canonical weights."),
     ] = None,
-    engines: Annotated[str | None, _ENGINES] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Names of backends; default all that Table I has. `all` without a model: the five "
+            "variants on every engine, agreement and speed.",
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, like 1,8,64.")] = "1,8",
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or int8 (rivals' own quantiser); default as is.")
@@ -179,6 +186,12 @@ def bench(
         int | None, typer.Option(help="Threads of each engine; default all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and requests.")] = 0,
+    requests: Annotated[
+        int, typer.Option(help="With `all`: users whose top 10 is compared.")
+    ] = 200,
+    out: Annotated[
+        Path | None, typer.Option(help="With `all`: folder for backends.md and backends.json.")
+    ] = None,
     json_out: Annotated[Path | None, _JSON] = None,
 ) -> None:
     """Time engines on one model, interleaved, after their answers were checked against torch."""
@@ -189,10 +202,16 @@ def bench(
 
     sizes = _sizes("--batch", batch)
     assert sizes is not None
+    names = _names(engines)
+    if names == ("all",):
+        if model is None:
+            _bench_all(requests, seconds_per_engine, threads, seed, out, json_out)
+            return
+        names = None
     with _progress() as progress:
         report = run(
             model,
-            engines=_names(engines),
+            engines=names,
             batches=sizes,
             precision=precision,
             seconds_per_engine=seconds_per_engine,
@@ -201,4 +220,33 @@ def bench(
             progress=progress,
         )
     print_bench(report, Console())
+    _write(json_out, report)
+
+
+def _bench_all(
+    requests: int,
+    seconds_per_engine: float,
+    threads: int | None,
+    seed: int,
+    out: Path | None,
+    json_out: Path | None,
+) -> None:
+    """The matrix of variants and engines."""
+    from rich.console import Console
+
+    from fastrec.report.matrix import markdown, matrix, print_matrix
+
+    with _progress() as progress:
+        report = matrix(
+            requests=requests,
+            seconds_per_engine=seconds_per_engine,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+    print_matrix(report, Console())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "backends.md").write_text(markdown(report))
+        _write(out / "backends.json", report)
     _write(json_out, report)

@@ -22,6 +22,8 @@ ENGINE_TITLES = {
     "torch_compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "litert": "LiteRT",
 }
 METRIC_TITLES = {
     "hit_rate_1": "HR@1",

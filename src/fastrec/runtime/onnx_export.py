@@ -212,8 +212,13 @@ def onnx_versions() -> dict[str, str]:
     return package_versions("torch", "onnx", "onnxscript", "onnxruntime")
 
 
-def static_shapes(spec: InputSpec, example_inputs: Sequence[torch.Tensor]) -> InputSpec:
-    """The spec with every size but the batch fixed to the examples', as exported graphs have it."""
+def static_shapes(
+    spec: InputSpec, example_inputs: Sequence[torch.Tensor], free_sizes: str = "batch"
+) -> InputSpec:
+    """The spec with every size but the batch fixed to the examples', as exported graphs have it;
+    all of it where ``free_sizes`` is "all"."""
+    if free_sizes == "all":
+        return spec
     shapes = [tuple(t.shape) for t in example_inputs]
     if len(shapes) != len(spec.fields):
         raise ArgumentError("example_inputs", f"{len(spec.fields)} inputs", len(shapes))

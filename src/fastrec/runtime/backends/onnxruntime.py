@@ -133,8 +133,11 @@ def _copy(source: Path, target: Path) -> None:
 def build(
     model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], options: BuildOptions
 ) -> Engine:
-    """Export to ONNX, quantise if asked, open a session. No settings."""
-    options.allow()
+    """Export to ONNX, quantise if asked, open a session.
+
+    Settings: ``free_sizes`` ("batch", or "all": history and candidates stay free too).
+    """
+    options.allow("free_sizes")
     scratch = Path(tempfile.mkdtemp(prefix="fastrec-onnx-"))
     try:
         return _build_in(scratch, model, example_inputs, options)
@@ -155,7 +158,8 @@ def _build_in(
     from fastrec.runtime.trace import quiet
 
     file = scratch / _MODEL
-    write_onnx(model, file, example_inputs, free=("B",))
+    free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
+    write_onnx(model, file, example_inputs, free=("B",) if free_sizes == "batch" else None)
     own = quantised_module(model)
     if own is not None and options.precision is not None:
         raise BackendError(
@@ -195,7 +199,7 @@ def _build_in(
         backend="onnxruntime",
         precision=precision,
         threads=options.threads,
-        spec=static_shapes(options.spec, example_inputs),
+        spec=static_shapes(options.spec, example_inputs, free_sizes),
         rows=[choice(threads, True, None, why)],
         versions=versions(),
     )

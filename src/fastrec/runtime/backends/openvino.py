@@ -188,18 +188,19 @@ def build(
 ) -> Engine:
     """Convert, quantise if asked, compile the candidates and keep the fastest.
 
-    Settings: ``shapes`` ("static" or "dynamic") and ``hint`` ("f32" or "bf16", the precision of
-    what is not int8).
+    Settings: ``shapes`` ("static" or "dynamic"), ``hint`` ("f32" or "bf16", the precision of what
+    is not int8), ``free_sizes`` ("batch", or "all": history and candidates stay free too).
     """
     import torch
 
     from fastrec.runtime.model_spec import quantised_module
     from fastrec.runtime.onnx_export import static_shapes
 
-    options.allow("shapes", "hint")
+    options.allow("shapes", "hint", "free_sizes")
+    free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     shapes = options.setting("shapes", ("static", "dynamic"))
     hint = options.setting("hint", ("f32", "bf16"))
-    converted = _convert(model, example_inputs)
+    converted = _convert(model, example_inputs, free_sizes)
     own = quantised_module(model)
     if own is not None and options.precision is not None:
         raise BackendError(
@@ -214,7 +215,7 @@ def build(
     wanted = [(s, h) for s, h in candidates if shapes in ("auto", s) and hint in ("auto", h)] or [
         ("static" if shapes == "auto" else shapes, "f32" if hint == "auto" else hint)
     ]
-    spec = static_shapes(options.spec, example_inputs)
+    spec = static_shapes(options.spec, example_inputs, free_sizes)
     engines = {
         f"{s} shapes, {h}": OpenVinoEngine(
             converted,
@@ -259,8 +260,10 @@ def build(
     return kept
 
 
-def _convert(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Any:
-    """ov.Model of a torch model, its batch free and all other sizes as in the example."""
+def _convert(
+    model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], free_sizes: str
+) -> Any:
+    """ov.Model of a torch model, its batch free, and all other sizes as in the example or free."""
     ov = _openvino()
     import torch
 
@@ -269,11 +272,11 @@ def _convert(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -
     from fastrec.runtime.onnx_forms import needs_forms
     from fastrec.runtime.trace import evaluated, first_line, quiet
 
-    if quantised_module(model) is not None or needs_forms(model):
+    if free_sizes == "all" or quantised_module(model) is not None or needs_forms(model):
         # The frontend for torch knows none of fastrec's ops; the ONNX export spells them out.
         with tempfile.TemporaryDirectory(prefix="fastrec-openvino-") as folder:
             file = Path(folder) / "model.onnx"
-            write_onnx(model, file, example_inputs, free=("B",))
+            write_onnx(model, file, example_inputs, free=("B",) if free_sizes == "batch" else None)
             converted = ov.convert_model(file)
             round_before_quantising(converted)
             return converted
