@@ -68,30 +68,34 @@ class Variant:
 
 VARIANTS = (
     Variant("baseline", tune=False),
-    Variant("control"),
     Variant("int8, not fine-tuned", int8=True, tune=False),
     Variant("40 % pruned + int8", sparsity=0.4, int8=True),
     Variant("window + log2", WINDOW),
-    Variant("local only", LOCAL),
     Variant("75 % pruned + int8", sparsity=0.75, int8=True),
+    Variant("local only", LOCAL),
+    Variant("control"),
     Variant("all: window + log2, 40 % pruned, int8", WINDOW, sparsity=0.4, int8=True),
-    Variant("distilled, a fifth of the parameters", width=16, scale=6),
+    Variant("distilled, a fifth of the parameters", width=16, scale=4),
 )
 
 
 class Tuner:
     """Fine-tunes models of one data set beside one teacher."""
 
-    def __init__(self, data: Histories, teacher: SASRec, lr: float, workers: int, seed: int):
-        self.data, self.lr, self.workers, self.seed = data, lr, workers, seed
+    def __init__(
+        self, data: Histories, teacher: SASRec, lr: float, prune_lr: float, workers: int, seed: int
+    ):
+        self.data, self.workers, self.seed = data, workers, seed
+        self.lr, self.prune_lr = lr, prune_lr
         self.teacher = teacher
         self.calls = 0
 
-    def __call__(self, model: nn.Module, epochs: int) -> None:
+    def __call__(self, model: nn.Module, epochs: int, lr: float | None = None) -> None:
         """``epochs`` passes at a learning rate that falls from ``lr`` to a twentieth."""
+        lr = self.lr if lr is None else lr
         self.calls += 1
         config = TrainConfig.sasrec(
-            epochs=epochs, batch_size=BATCH, lr=self.lr, seed=self.seed + self.calls, amp=False,
+            epochs=epochs, batch_size=BATCH, lr=lr, seed=self.seed + self.calls, amp=False,
             valid_users=0, patience=None,
         )  # fmt: skip
         first = (self.seed + self.calls) * 100_003
@@ -128,7 +132,7 @@ def make(variant: Variant, base: SASRec, tune: Tuner, epochs: int) -> nn.Module:
             basis = directions[: variant.width].t()
             student.item_embedding.weight.copy_(base.item_embedding.weight @ basis)
             student.position_embedding.weight.copy_(base.position_embedding.weight @ basis)
-        tune(student, epochs)
+        tune(student, epochs, tune.prune_lr)
         return student
     encoder = EncoderConfig(pattern=variant.pattern)
     model = SASRec(dataclasses.replace(config, encoder=encoder))
@@ -139,11 +143,11 @@ def make(variant: Variant, base: SASRec, tune: Tuner, epochs: int) -> nn.Module:
         fastrec.prune_(
             model,
             fastrec.BlockPruning(sparsity=variant.sparsity, rounds=ROUNDS),
-            finetune=lambda pruned, _: tune(pruned, epochs),
+            finetune=lambda pruned, _: tune(pruned, epochs, tune.prune_lr),
         )
     if variant.int8 and variant.tune:
         fastrec.quantize_(model, fastrec.QAT("prepare"), calibration=tune.calibration())
-        tune(model, epochs)
+        tune(model, 2 * epochs)
         fastrec.quantize_(model, fastrec.QAT("convert"))
     elif variant.int8:
         fastrec.quantize_(model, fastrec.Int8(), calibration=tune.calibration())
@@ -176,6 +180,7 @@ def run(
     *,
     epochs: int,
     lr: float,
+    prune_lr: float,
     workers: int,
     seed: int,
     variants: tuple[Variant, ...] = VARIANTS,
@@ -190,7 +195,9 @@ def run(
         if file.exists():
             continue
         started = time.perf_counter()
-        model = make(variant, base, Tuner(data, teacher, lr, workers, seed), epochs).eval()
+        model = make(
+            variant, base, Tuner(data, teacher, lr, prune_lr, workers, seed), epochs
+        ).eval()
         result = rank(model, data, "test", intervals=False)
         everyone = rank(model, data, "test", exclude_seen=False, intervals=False)
         fastrec.save(model, out / slug)
@@ -198,6 +205,7 @@ def run(
             "variant": dataclasses.asdict(variant) | {"pattern": str(variant.pattern)},
             "epochs": epochs,
             "lr": lr,
+            "prune_lr": prune_lr,
             "share": SHARE,
             "seed": seed,
             "bytes": artifact_bytes(out / slug),
@@ -243,8 +251,11 @@ def main(
     data: Annotated[Path, typer.Option(help="A file of 'user item' lines in time order.")],
     base: Annotated[Path, typer.Option(help="Folder that experiments.sasrec train wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for ranks and artifacts.")],
-    epochs: Annotated[int, typer.Option(help="Fine-tuning epochs of a stage.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of a stage.")] = 5e-4,
+    epochs: Annotated[int, typer.Option(help="Fine-tuning epochs of a stage.")] = 2,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of a stage.")] = 3e-4,
+    prune_lr: Annotated[
+        float, typer.Option(help="Peak learning rate between rounds of pruning, and of a student.")
+    ] = 1e-3,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Of batches and dropout.")] = 1,
 ) -> None:
@@ -253,8 +264,8 @@ def main(
     model = load_model(base / "model.safetensors")
     assert isinstance(model, SASRec)
     run(
-        Histories.read(data), model, out, epochs=epochs, lr=lr, workers=workers, seed=seed,
-        say=Console().print,
+        Histories.read(data), model, out, epochs=epochs, lr=lr, prune_lr=prune_lr,
+        workers=workers, seed=seed, say=Console().print,
     )  # fmt: skip
 
 
