@@ -47,9 +47,15 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
 
-gpu-report: setup
+# With a GPU: this machine's own Python and packages, no network. Without: a dry run in the venv.
+gpu-report:
 	mkdir -p $(DIR)
-	$(BIN)/python bench/gpu_report.py --out $(DIR)
+	@if $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then \
+	  $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . && \
+	  $(PYTHON) bench/gpu_report.py --out $(DIR); \
+	else \
+	  $(MAKE) setup && $(BIN)/python bench/gpu_report.py --out $(DIR); \
+	fi
 
 clean:
 	rm -rf $(VENV) build demo src/*.egg-info src/fastrec/_native*.so
