@@ -42,3 +42,24 @@ def test_example(name: str, precision: str) -> None:
         # A float's last bit may turn the rounding of an int8 layer's input, by one step of 255.
         limit = (2e-2 if precision == "int8" else 1e-4) * float(expected.abs().max())
         assert float((engine(*other) - expected).abs().max()) <= limit
+
+
+@pytest.mark.parametrize("name", ["PlainDin", "PlainHstu"])
+def test_accelerated_example(name: str) -> None:
+    torch.manual_seed(4)
+    module = loaded({"PlainDin": "plain_din", "PlainHstu": "plain_hstu"}[name])
+    model = getattr(module, name)().eval()
+    inputs = module.example_inputs(16)
+    with torch.inference_mode():
+        before = model(*inputs)
+    report = module.accelerate(model)
+    assert report.tables == ["items"]
+    assert len(report.layers) >= 4
+    # All that is left alone is listed; here nothing is.
+    assert report.left == {}
+    engine = fastrec.compile(model, inputs, backend="native", settings={"executor": "plan"})
+    with torch.inference_mode():
+        after = model(*inputs)
+    assert float((engine(*inputs) - after).abs().max()) <= 2e-2 * float(after.abs().max())
+    assert bool(torch.isfinite(after).all())
+    assert not torch.equal(before, after)

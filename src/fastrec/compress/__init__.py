@@ -9,6 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "replace_": "replacement",
+    "WindowSparse": "replacement",
+    "ReplaceReport": "replacement",
+    "LowRank": "replacement",
+    "Grouped": "replacement",
     "AttentionMapKL": "distillation",
     "BlockPruning": "pruning",
     "DistillReport": "distillation",
@@ -50,6 +55,13 @@ if TYPE_CHECKING:
     from fastrec.compress.pruning import BlockPruning, NMPruning, PruneReport, prune_
     from fastrec.compress.quantization import QAT, Int8, QuantizeReport, quantize_
     from fastrec.compress.recipe import Distillation, FineTune, Recipe
+    from fastrec.compress.replacement import (
+        Grouped,
+        LowRank,
+        ReplaceReport,
+        WindowSparse,
+        replace_,
+    )
 
 __all__ = [
     "QAT",
@@ -58,15 +70,19 @@ __all__ = [
     "DistillReport",
     "Distillation",
     "FineTune",
+    "Grouped",
     "HardLabel",
     "HiddenStates",
     "Int8",
     "LogitKL",
+    "LowRank",
     "NMPruning",
     "PruneReport",
     "QuantizeReport",
     "Recipe",
+    "ReplaceReport",
     "SensitivityReport",
+    "WindowSparse",
     "artifact_bytes",
     "distill",
     "distillation_loss",
@@ -74,6 +90,7 @@ __all__ = [
     "prune_",
     "quantize_",
     "read_manifest",
+    "replace_",
     "save",
     "sensitivity",
 ]
