@@ -69,7 +69,7 @@ def expected(sent: Request, factor: float = 2.0) -> np.ndarray:
     return factor * sent.inputs["candidate"] + sent.inputs["user"].sum(1, keepdims=True)
 
 
-async def until(condition: Any, seconds: float = 20.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -95,7 +95,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["thread", "process", "inline"])
 def test_requests_larger_than_a_call_and_many_at_once(kind: str) -> None:
     async def main() -> None:
-        runtime = Runtime(ServingConfig(slo=SLO(5000.0)))
+        runtime = Runtime(ServingConfig(slo=SLO(60_000.0)))
         source = entry() if kind == "process" else Scorer
         info = await runtime.load("ranker", source, kind=kind)
         assert info.outputs == {"scores": (("B", "m"), "float32")}
@@ -114,7 +114,7 @@ def test_a_worker_that_dies_or_stops_loses_no_request(how: signal.Signals) -> No
     async def main() -> None:
         pool = Pool(engines=2, spares=1, kind="process", stall_factor=5, stall_floor_ms=100)
         lanes = Lanes(reserved_slots=0)
-        runtime = Runtime(ServingConfig(slo=SLO(5000.0), pool=pool, lanes=lanes))
+        runtime = Runtime(ServingConfig(slo=SLO(60_000.0), pool=pool, lanes=lanes))
         await runtime.load("ranker", entry(sleep_s=0.02))
         victim = workers(runtime)[0]
         assert victim.pid is not None
@@ -136,7 +136,7 @@ def test_a_worker_that_dies_or_stops_loses_no_request(how: signal.Signals) -> No
 def test_an_idle_worker_that_dies_is_replaced() -> None:
     async def main() -> None:
         pool = Pool(engines=1, kind="process")
-        runtime = Runtime(ServingConfig(slo=SLO(5000.0), pool=pool))
+        runtime = Runtime(ServingConfig(slo=SLO(60_000.0), pool=pool))
         await runtime.load("ranker", entry())
         victim = workers(runtime)[0]
         assert victim.pid is not None
@@ -151,7 +151,7 @@ def test_an_idle_worker_that_dies_is_replaced() -> None:
 
 def test_the_task_that_is_cancelled_takes_its_request_out() -> None:
     async def main() -> None:
-        runtime = Runtime(ServingConfig(slo=SLO(5000.0)))
+        runtime = Runtime(ServingConfig(slo=SLO(60_000.0)))
         await runtime.load("ranker", lambda: Scorer(sleep_s=0.03))
         first = asyncio.ensure_future(runtime.infer(request()))
         second = asyncio.ensure_future(runtime.infer(request()))
@@ -169,7 +169,7 @@ def test_the_task_that_is_cancelled_takes_its_request_out() -> None:
 
 def test_drain_answers_what_was_accepted_and_refuses_the_rest() -> None:
     async def main() -> None:
-        runtime = Runtime(ServingConfig(slo=SLO(5000.0)))
+        runtime = Runtime(ServingConfig(slo=SLO(60_000.0)))
         await runtime.load("ranker", lambda: Scorer(sleep_s=0.01))
         calls = [asyncio.ensure_future(runtime.infer(request())) for _ in range(5)]
         await asyncio.sleep(0)
@@ -211,7 +211,7 @@ def test_a_release_is_promoted_or_rolled_back(new: dict[str, Any], action: str) 
         await runtime.load("ranker", lambda: Scorer(sleep_s=0.001))
         rollout = await runtime.release("ranker", lambda: Scorer(**new), version="2")
         failures = 0
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not rollout.done:
             assert time.monotonic() < end
             try:
