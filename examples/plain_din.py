@@ -55,7 +55,7 @@ def main() -> None:
     print("INT8:", ", ".join([*report.layers, *report.tables]))
     for name, reason in report.left.items():
         print(f"left alone: {name}: {reason}")
-    engine = fastrec.compile(model, inputs, backend="native", settings={"executor": "plan"})
+    engine = fastrec.compile(model, inputs, backend="native")
     with torch.inference_mode():
         error = float((engine(*inputs) - model(*inputs)).abs().max())
     print(f"largest difference from torch {error:.2g}")

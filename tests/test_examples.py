@@ -57,7 +57,7 @@ def test_accelerated_example(name: str) -> None:
     assert len(report.layers) >= 4
     # All that is left alone is listed; here nothing is.
     assert report.left == {}
-    engine = fastrec.compile(model, inputs, backend="native", settings={"executor": "plan"})
+    engine = fastrec.compile(model, inputs, backend="native")
     with torch.inference_mode():
         after = model(*inputs)
     assert float((engine(*inputs) - after).abs().max()) <= 2e-2 * float(after.abs().max())
