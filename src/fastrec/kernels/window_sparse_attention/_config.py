@@ -47,6 +47,8 @@ def short(rows: int, dims: int, itemsize: int) -> LaunchConfig:
     large = keys > 128 or block_dims(dims) > 128
     most = 32 if itemsize == 4 or large else 64
     wide = keys * most >= 128 * 64 or block_dims(dims) * most >= 128 * 64
+    # Exact float32 products hold their operands in registers too.
+    wide = wide or (itemsize == 4 and keys * block_dims(dims) >= 128 * 64)
     return LaunchConfig(min(keys, most), keys, 8 if wide else 4, 1, 1)
 
 
