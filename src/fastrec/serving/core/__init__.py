@@ -16,7 +16,6 @@ from fastrec.serving.core.config import (
     Pool,
     QueuePolicy,
     Quota,
-    Screening,
     ServingConfig,
     Tier,
 )
@@ -61,7 +60,6 @@ __all__ = [
     "Response",
     "RolloutChanged",
     "Runtime",
-    "Screening",
     "ServingConfig",
     "ServingError",
     "Tier",

@@ -335,26 +335,6 @@ class Canary:
 
 
 @dataclass(frozen=True)
-class Screening:
-    """A cheap first look at many candidates: only ``keep`` of them reach the deep tower.
-
-    Args:
-        keep: candidates left; 0 = no screening.
-        check_every: one request in so many is also scored whole, and the recall told; 0 = never.
-        top_k: of the deep scores, whose share among those kept is the recall.
-    """
-
-    keep: int = 0
-    check_every: int = 100
-    top_k: int = 10
-
-    def __post_init__(self) -> None:
-        for name in ("keep", "check_every"):
-            _check(f"screening.{name}", getattr(self, name), 0)
-        _check("screening.top_k", self.top_k, 1)
-
-
-@dataclass(frozen=True)
 class ServingConfig:
     """All of it. ``tiers`` by name; requests that name none are of ``default_tier``."""
 
@@ -366,7 +346,6 @@ class ServingConfig:
     pool: Pool = Pool()
     admission: Admission = Admission()
     canary: Canary = Canary()
-    screening: Screening = Screening()
 
     def __post_init__(self) -> None:
         if not self.tiers:
