@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -364,6 +365,13 @@ def bound(model: Any, inputs: tuple[torch.Tensor, ...], precision: str | None) -
     return {"h200_bound_us": total["roofline_us"]["H200"], "launches": total["launches"]}
 
 
+def cut_off(report: Report) -> None:
+    """Ends the process when the time is over, with the report as far as it came."""
+    report.data.setdefault("failed", []).append("cut off: the time was over within a part")
+    report.write()
+    os._exit(1)
+
+
 def main() -> None:
     """Tests, ceilings, the ranker, its rivals, the ops; whatever the time allows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -379,6 +387,10 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
     }
     report.write()
+    # One row may hang in a compiler or a kernel: then the report ends with what it has.
+    watch = threading.Timer(options.seconds + 15, cut_off, [report])
+    watch.daemon = True
+    watch.start()
     parts: list[Callable[[], None]] = [lambda: ranker_rows(report, gpu)]
     if not options.no_tests:
         parts.append(lambda: run_tests(report, gpu))
