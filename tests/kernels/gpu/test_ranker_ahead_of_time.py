@@ -107,6 +107,6 @@ def test_a_launch_a_layer_compiles(stages: dict[str, Any], target: str, tmp_path
 
 def test_the_persistent_tower_waits_at_gpu_scope(stages: dict[str, Any]) -> None:
     ptx = build(launches(stages["int8"], "int8", 64, "sm_90")[-1], "sm_90").asm["ptx"]
-    atomics = [line for line in ptx.splitlines() if "atom" in line and ".gpu" in line]
-    assert any("acq_rel" in line for line in atomics)
-    assert any("acquire" in line for line in atomics)
+    at_gpu_scope = [line for line in ptx.splitlines() if ".gpu." in line]
+    assert any("atom." in line and ".acq_rel" in line for line in at_gpu_scope)
+    assert any(".acquire" in line for line in at_gpu_scope)
