@@ -277,7 +277,8 @@ def _convert(
         with tempfile.TemporaryDirectory(prefix="fastrec-openvino-") as folder:
             file = Path(folder) / "model.onnx"
             write_onnx(model, file, example_inputs, free=("B",) if free_sizes == "batch" else None)
-            converted = ov.convert_model(file)
+            # convert_model would first fuse scales, and with them roundings, into FakeQuantize.
+            converted = ov.Core().read_model(file)
             round_before_quantising(converted)
             return converted
     if len(example_inputs[0]) == 1:
