@@ -178,7 +178,9 @@ def masked_gradients(matrices: Sequence[Matrix], watch: bool) -> Iterator[None]:
 
         def hook(gradient: Tensor) -> Tensor:
             if watch:
-                matrix.watch(gradient)
+                matrix.watch(gradient.to_dense())
+            if gradient.is_sparse:
+                return gradient * ~dropped
             return gradient.masked_fill(dropped, 0.0)
 
         return hook
