@@ -15,6 +15,8 @@ from fastrec.errors import BackendError
 from fastrec.models import Ranker, RankerConfig
 from fastrec.models.encoder import EncoderConfig
 from fastrec.runtime import export
+from fastrec.runtime.backends import openvino
+from fastrec.runtime.backends._openvino_rounding import round_before_quantising
 from fastrec.runtime.backends.onnxruntime import open_session
 from fastrec.runtime.model_spec import spec_of
 from fastrec.runtime.onnx_forms import DECOMPOSITIONS
@@ -155,12 +157,21 @@ def test_a_quantised_model_is_qdq_with_its_own_numbers_and_free_sizes(tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_engines_run_what_quantize_made(backend, tmp_path):
+def test_engines_run_what_quantize_made(backend, tmp_path, monkeypatch):
+    rewritten = []
+    monkeypatch.setattr(
+        openvino,
+        "round_before_quantising",
+        lambda converted: rewritten.append(round_before_quantising(converted)),
+    )
     model = quantised(EncoderConfig(projection="grouped", groups=2))
     spec = spec_of(model, ())
     examples = spec.sample({"B": 2, "m": 8})
     with fastrec.compile(model, examples, backend, 1) as engine:
         assert engine.precision == "int8"
+        if backend == "openvino":  # each call of a layer; the categories' is called twice
+            layers = [m for m in model.modules() if isinstance(m, fastrec.nn.SparseInt8Linear)]
+            assert rewritten == [len(layers) + 1]
         scores = engine(*examples)
         path = engine.save(tmp_path / "engine")
     with torch.inference_mode():
