@@ -37,8 +37,10 @@ def cost(users: int, rows: int) -> float:
 class World:
     """A scheduler, its engines, and all that came out of it."""
 
-    def __init__(self, config: ServingConfig, engines: int = 1, costs: Any = None) -> None:
-        self.clock = VirtualClock()
+    def __init__(
+        self, config: ServingConfig, engines: int = 1, costs: Any = None, start: float = 0.0
+    ) -> None:
+        self.clock = VirtualClock(start)
         self.events: list[Any] = []
         self.lost: list[str] = []
         self.scheduler = Scheduler(
@@ -240,7 +242,9 @@ def test_a_full_queue_is_refused_with_tritons_text() -> None:
     world.clock.run()
 
 
-def test_triton_timeout_policies() -> None:
+# A monotonic clock counts from when the machine was started: months ago, it may be.
+@pytest.mark.parametrize("start", [0.0, 1e7])
+def test_triton_timeout_policies(start: float) -> None:
     policies = {
         1: QueuePolicy(default_timeout_us=1000, timeout_action="DELAY"),
         2: QueuePolicy(default_timeout_us=1000, allow_timeout_override=False),
@@ -252,10 +256,10 @@ def test_triton_timeout_policies() -> None:
         batching=Batching(enabled=False),
         admission=Admission(check_deadlines=False),
     )
-    world = World(config)
+    world = World(config, start=start)
     world.send(users=30)  # more than 20 ms
     delayed = world.send(priority=1)
-    rejected = world.send(priority=2, deadline=100.0)
+    rejected = world.send(priority=2, deadline=start + 100.0)
     last = world.send(priority=3)
     world.clock.run()
     assert rejected.error is not None

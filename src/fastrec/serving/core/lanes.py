@@ -32,6 +32,7 @@ class Ticket:
         "compute_s",
         "cost_s",
         "deadline",
+        "delayed",
         "done",
         "engine",
         "error",
@@ -72,6 +73,7 @@ class Ticket:
         self.state = QUEUED
         self.lane = STANDARD
         self.tries = 1
+        self.delayed = False  # timed out under the DELAY policy
         self.started = self.compute_s = self.expected = 0.0
         self.batch_rows = 0
         self.engine = ""

@@ -25,8 +25,8 @@ from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Kind, Rejected
 from fastrec.serving.core.router import Router, Slot
 from fastrec.serving.core.signature import Signature
 
-# Requests timed out under the DELAY policy go behind all others.
-_DELAYED_S = 1e6
+# Requests timed out under the DELAY policy go so far back: behind all others.
+_DELAY_S = 1e6
 
 
 class Scheduler:
@@ -286,11 +286,12 @@ class Scheduler:
         if self._policy(ticket.priority).timeout_action == "REJECT":
             self._finish(ticket, Rejected(Kind.EXPIRED, TIMED_OUT))
             return True
-        if ticket.order < _DELAYED_S:
+        if not ticket.delayed:
+            ticket.delayed = True
             parts = [p for chunk in ticket.parts for p in chunk if p.state == QUEUED]
             for part in parts:
                 self.queues.remove(part)
-            ticket.order += _DELAYED_S
+            ticket.order += _DELAY_S
             for part in parts:
                 part.state = QUEUED
                 self.queues.push(part)
@@ -374,7 +375,7 @@ class Scheduler:
     def _too_late(self, part: Part, now: float) -> bool:
         """Whether the part cannot be done in time any more; it has then left the queue."""
         ticket = part.ticket
-        if not self.config.admission.enabled or ticket.order >= _DELAYED_S:
+        if not self.config.admission.enabled or ticket.delayed:
             return False
         if now + part.cost_s <= ticket.deadline or not self.config.admission.check_deadlines:
             return False
