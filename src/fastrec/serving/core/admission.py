@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from fastrec.serving.core.config import Admission
+from fastrec.serving.core.config import Admission, ServingConfig
 
 
 class Gcra:
@@ -88,3 +88,12 @@ class Limit:
         stepped = self.limit_s + self.config.smoothing * (wanted - self.limit_s)
         self.limit_s = min(max(stepped, self.low_s), self.high_s)
         return True
+
+
+def quotas_of(config: ServingConfig) -> dict[str, Gcra]:
+    """A bucket a tenant for each tier that has a quota."""
+    return {
+        name: Gcra(tier.quota.engine_us_per_s, tier.quota.burst_us, tier.max_tenants)
+        for name, tier in config.tiers.items()
+        if tier.quota is not None
+    }

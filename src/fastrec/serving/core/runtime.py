@@ -13,6 +13,7 @@ import numpy as np
 
 from fastrec.errors import ArgumentError, FastrecError
 from fastrec.runtime.spec import InputSpec
+from fastrec.serving.core.admission import quotas_of
 from fastrec.serving.core.clock import Clock, LoopClock
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.engines import Source
@@ -22,8 +23,9 @@ from fastrec.serving.core.lanes import Ticket
 from fastrec.serving.core.pool import EnginePool
 from fastrec.serving.core.request import Kind, Rejected, Request, Response, Timings
 from fastrec.serving.core.rollout import Rollout
-from fastrec.serving.core.scheduler import Scheduler, quotas_of
+from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.signature import Signature
+from fastrec.serving.core.snapshot import snapshot
 
 _LOG = logging.getLogger("fastrec.serving")
 
@@ -384,7 +386,7 @@ class Runtime:
                         "weight": entry.weight,
                         "pool": entry.pool.states(),
                         "failures": entry.pool.failures,
-                        **({} if entry.scheduler is None else entry.scheduler.snapshot()),
+                        **({} if entry.scheduler is None else snapshot(entry.scheduler)),
                     }
                     for key, entry in versions.items()
                 }

@@ -6,19 +6,17 @@ is a call of one of its methods, in one thread, at a moment of the clock.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from fastrec.serving.core.admission import Gcra, Limit
+from fastrec.serving.core.admission import Gcra, Limit, quotas_of
 from fastrec.serving.core.batcher import Batch, Batcher
 from fastrec.serving.core.clock import Clock, Timer
 from fastrec.serving.core.config import QueuePolicy, ServingConfig
 from fastrec.serving.core.engines import EngineDied, EngineHandle, Ran
 from fastrec.serving.core.events import BatchDone, Event, LimitChanged, RequestDone
+from fastrec.serving.core.expiry import Expiries
 from fastrec.serving.core.lanes import DONE, EXPRESS, QUEUED, RUNNING, Part, Queues, Ticket
 from fastrec.serving.core.latency import Quantile
 from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Kind, Rejected
@@ -80,10 +78,8 @@ class Scheduler:
         self._express_slots = 0
         self.open: dict[int, Ticket] = {}
         self._hold = lanes.hold_until
-        self._expiries: list[tuple[float, int, Ticket]] = []
-        self._expiry_timer: tuple[float, Timer] | None = None
+        self._expiries = Expiries(clock, self._timed_out)
         self._delay_timer: Timer | None = None
-        self._made = itertools.count()
         self._dispatching = False
         self.counts: dict[str, dict[str, int]] = {tier: {} for tier in config.tiers}
         self.served_s: dict[str, float] = dict.fromkeys(config.tiers, 0.0)
@@ -121,10 +117,9 @@ class Scheduler:
         for chunk in ticket.parts:
             for part in chunk:
                 self.queues.push(part)
-        heapq.heappush(self._expiries, (ticket.deadline, next(self._made), ticket))
         self.dispatch()
         if ticket.state == QUEUED:
-            self._arm_expiry()
+            self._expiries.add(ticket)
 
     def _describe(self, ticket: Ticket, arrays: tuple[np.ndarray, ...], now: float) -> None:
         """Fill in what follows from the request and the configuration."""
@@ -258,28 +253,6 @@ class Scheduler:
         """Answer everything open with a refusal."""
         for ticket in list(self.open.values()):
             self._finish(ticket, Rejected(kind, why))
-
-    def _arm_expiry(self) -> None:
-        heap = self._expiries
-        while heap and heap[0][2].state != QUEUED:
-            heapq.heappop(heap)
-        if not heap:
-            return
-        when = heap[0][0]
-        if self._expiry_timer is not None:
-            if self._expiry_timer[0] <= when:
-                return
-            self._expiry_timer[1].cancel()
-        self._expiry_timer = (when, self.clock.call_at(when, self._expire))
-
-    def _expire(self) -> None:
-        self._expiry_timer = None
-        now, heap = self.clock.now(), self._expiries
-        while heap and heap[0][0] <= now:
-            _, _, ticket = heapq.heappop(heap)
-            if ticket.state == QUEUED:
-                self._timed_out(ticket)
-        self._arm_expiry()
 
     def _timed_out(self, ticket: Ticket) -> bool:
         """Whether it left the queue (under DELAY it only goes behind all others)."""
@@ -543,44 +516,3 @@ class Scheduler:
                 ticket.request.id,
             )
         )
-
-    def snapshot(self) -> dict[str, Any]:
-        """Where it stands, in plain JSON types."""
-        return {
-            "queued": self.queues.count,
-            "queued_bytes": self.queues.bytes,
-            "open": len(self.open),
-            "in_flight_s": self.in_flight_s,
-            "limit_s": self.limit_s,
-            "batch_gain": self.gain,
-            "slack_s": self.slack.value,
-            "batch_cap_s": self.batch_s,
-            "latency_model": {
-                "per_call_s": self.router.model.beta,
-                "per_user_s": self.router.model.gamma,
-                "per_row_s": self.router.model.alpha,
-            },
-            "joins": self.signature.joins,
-            "separable": self.signature.separable,
-            "tiers": {
-                name: {
-                    "queued": q.count,
-                    "queued_s": q.queued_s,
-                    "in_flight_s": q.in_flight_s,
-                    "outcomes": dict(self.counts[name]),
-                    "served_s": self.served_s[name],
-                }
-                for name, q in self.queues.tiers.items()
-            },
-            "express": {"queued": self.queues.express.count},
-            "engines": self.router.snapshot(self.clock.now()),
-        }
-
-
-def quotas_of(config: ServingConfig) -> dict[str, Gcra]:
-    """A bucket a tenant for each tier that has a quota."""
-    return {
-        name: Gcra(tier.quota.engine_us_per_s, tier.quota.burst_us, tier.max_tenants)
-        for name, tier in config.tiers.items()
-        if tier.quota is not None
-    }
