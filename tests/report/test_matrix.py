@@ -9,7 +9,10 @@ from rich.console import Console
 
 from fastrec.errors import ArgumentError
 from fastrec.models import RankerConfig
+from fastrec.report.layout import ENGINE_TITLES
 from fastrec.report.matrix import grid, markdown, matrix, print_matrix
+from fastrec.report.schema import VARIANTS
+from fastrec.runtime import BACKENDS, machine_card
 
 SMALL = RankerConfig(
     n_items=1200,
@@ -50,6 +53,22 @@ def test_engines_agree_at_all_sizes() -> None:
     assert "ONNX Runtime" in text
     assert "compiles each size anew" in text
     assert markdown(report).count("\n| ") == 1 + 2 * len(only)
+
+
+def test_engines_that_cannot_run_are_named_with_their_reason() -> None:
+    assert set(BACKENDS) <= set(ENGINE_TITLES)
+    row = dict.fromkeys(("largest_error", "same_top_10", "users", "sizes", "ms", "settings"))
+    rows = [
+        row | {"variant": v, "engine": e, "precision": "fp32", "why": f"no {e} here"}
+        for v in VARIANTS
+        for e in BACKENDS
+    ]
+    report = {"machine": machine_card(), "threads": 1, "rows": rows}
+    console = Console(record=True, width=160)
+    print_matrix(report, console)
+    for text in (console.export_text(), markdown(report)):
+        for engine in BACKENDS:
+            assert f"- {ENGINE_TITLES[engine]}: no {engine} here" in text
 
 
 def test_bad_arguments() -> None:

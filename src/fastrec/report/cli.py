@@ -244,9 +244,9 @@ def _bench_all(
             seed=seed,
             progress=progress,
         )
-    print_matrix(report, Console())
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "backends.md").write_text(markdown(report))
         _write(out / "backends.json", report)
     _write(json_out, report)
+    print_matrix(report, Console())

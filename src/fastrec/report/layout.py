@@ -18,6 +18,7 @@ VARIANT_TITLES = {
 }
 ENGINE_TITLES = {
     "native": "fastrec native",
+    "cuda": "fastrec CUDA",
     "torch": "torch eager",
     "torch_compile": "torch.compile",
     "onnxruntime": "ONNX Runtime",
