@@ -26,6 +26,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
+from experiments.ranking import kept, shown
 from fastrec import AttentionPattern
 from fastrec.data import SequenceDataset, generate, prepare
 from fastrec.models import Ranker, RankerConfig
@@ -34,7 +35,7 @@ from fastrec.models.encoder import EncoderConfig
 from fastrec.runtime.machine import machine_card
 from fastrec.train import Evaluation, TrainConfig, evaluate, fit, load_model
 from fastrec.train.checkpoint import read_tensors, write_tensors
-from fastrec.train.metrics import bootstrap_ci, gains
+from fastrec.train.metrics import RESAMPLES
 
 NEAR = 16
 CANDIDATES = 50
@@ -46,7 +47,6 @@ PATTERNS = {
     SPARSE: AttentionPattern(window=NEAR, offsets="log2"),
     "local only, window 16": AttentionPattern(window=NEAR, offsets="none"),
 }
-RESAMPLES = 2000
 
 
 class WorldName(str, Enum):
@@ -136,19 +136,6 @@ def far_targets(data: SequenceDataset, near: int = NEAR) -> NDArray[np.bool_]:
     return np.concatenate(found)
 
 
-def kept(ours: NDArray[Any], dense: NDArray[Any], metric: str, seed: int = 0) -> dict[str, float]:
-    """Share of the dense model's metric, and the 95 % interval over resampled users (paired)."""
-    a, b = gains(ours, metric), gains(dense, metric)
-    rng = np.random.default_rng(seed)
-    shares = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        some = rng.integers(len(a), size=len(a))
-        shares[i] = a[some].mean() / max(b[some].mean(), 1e-12)
-    low, high = np.percentile(shares, [2.5, 97.5])
-    share = float(a.mean() / max(b.mean(), 1e-12))
-    return {"share": share, "low": float(low), "high": float(high)}
-
-
 def _file(out: Path, name: str) -> Path:
     return out / ("".join(c if c.isalnum() else "_" for c in name) + ".safetensors")
 
@@ -210,35 +197,39 @@ def run_world(world: str, out: Path, setup: Setup, *, progress: bool = True) -> 
 
 def read_world(out: Path) -> dict[str, Any] | None:
     """Metrics of all test users and of the long slice, and the shares kept; None without any."""
-    found: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    ranks: dict[str, NDArray[Any]] = {}
     meta: dict[str, Any] = {}
     for name in ("before fine-tuning", *PATTERNS):
         if _file(out, name).exists():
             tensors, meta = read_tensors(_file(out, name), "ranks")
-            found[name] = tensors["ranks"].numpy(), tensors["far"].numpy()
-    if "dense" not in found:
+            ranks[name], far = tensors["ranks"].numpy(), tensors["far"].numpy()
+    if "dense" not in ranks:
         return None
-    dense, far = found["dense"]
-    slices = {"all": np.ones(len(dense), bool), "long": far}
-    rows = []
-    for name, (ranks, _) in found.items():
-        row: dict[str, Any] = {"variant": name}
-        for label, chosen in slices.items():
-            row[label] = {}
-            for metric in METRICS:
-                values = gains(ranks[chosen], metric)
-                row[label][metric] = {
-                    "value": float(values.mean()),
-                    "ci95": bootstrap_ci(values),
-                    "kept": kept(ranks[chosen], dense[chosen], metric),
+    slices = {"all": np.ones(len(far), bool), "long": far}
+    rows: list[dict[str, Any]] = [{"variant": name} for name in ranks]
+    for label, chosen in slices.items():
+        if not chosen.any():
+            continue
+        tested = {
+            name: Evaluation.from_ranks(all_ranks[chosen], n_candidates=CANDIDATES, ks=(10,))
+            for name, all_ranks in ranks.items()
+        }
+        for row in rows:
+            ours = tested[row["variant"]]
+            row[label] = {
+                metric: {
+                    "value": ours.metrics[metric],
+                    "ci95": ours.ci95[metric],
+                    "kept": kept(ours, tested["dense"], metric),
                 }
-        rows.append(row)
+                for metric in METRICS
+            }
     return {
         "setup": meta["setup"],
         "machine": meta["machine"],
         "users": {label: int(chosen.sum()) for label, chosen in slices.items()},
         "variants": rows,
-        "missing": [name for name in PATTERNS if name not in found],
+        "missing": [name for name in PATTERNS if name not in ranks],
     }
 
 
@@ -274,17 +265,17 @@ def _markdown(worlds: dict[str, Any]) -> str:
                 share = row[label]["hit_rate_10"]["kept"]
                 if label == "long":
                     cells.append(f"{row[label]['hit_rate_10']['value']:.4f}")
-                cells.append(f"{share['share']:.3f} [{share['low']:.3f}, {share['high']:.3f}]")
+                cells.append(shown(share))
             lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
         lines.append("")
         for row in result["variants"]:
             if row["variant"] == SPARSE:
                 for label in slices_of(row):
                     share = row[label]["hit_rate_10"]["kept"]
-                    word = "reached" if share["share"] >= GOAL else "missed"
+                    reached = share is not None and share["share"] >= GOAL
                     lines.append(
                         f"- {SPARSE} keeps >= {GOAL:.0%} of HR@10 ({label}):"
-                        f" {share['share']:.4f} [{share['low']:.4f}, {share['high']:.4f}], {word}"
+                        f" {shown(share, 4)}, {'reached' if reached else 'missed'}"
                     )
         if result["missing"]:
             lines += ["", f"Not measured: {', '.join(result['missing'])}."]
@@ -311,8 +302,11 @@ def _plot(worlds: dict[str, Any], path: Path) -> None:
         for row in result["variants"]:
             if row["variant"] not in PATTERNS or row["variant"] == "dense":
                 continue
-            for label, colour in (("all", "C0"), ("long", "C3")):
+            for label in slices_of(row):
+                colour = {"all": "C0", "long": "C3"}[label]
                 share = row[label]["hit_rate_10"]["kept"]
+                if share is None:
+                    continue
                 error = [[share["share"] - share["low"]], [share["high"] - share["share"]]]
                 axes.errorbar(
                     share["share"], len(labels), xerr=error, fmt="o", capsize=3, color=colour

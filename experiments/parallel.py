@@ -1,8 +1,8 @@
 """One training step on two threads that meet once, not after every matrix product.
 
 torch's own threads wait for each other inside each operation; on a machine that others use too, a
-step then waits for the slowest core a hundred times (measured: five times slower than one thread).
-Here each worker takes a part of the batch through forward and backward alone.
+step then waits for the slowest core a hundred times. Here each worker takes a part of the batch
+through forward and backward alone.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from experiments.histories import Histories, Ids
 from fastrec.models import SASRec
-from fastrec.train import Evaluation
+from fastrec.train import Evaluation, paired_ratio
 
 KS = (1, 5, 10, 20, 50)
 
@@ -61,6 +61,20 @@ def rank(
         ks=KS,
         intervals=intervals,
     )
+
+
+def kept(variant: Evaluation, base: Evaluation, metric: str) -> dict[str, float] | None:
+    """Share of ``base``'s metric that ``variant`` keeps, with its paired 95 % interval; None where
+    there is nothing to keep."""
+    found = paired_ratio(variant, base, metric)
+    return None if found is None else dict(zip(("share", "low", "high"), found, strict=True))
+
+
+def shown(share: dict[str, float] | None, digits: int = 3) -> str:
+    """A kept share for people."""
+    if share is None:
+        return "-"
+    return "{share:.{0}f} [{low:.{0}f}, {high:.{0}f}]".format(digits, **share)
 
 
 def _drop_seen(above: Tensor, data: Histories, split: str, users: Ids) -> None:

@@ -12,9 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from experiments.histories import Histories
-from experiments.variants import RESAMPLES, VARIANTS, kept_share, read
+from experiments.ranking import kept, shown
+from experiments.variants import VARIANTS, read
 from fastrec.runtime.machine import machine_card
 from fastrec.train import Evaluation
+from fastrec.train.metrics import RESAMPLES
 
 METRICS = ("hit_rate_10", "ndcg_10", "hit_rate_50", "ndcg_50", "mrr")
 TITLES = {"hit_rate_10": "HR@10", "ndcg_10": "NDCG@10", "hit_rate_50": "HR@50",
@@ -28,6 +30,8 @@ KEPT_GOALS: dict[str, tuple[float, tuple[str, ...]]] = {
     "distilled, a fifth of the parameters": (0.994, ("hit_rate_50",)),
 }
 BYTES_GOAL = 0.15
+# Whose kept shares the table and the plot show; the JSON has all.
+COLUMNS = ("hit_rate_10", "hit_rate_50", "ndcg_50")
 
 
 def _row(name: str, result: Evaluation, seen: Evaluation, base: Evaluation, run: Any, full: int
@@ -37,8 +41,7 @@ def _row(name: str, result: Evaluation, seen: Evaluation, base: Evaluation, run:
         "metrics": {m: result.metrics[m] for m in METRICS},
         "ci95": {m: result.ci95[m] for m in METRICS},
         "seen_items_ranked_too": {m: seen.metrics[m] for m in METRICS},
-        "kept": {m: dict(zip(("share", "low", "high"), kept_share(result, base, m), strict=True))
-                 for m in METRICS},
+        "kept": {m: kept(result, base, m) for m in METRICS},
         "bytes": run["bytes"],
         "bytes_share": run["bytes"] / full,
         "run": run,
@@ -54,12 +57,9 @@ def _verdicts(rows: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(f"- baseline {TITLES[metric]} >= {goal}: {base[metric]:.4f}, {word}")
     for name, (goal, metrics) in KEPT_GOALS.items():
         for metric in metrics if name in rows else ():
-            kept = rows[name]["kept"][metric]
-            word = "reached" if kept["share"] >= goal else "missed"
-            interval = f"[{kept['low']:.4f}, {kept['high']:.4f}]"
-            lines.append(
-                f"- {name}, {TITLES[metric]} kept >= {goal}: {kept['share']:.4f} {interval}, {word}"
-            )
+            share = rows[name]["kept"][metric]
+            word = "reached" if share is not None and share["share"] >= goal else "missed"
+            lines.append(f"- {name}, {TITLES[metric]} kept >= {goal}: {shown(share, 4)}, {word}")
     for name in ("40 % pruned + int8", "75 % pruned + int8"):
         if name in rows:
             share = rows[name]["bytes_share"]
@@ -89,9 +89,7 @@ def _markdown(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     for row in rows.values():
         values = [f"{row['metrics'][m]:.4f}" for m in METRICS]
-        for metric in ("hit_rate_10", "hit_rate_50", "ndcg_50"):
-            kept = row["kept"][metric]
-            values.append(f"{kept['share']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}]")
+        values += [shown(row["kept"][metric]) for metric in COLUMNS]
         values.append(f"{row['bytes_share']:.1%}")
         lines.append(f"| {row['variant']} | " + " | ".join(values) + " |")
     missing = [v.name for v in VARIANTS if v.name not in rows]
@@ -113,13 +111,14 @@ def _plot(report: dict[str, Any], path: Path) -> None:
 
     rows = report["variants"][1:]
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(rows) + 1.5), layout="constrained")
-    shown = ("hit_rate_10", "hit_rate_50", "ndcg_50")
-    for offset, metric in zip((-0.22, 0.0, 0.22), shown, strict=True):
-        kept = [row["kept"][metric] for row in rows]
-        share = [k["share"] for k in kept]
-        errors = [[k["share"] - k["low"] for k in kept], [k["high"] - k["share"] for k in kept]]
-        positions = [i + offset for i in range(len(rows))]
-        axes.errorbar(share, positions, xerr=errors, fmt="o", capsize=3, label=TITLES[metric])
+    for offset, metric in zip((-0.22, 0.0, 0.22), COLUMNS, strict=True):
+        found = [(i + offset, row["kept"][metric]) for i, row in enumerate(rows)]
+        found = [(place, share) for place, share in found if share is not None]
+        share = [s["share"] for _, s in found]
+        below = [s["share"] - s["low"] for _, s in found]
+        above = [s["high"] - s["share"] for _, s in found]
+        places = [place for place, _ in found]
+        axes.errorbar(share, places, xerr=[below, above], fmt="o", capsize=3, label=TITLES[metric])
     axes.axvline(1, color="grey", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes.invert_yaxis()
@@ -159,7 +158,7 @@ def main(
                      for name, (result, seen, how) in found.items()],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sasrec.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "sasrec.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     (out / "sasrec.md").write_text(_markdown(report))
     _plot(report, out / "sasrec.png")
 

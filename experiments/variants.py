@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -34,12 +33,10 @@ from fastrec.models import SASRec
 from fastrec.models.encoder import EncoderConfig
 from fastrec.train import Evaluation, TrainConfig, fit, load_model
 from fastrec.train.checkpoint import read_tensors, write_tensors
-from fastrec.train.metrics import gains
 
 BATCH = 64
 ROUNDS = 3
 SHARE = 0.5  # of the baseline's distribution in the target
-RESAMPLES = 2000
 WINDOW = AttentionPattern(window=16, offsets="log2")
 LOCAL = AttentionPattern(window=16, offsets="none")
 
@@ -156,21 +153,9 @@ def make(variant: Variant, base: SASRec, tune: Tuner, epochs: int) -> nn.Module:
     return model
 
 
-def kept_share(
-    variant: Evaluation, base: Evaluation, metric: str, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of ``variant`` over that of ``base``, with the 95 % interval of a paired bootstrap:
-    both means of the same resampled users; NaN where the baseline has nothing to keep."""
-    a, b = gains(variant.ranks, metric), gains(base.ranks, metric)
-    rng = np.random.default_rng(seed)
-    if not b.any():
-        return float("nan"), float("nan"), float("nan")
-    ratios = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        some = rng.integers(len(a), size=len(a))
-        ratios[i] = a[some].mean() / max(b[some].mean(), np.finfo(float).tiny)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(a.mean() / b.mean()), float(low), float(high)
+def _ranks_of(out: Path, variant: Variant) -> Path:
+    slug = "".join(c if c.isalnum() else "_" for c in variant.name)
+    return out / f"{slug}.safetensors"
 
 
 def run(
@@ -190,8 +175,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     teacher = copy.deepcopy(base).eval().requires_grad_(False)
     for variant in variants:
-        slug = "".join(c if c.isalnum() else "_" for c in variant.name)
-        file = out / f"{slug}.safetensors"
+        file = _ranks_of(out, variant)
         if file.exists():
             continue
         started = time.perf_counter()
@@ -200,7 +184,7 @@ def run(
         ).eval()
         result = rank(model, data, "test", intervals=False)
         everyone = rank(model, data, "test", exclude_seen=False, intervals=False)
-        fastrec.save(model, out / slug)
+        fastrec.save(model, file.with_suffix(""))
         meta = {
             "variant": dataclasses.asdict(variant) | {"pattern": str(variant.pattern)},
             "epochs": epochs,
@@ -208,7 +192,7 @@ def run(
             "prune_lr": prune_lr,
             "share": SHARE,
             "seed": seed,
-            "bytes": artifact_bytes(out / slug),
+            "bytes": artifact_bytes(file.with_suffix("")),
             "parameters": sum(p.numel() for p in base.parameters())
             if variant.width is None
             else sum(p.numel() for p in model.parameters()),
@@ -227,8 +211,7 @@ def read(out: Path, data: Histories) -> dict[str, tuple[Evaluation, Evaluation, 
     """Variant -> its ranks without and with the items seen, and how it was made; in order."""
     found = {}
     for variant in VARIANTS:
-        slug = "".join(c if c.isalnum() else "_" for c in variant.name)
-        file = out / f"{slug}.safetensors"
+        file = _ranks_of(out, variant)
         if not file.exists():
             continue
         tensors, meta = read_tensors(file, "ranks")

@@ -12,7 +12,6 @@ from experiments.long_range import (
     Setup,
     app,
     far_targets,
-    kept,
     open_world,
     read_world,
     run_world,
@@ -58,13 +57,6 @@ def test_the_slice_and_the_ranks_speak_of_the_same_users(runs: Path) -> None:
     users = evaluate(model, data, intervals=False).users
     order = [b.user for b in data.batches("test", batch_size=512, n_candidates=2, shuffle=False)]
     np.testing.assert_array_equal(users, np.concatenate(order))
-
-
-def test_a_share_is_paired() -> None:
-    ranks = np.random.default_rng(0).integers(0, 50, 400)
-    assert kept(ranks, ranks, "mrr") == {"share": 1.0, "low": 1.0, "high": 1.0}
-    worse = kept(np.minimum(ranks + 1, 49), ranks, "mrr")
-    assert worse["low"] <= worse["share"] <= worse["high"] < 1
 
 
 def test_what_is_done_is_not_done_again_and_is_reported(runs: Path, tmp_path: Path) -> None:

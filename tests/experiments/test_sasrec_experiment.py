@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from experiments.histories import Histories
-from experiments.ranking import rank
+from experiments.ranking import kept, rank, shown
 from experiments.sasrec import mean_loss, sequence_loss
 from experiments.softmax import catalogue_loss
-from experiments.variants import VARIANTS, kept_share, read, run
+from experiments.variants import VARIANTS, read, run
 from typer.testing import CliRunner
 
 from fastrec.errors import ArgumentError
@@ -110,15 +110,13 @@ def test_seen_items_are_left_out_and_the_target_is_not(file: Path) -> None:
     assert (with_seen.ranks - without.ranks <= seen).all()
 
 
-def test_a_ratio_is_paired() -> None:
-    rng = np.random.default_rng(0)
-    ranks = rng.integers(0, 99, 500)
+def test_what_there_was_nothing_of_is_shown_so() -> None:
+    ranks = np.arange(200) % 50
     base = Evaluation.from_ranks(ranks, protocol="full", n_candidates=100)
-    share, low, high = kept_share(base, base, "mrr")
-    assert share == low == high == 1
-    worse = Evaluation.from_ranks(np.minimum(ranks + 1, 99), protocol="full", n_candidates=100)
-    share, low, high = kept_share(worse, base, "mrr")
-    assert low <= share <= high < 1
+    assert kept(base, base, "mrr") == {"share": 1.0, "low": 1.0, "high": 1.0}
+    nothing = Evaluation.from_ranks(ranks + 50, protocol="full", n_candidates=100)
+    assert shown(kept(base, nothing, "hit_rate_50")) == "-"
+    assert shown(kept(nothing, base, "hit_rate_50"), 1) == "0.0 [0.0, 0.0]"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fastrec.errors import ArgumentError, ShapeError
-from fastrec.train import Evaluation, bootstrap_ci, paired_difference
+from fastrec.train import Evaluation, bootstrap_ci, paired_difference, paired_ratio
 from fastrec.train.metrics import gains, metric_names, ranks_from_scores
 
 
@@ -126,6 +126,23 @@ def test_paired_difference_is_tighter_than_unpaired() -> None:
     assert paired_difference(a, a, "mrr") == (0.0, 0.0, 0.0)
 
 
+def test_a_paired_ratio_is_that_of_the_means() -> None:
+    rng = np.random.default_rng(3)
+    ranks = rng.integers(0, 99, 500)
+    a = Evaluation.from_ranks(np.minimum(ranks + 1, 99), n_candidates=100)
+    b = Evaluation.from_ranks(ranks, n_candidates=100)
+    found = paired_ratio(a, b, "mrr")
+    assert found is not None
+    ratio, low, high = found
+    assert ratio == pytest.approx(a.metrics["mrr"] / b.metrics["mrr"])
+    assert low < ratio < high < 1
+    # Both means come of the same users: of a model and itself nothing varies.
+    assert paired_ratio(b, b, "hit_rate_10") == (1.0, 1.0, 1.0)
+    nothing = Evaluation.from_ranks(np.full(500, 99), n_candidates=100)
+    assert paired_ratio(b, nothing, "hit_rate_10") is None
+    assert paired_ratio(nothing, b, "hit_rate_10") == (0.0, 0.0, 0.0)
+
+
 def test_pairing_needs_the_same_users_and_protocol() -> None:
     a = Evaluation.from_ranks(np.array([1, 2]), n_candidates=50)
     b = Evaluation.from_ranks(np.array([1, 2]), n_candidates=50, users=np.array([5, 6]))
@@ -133,3 +150,5 @@ def test_pairing_needs_the_same_users_and_protocol() -> None:
     for other in (b, c):
         with pytest.raises(ArgumentError, match="b:"):
             paired_difference(a, other, "mrr")
+        with pytest.raises(ArgumentError, match="b:"):
+            paired_ratio(a, other, "mrr")

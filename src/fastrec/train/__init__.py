@@ -16,6 +16,7 @@ _EXPORTS = {
     "fit": "fastrec.train.loop",
     "load_model": "fastrec.train.checkpoint",
     "paired_difference": "fastrec.train.metrics",
+    "paired_ratio": "fastrec.train.metrics",
     "ranker_loss": "fastrec.train.losses",
     "sasrec_loss": "fastrec.train.losses",
     "save_model": "fastrec.train.checkpoint",
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fastrec.train.evaluation import evaluate
     from fastrec.train.loop import DivergedError, fit
     from fastrec.train.losses import ranker_loss, sasrec_loss
-    from fastrec.train.metrics import Evaluation, bootstrap_ci, paired_difference
+    from fastrec.train.metrics import Evaluation, bootstrap_ci, paired_difference, paired_ratio
     from fastrec.train.precision import autocast_dtype
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "fit",
     "load_model",
     "paired_difference",
+    "paired_ratio",
     "ranker_loss",
     "sasrec_loss",
     "save_model",

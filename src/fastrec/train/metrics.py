@@ -182,12 +182,44 @@ def paired_difference(
     Raises:
         ArgumentError: different users, protocols or candidate-set sizes.
     """
+    _check_paired(a, b)
+    difference = gains(a.ranks, metric) - gains(b.ranks, metric)
+    low, high = bootstrap_ci(difference, resamples=resamples, seed=seed)
+    return float(difference.mean()), low, high
+
+
+def paired_ratio(
+    a: Evaluation, b: Evaluation, metric: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """Mean of ``a`` over mean of ``b`` on the same users, with its 95 % interval.
+
+    Returns:
+        (ratio, low, high), from both means of the same resampled users; None where ``b`` scores
+        nothing, so that there is no ratio.
+
+    Raises:
+        ArgumentError: different users, protocols or candidate-set sizes.
+    """
+    _check_paired(a, b)
+    values = np.stack([gains(a.ranks, metric), gains(b.ranks, metric)], axis=1)
+    mean = values.mean(axis=0)
+    if not mean[1]:
+        return None
+    distinct, counts = np.unique(values, axis=0, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(
+        len(values), counts / len(values), size=resamples
+    )
+    means = draws @ distinct
+    # A resample in which b scores nothing says nothing of the ratio.
+    means = means[means[:, 1] > 0]
+    low, high = np.percentile(means[:, 0] / means[:, 1], [2.5, 97.5])
+    return float(mean[0] / mean[1]), float(low), float(high)
+
+
+def _check_paired(a: Evaluation, b: Evaluation) -> None:
     if (a.protocol, a.n_candidates) != (b.protocol, b.n_candidates):
         raise ArgumentError(
             "b", f"protocol {a.protocol} on {a.n_candidates}", f"{b.protocol} on {b.n_candidates}"
         )
     if not np.array_equal(a.users, b.users):
         raise ArgumentError("b", "the same users in the same order as a", "others")
-    difference = gains(a.ranks, metric) - gains(b.ranks, metric)
-    low, high = bootstrap_ci(difference, resamples=resamples, seed=seed)
-    return float(difference.mean()), low, high
