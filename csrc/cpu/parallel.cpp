@@ -185,11 +185,10 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()); }
 
-  void run(Job& job, int helpers, int64_t chunks) {
+  void run(Job& job, int helpers, int64_t chunks, int64_t chunk_ns) {
     int awake = 0;
     while (awake < helpers && !workers_[awake]->parked()) ++awake;
-    // With workers asleep the first chunk tells what the whole takes one thread.
-    if (awake < helpers && !worth_waking(job, chunks)) helpers = awake;
+    if (awake < helpers && !worth_waking(job, chunks, chunk_ns)) helpers = awake;
     const int cpu = helpers > 0 ? sched_getcpu() : -1;
     for (int i = 0; i < helpers; ++i) {
       workers_[i]->keep_off(cpu);
@@ -202,12 +201,14 @@ class Pool {
  private:
   // A lone small call should not pay for a wake-up that comes too late to help, while a chain of
   // small calls should have its workers after the first few: so calls in close succession add up.
-  bool worth_waking(Job& job, int64_t chunks) {
+  bool worth_waking(Job& job, int64_t chunks, int64_t chunk_ns) {
     const auto begin = Clock::now();
-    job.step(job.range[0]);
-    const auto end = Clock::now();
+    // What the whole takes one thread is told by the caller, or by the first chunk.
+    if (chunk_ns == 0) job.step(job.range[0]);
+    const auto chunk =
+        chunk_ns ? Clock::duration(std::chrono::nanoseconds(chunk_ns)) : Clock::now() - begin;
     if (begin - last_asleep_ > kSpinTime) asleep_time_ = Clock::duration::zero();
-    const auto expected = (end - begin) * chunks;
+    const auto expected = chunk * chunks;
     asleep_time_ += expected;
     last_asleep_ = begin + expected;
     return asleep_time_ >= kWorthWaking;
@@ -277,7 +278,8 @@ int exchange_call_threads(int threads) { return std::exchange(call_setting, thre
 
 void follow_threads(ThreadSource source) { followed.store(source); }
 
-void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context) {
+void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context,
+                  int64_t chunk_ns) {
   if (count <= 0) return;
   const int64_t chunks = (count + grain - 1) / grain;
   if (threads > 1 && chunks > 1 && !inside_body) {
@@ -286,7 +288,7 @@ void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, 
     if (helpers > 0 && !pool_busy.exchange(true, std::memory_order_acquire)) {
       Job job(body, context, count, grain, helpers + 1);
       inside_body = true;
-      get_pool(helpers)->run(job, helpers, chunks);
+      get_pool(helpers)->run(job, helpers, chunks, chunk_ns);
       inside_body = false;
       pool_busy.store(false, std::memory_order_release);
       return;

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 namespace fastrec {
@@ -35,17 +36,22 @@ void follow_threads(ThreadSource source);
 // Calls body(context, begin, end) for chunks of at most `grain` that cover [0, count), on at most
 // `threads` threads; returns when all is done. A body can't throw: an exception, which could only
 // unwind past running workers, ends the process.
+//
+// chunk_ns: what a chunk takes, where the caller knows it; 0: it does not. Where workers sleep, a
+// first chunk is otherwise run alone, to see whether waking them is worth it: of two long chunks
+// that would leave nothing to share.
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end) noexcept;
-void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context);
+void parallel_for(int64_t count, int64_t grain, int threads, ParallelBody body, void* context,
+                  int64_t chunk_ns = 0);
 
 template <class F>
-void parallel_for(int64_t count, int64_t grain, int threads, F&& body) {
+void parallel_for(int64_t count, int64_t grain, int threads, F&& body, int64_t chunk_ns = 0) {
   parallel_for(
       count, grain, threads,
       [](void* context, int64_t begin, int64_t end) noexcept {
-        (*static_cast<F*>(context))(begin, end);
+        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
       },
-      &body);
+      &body, chunk_ns);
 }
 
 }  // namespace fastrec

@@ -41,6 +41,10 @@ constexpr int64_t kRowsWorthAThread = 16, kRowsInCache = 64;
 // Beyond what any machine has, and far from what 64 bits hold.
 constexpr double kMaxSlotBytes = 1e14;
 
+int64_t since_ns(Clock::time_point start) {
+  return std::chrono::nanoseconds(Clock::now() - start).count();
+}
+
 int64_t round_up(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 Tensor resolve(const Operand& operand, std::byte* data, const Symbols& symbols) {
@@ -161,7 +165,9 @@ struct Executor::Lent {
   Arena* const arena;
 };
 
-Executor::Executor(Plan plan) : plan_(std::move(plan)) {
+Executor::Executor(Plan plan)
+    : plan_(std::move(plan)),
+      row_ps_(std::make_unique<std::atomic<int64_t>[]>(plan_.groups.size())) {
   for (Step& step : plan_.steps) {
     const Prepare prepare = find_kind(step.kind)->prepare;
     if (!prepare || step.prepared) continue;
@@ -244,25 +250,31 @@ Status Executor::run_step(const Place& place, size_t position, const Rows* rows)
   return status;
 }
 
-Status Executor::run_rows(const Place& place, const RowGroup& group, int threads) {
+Status Executor::run_rows(const Place& place, size_t index, int threads) {
+  const RowGroup& group = plan_.groups[index];
+  std::atomic<int64_t>& row_ps = row_ps_[index];
   const int64_t rows = place.symbols[group.symbol];
   const int64_t rounds = (rows + threads * kRowsInCache - 1) / (threads * kRowsInCache);
   const int64_t parts = std::min(rows / kRowsWorthAThread, rounds * threads);
   Place here = place;
   here.beside = std::min<int64_t>(threads, parts);
   Failure failure;
-  parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {
+  auto run = [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row0 = p * rows / parts;
       const Rows part{group.symbol, row0, (p + 1) * rows / parts - row0};
+      const auto start = Clock::now();
       failure.watch(p, [&] {
         Status status;
         for (int s = group.begin; s < group.end && status.fault == Fault::none; ++s)
           status = run_step(here, s, &part);
         return status;
       });
+      row_ps.store(since_ns(start) * 1000 / part.count, std::memory_order_relaxed);
     }
-  });
+  };
+  parallel_for(parts, 1, threads, run,
+               row_ps.load(std::memory_order_relaxed) * rows / parts / 1000);
   return failure.status();
 }
 
@@ -274,13 +286,13 @@ Status Executor::run_part(const Request& request, int64_t user0, int64_t users, 
   const Place place{request, symbols, user0, users, arena->base(), arena->slot_begin.data(),
                     beside};
   const int threads = users == 1 ? num_threads() : 1;
-  auto group = plan_.groups.begin();
+  size_t group = 0;
   Status status;
   for (size_t s = 0; s < plan_.steps.size() && status.fault == Fault::none;) {
-    if (group != plan_.groups.end() && s == static_cast<size_t>(group->begin)) {
-      const RowGroup& here = *group++;
+    if (group < plan_.groups.size() && s == static_cast<size_t>(plan_.groups[group].begin)) {
+      const RowGroup& here = plan_.groups[group++];
       if (threads > 1 && symbols[here.symbol] >= 2 * kRowsWorthAThread) {
-        status = run_rows(place, here, threads);
+        status = run_rows(place, group - 1, threads);
         s = here.end;
         continue;
       }
@@ -310,9 +322,15 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
     failure.watch(
         begin, [&] { return run_part(request, user0(begin), user0(end) - user0(begin), beside); });
   };
-  parallel_for(apart, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) run_parts(p, p + 1, std::min<int64_t>(threads, apart));
-  });
+  auto run_apart = [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const auto start = Clock::now();
+      run_parts(p, p + 1, std::min<int64_t>(threads, apart));
+      user_ns_.store(since_ns(start) / (user0(p + 1) - user0(p)), std::memory_order_relaxed);
+    }
+  };
+  const int64_t part_ns = user_ns_.load(std::memory_order_relaxed) * (users / parts);
+  parallel_for(apart, 1, threads, run_apart, part_ns);
   if (apart < parts) run_parts(apart, parts, 1);
   return failure.status();
 }

@@ -42,13 +42,17 @@ class Executor {
   void give(Arena* arena);
   int64_t users_a_part(const Symbols& symbols) const;
   Status run_part(const Request& request, int64_t user0, int64_t users, int64_t beside);
-  Status run_rows(const Place& place, const RowGroup& group, int threads);
+  Status run_rows(const Place& place, size_t group, int threads);
   Status run_step(const Place& place, size_t position, const Rows* rows);
 
   Plan plan_;
   // Arenas that no call uses, as a stack without a lock: a taken one is marked in its own flag.
   static constexpr int kKeptArenas = 64;
   std::atomic<Arena*> kept_[kKeptArenas] = {};
+  // What a user took on one thread when users were last run apart, and a row of each group, in ns
+  // and ps; 0: not known yet. They only say whether sleeping workers are worth waking.
+  std::atomic<int64_t> user_ns_{0};
+  std::unique_ptr<std::atomic<int64_t>[]> row_ps_;
 };
 
 }  // namespace fastrec::engine

@@ -51,6 +51,20 @@ TEST(pool_wakes_workers_that_sleep) {
   }
 }
 
+TEST(pool_shares_two_long_chunks_though_its_worker_sleeps) {
+  if (max_threads() == 1) return;
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));  // beyond the time workers spin
+  std::atomic<int> begun{0};
+  auto run = [&](int64_t, int64_t) {
+    ++begun;
+    // Neither ends before the other has begun, unless nobody takes the other.
+    const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+    while (begun < 2 && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
+    CHECK(begun == 2);
+  };
+  parallel_for(2, 1, 2, run, 1'000'000);
+}
+
 TEST(pool_runs_nested_calls_alone) {
   std::vector<int> hits(64 * 64, 0);
   parallel_for(64, 1, 8, [&](int64_t begin, int64_t end) {
