@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIR ?= bench/results
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo protos test sanitize forced-isa bench lint gpu-report clean
+.PHONY: setup demo protos test wheel wheel-check sanitize forced-isa bench lint gpu-report clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,15 @@ protos: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What a release ships (the CUDA kernels stay out: CuPy compiles them at first use), compiled anew.
+wheel: setup
+	rm -rf dist/*.whl build
+	FASTREC_BUILD_CPU=1 FASTREC_BUILD_CUDA=0 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+
+# That wheel in an empty environment without a compiler: import, info, an engine's scores, a server.
+wheel-check: wheel
+	FASTREC_WHEEL_CHECK=$$(ls $(CURDIR)/dist/*.whl) $(BIN)/python -m pytest -q tests/packaging
 
 # The compiled part's own tests: as shipped, and under address, undefined-behaviour and thread sanitizers.
 sanitize:
