@@ -20,6 +20,7 @@ def _mount() -> None:
     from fastrec.compress.cli import compress
     from fastrec.data.cli import app as data_app
     from fastrec.info import explain, info
+    from fastrec.kernels.cli import tune
     from fastrec.report.cli import bench, table1
     from fastrec.runtime.cli import export
     from fastrec.serving.cli import serve
@@ -27,7 +28,7 @@ def _mount() -> None:
 
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
-    for command in (train, compress, table1, export, bench, explain, serve):
+    for command in (train, compress, table1, export, bench, tune, explain, serve):
         app.command()(command)
 
 

@@ -69,10 +69,15 @@ class Table:
         entry = self.entries.get(key)
         return next((config for config in possible if asdict(config) == entry), None)  # type: ignore[call-overload]
 
+    def content(self) -> dict[str, Any]:
+        """What the file of this machine's own entries says; the same form as a shipped table."""
+        entries = self._read(self.path)
+        return {"op": self.op_id, "gpu": self.gpu, "digest": self.digest, "entries": entries}
+
     def keep(self, key: str, config: Any) -> None:
         """Adds an entry and writes the file, whole or not at all."""
-        entries = self._read(self.path) | {key: asdict(config)}
-        content = {"op": self.op_id, "gpu": self.gpu, "digest": self.digest, "entries": entries}
+        content = self.content()
+        content["entries"][key] = asdict(config)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
         with os.fdopen(handle, "w") as file:
@@ -86,17 +91,26 @@ def fastest(possible: Iterable[Config], time_ms: Callable[[Config], float]) -> C
     return min(possible, key=time_ms)
 
 
-def device_time_ms(call: Callable[[], None], calls: int = 50) -> float:
-    """Median time of a call on the current GPU, between events; the first ones don't count."""
+def device_time_ms(call: Callable[[], None], calls: int = 20, replays: int = 15) -> float:
+    """Median time of a call on the current GPU: graphs of many, replayed between events, so that
+    what the host does for a launch is not in it."""
     import torch
 
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
     times = []
-    for i in range(calls + 10):
+    for _ in range(replays + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
-        if i >= 10:
-            times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+        times.append(begin.elapsed_time(end) / calls)
+    return sorted(times[1:])[replays // 2]

@@ -251,14 +251,13 @@ class TestOnTheGpu:
         assert torch.equal(actual.cpu(), expected)
 
     def test_a_thousand_lengths_compile_nothing(self, model: Ranker, engine: Any) -> None:
-        from fastrec.runtime.cuda import _kernels
+        from fastrec.runtime.cuda.launches import KERNELS
 
         for length in range(1, 22):
             engine(*request(model, (2, length, 16)))
 
         def compiled() -> int:
-            kernels = (_kernels.history, _kernels.encoder_block, _kernels.candidates)
-            return sum(len(c[0]) for k in kernels for c in k.device_caches.values())
+            return sum(len(c[0]) for k in KERNELS for c in k.device_caches.values())
 
         before = compiled()
         rng = np.random.default_rng(0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastrec import env
+from fastrec.errors import BackendError
 from fastrec.kernels import _tuning
 from fastrec.kernels.sparse_int8_linear import _cuda as op
 from fastrec.kernels.sparse_int8_linear import _gpu
@@ -88,3 +90,44 @@ def test_calls_take_the_tuned_configuration_and_else_the_heuristics(
 
 def test_the_fastest_is_the_one_that_took_least() -> None:
     assert _tuning.fastest([3, 1, 2], float) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it would be tuned")
+def test_the_command_without_a_gpu_says_why() -> None:
+    from fastrec.kernels.cli import tune
+
+    with pytest.raises(BackendError, match=r"^fastrec tune: torch sees no CUDA device"):
+        tune()
+
+
+def test_the_command_keeps_every_shape_and_writes_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastrec.kernels import _cuda, cli
+    from fastrec.kernels.sparse_int8_linear import _tune
+
+    kept = table()
+    monkeypatch.setattr(_cuda, "cuda_can_run", lambda signature: None)
+    monkeypatch.setattr(_tune, "table", lambda: kept)
+    monkeypatch.setattr(_tune, "tune", lambda shape: kept.keep(str(shape), CUDA_CONFIGS[2]) or "")
+    cli.tune(tmp_path / "tuned.json")
+    written = json.loads((tmp_path / "tuned.json").read_text())
+    assert list(written) == [kept.path.name]
+    content = written[kept.path.name]
+    assert content == json.loads(kept.path.read_text())
+    assert len(content["entries"]) == len(_tune.shapes()) == len({*map(str, _tune.shapes())})
+
+
+def test_a_shipped_table_is_read_and_the_machines_own_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = table()
+    kept.keep("8", CUDA_CONFIGS[1])
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(_tuning, "SHIPPED", shipped)
+    content = kept.content()
+    content["entries"] = {name: asdict(CUDA_CONFIGS[2]) for name in ("8", "16")}
+    (shipped / kept.path.name).write_text(json.dumps(content))
+    assert table().find("8", CUDA_CONFIGS) == CUDA_CONFIGS[1]
+    assert table().find("16", CUDA_CONFIGS) == CUDA_CONFIGS[2]

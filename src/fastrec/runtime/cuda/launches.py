@@ -1,4 +1,14 @@
-"""A ranker's launches for one bucket of sizes: kernels, arguments, and what each must move."""
+"""A ranker's launches for one bucket of sizes: kernels, arguments, and what each must move.
+
+    history        lookups, their sum, norm and the first block's q, k, v
+    encoder_block  attention, output projection, feed-forward part, and the next q, k, v (or k, v)
+    candidates     lookups, norm, cross attention, and the tower's input
+    tower          all layers and the scores, persistent, with barriers across the grid
+    tower_layer, tower_scores   the same tiles, a launch a layer
+
+Sizes of a request (users, L, m) are data, read from a header on the device: one compiled kernel and
+one captured graph serve every batch, history and candidate count.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +18,22 @@ from typing import Any, NamedTuple
 import torch
 
 from fastrec.kernels._gpu import ceil_div, power_of_two
-from fastrec.runtime.cuda import _kernels
+from fastrec.runtime.cuda import _candidate_kernels, _encoder_kernels, _tower_kernels
 from fastrec.runtime.cuda.config import FULL_GPU, rows_config, tower_config
 from fastrec.runtime.cuda.stages import RankerStages
 from fastrec.runtime.cuda.weights import Layer, Lookups, Weights
 
 HEADER = 16  # int32s: users, L, m, and unused ones that keep what follows aligned
 _ALIGNED = 16
+# All that a request launches, with the tower as one launch or as several.
+KERNELS = (
+    _encoder_kernels.history,
+    _encoder_kernels.encoder_block,
+    _candidate_kernels.candidates,
+    _tower_kernels.tower,
+    _tower_kernels.tower_layer,
+    _tower_kernels.tower_scores,
+)
 _PLACE = 8  # int64s a layer of the tower
 
 
@@ -166,7 +185,7 @@ class Bucket:
         moved = rows * (w.history.row_bytes + 4 * self.stages.d) + self._written(layer, rows)
         return self._launch(
             "history",
-            _kernels.history,
+            _encoder_kernels.history,
             (ceil_div(self.sizes.length, config.rows), users),
             args,
             config,
@@ -217,7 +236,7 @@ class Bucket:
         moved += 8 * rows * d + norm.nbytes + w.norms[index + 1].nbytes
         return self._launch(
             f"encoder_block {index}",
-            _kernels.encoder_block,
+            _encoder_kernels.encoder_block,
             (ceil_div(self.sizes.length, config.rows), users),
             args,
             config,
@@ -259,7 +278,7 @@ class Bucket:
         moved += rows * 3 * d * self.work.element_size() + w.candidate_norm.nbytes
         return self._launch(
             "candidates",
-            _kernels.candidates,
+            _candidate_kernels.candidates,
             (ceil_div(size, config.rows), users),
             args,
             config,
@@ -307,7 +326,7 @@ class Bucket:
             return [
                 self._launch(
                     "tower",
-                    _kernels.tower,
+                    _tower_kernels.tower,
                     (programs,),
                     args,
                     config,
@@ -328,7 +347,7 @@ class Bucket:
             launches.append(
                 self._launch(
                     f"tower_layer {i}",
-                    _kernels.tower_layer,
+                    _tower_kernels.tower_layer,
                     (tiles[i],),
                     args,
                     config,
@@ -344,7 +363,7 @@ class Bucket:
         launches.append(
             self._launch(
                 "tower_scores",
-                _kernels.tower_scores,
+                _tower_kernels.tower_scores,
                 (ceil_div(rows, 32),),
                 args,
                 config,

@@ -1,0 +1,50 @@
+"""The parts of ``make gpu-report``: a section is a process of its own with a share of the time.
+
+timing      device time by replayed graphs, host latency
+sheet       rows, comparisons: a gate before any timing
+ceilings attention products ranker requests ops
+            sections that measure
+commands    sections that run something: build, tests, compute-sanitizer, tuning
+goals page pictures
+            what became of it
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Section:
+    """``module:function`` takes a :class:`gpu.sheet.Sheet`; it is ended after ``seconds``.
+
+    ``dry``: whether it also runs without a GPU, on small inputs and untimed.
+    """
+
+    name: str
+    where: str
+    seconds: float
+    dry: bool = True
+
+    def run(self, sheet: object) -> None:
+        module, function = self.where.split(":")
+        getattr(importlib.import_module(f"gpu.{module}"), function)(sheet)
+
+
+# In order of importance: what the time does not reach is what matters least.
+SECTIONS = (
+    Section("build", "commands:build", 100, dry=False),
+    Section("ceilings", "ceilings:measure", 20, dry=False),
+    Section("tuning", "commands:tune", 40, dry=False),
+    Section("products", "products:measure", 50),
+    Section("attention, long", "attention:long", 75),
+    Section("attention, short", "attention:short", 50),
+    Section("ranker, B=1", "ranker:batch_1", 60),
+    Section("ranker, B=64", "ranker:batch_64", 60),
+    Section("requests", "requests:count", 45),
+    Section("tests", "commands:tests", 120),
+    Section("sanitizer", "commands:sanitize", 60, dry=False),
+    Section("ranker, B=8", "ranker:batch_8", 60),
+    Section("ops", "ops:measure", 120, dry=False),
+)

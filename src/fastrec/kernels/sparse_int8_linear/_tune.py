@@ -1,0 +1,66 @@
+"""What ``fastrec tune`` times of ``sparse_int8_linear``: the shapes that rankers have."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from fastrec.kernels import _tuning
+from fastrec.kernels.sparse_int8_linear import _cuda
+from fastrec.kernels.sparse_int8_linear._gpu import prepare
+from fastrec.kernels.sparse_int8_linear.samples import random_weight
+
+# One user's candidates to 64 users', and one row; a tower's layers, dense and pruned.
+ROWS = (1, 8, 50, 400, 3200)
+LAYERS = ((1024, 384), (1024, 1024), (512, 128), (128, 512))
+DENSITIES = (1.0, 0.6, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """M rows of a layer of N outputs and K inputs that keeps a share of its groups."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    density: float
+
+    def __str__(self) -> str:
+        return f"M={self.rows} N={self.outputs} K={self.inputs} density {self.density:g}"
+
+
+def shapes() -> list[Shape]:
+    """All of them."""
+    large = [Shape(4096, 4096, 4096, 1.0), Shape(4096, 4096, 4096, 0.5)]
+    return [
+        *(Shape(m, n, k, d) for (n, k), d, m in itertools.product(LAYERS, DENSITIES, ROWS)),
+        *large,
+    ]
+
+
+def tune(shape: Shape) -> str:
+    """Times a shape on the current GPU, keeps its fastest configuration and says which."""
+    generator = torch.Generator().manual_seed(0)
+    packed = random_weight(shape.outputs, shape.inputs, shape.density, generator).to("cuda")
+    prepared = prepare(
+        packed,
+        x_scale=0.02,
+        x_zero_point=128,
+        bias=None,
+        activation="relu",
+        out="uint8",
+        out_scale=1.0,
+        out_zero_point=0,
+    )
+    x = torch.randint(0, 256, (shape.rows, shape.inputs), dtype=torch.uint8, device="cuda")
+    y = torch.empty(shape.rows, shape.outputs, dtype=torch.uint8, device="cuda")
+    best = _cuda.tune(prepared, x, y)
+    time_ms = _tuning.device_time_ms(lambda: _cuda.run(prepared, x, y, best))
+    return f"{shape}: {1e3 * time_ms:.1f} us, {best}"
+
+
+def table() -> _tuning.Table:
+    """The table of the current GPU."""
+    return _cuda.table(torch.cuda.current_device())
