@@ -399,7 +399,7 @@ def test_nothing_is_lost_and_everything_is_answered_once(
     assert len(outcomes) == world.sent
     assert not scheduler.open
     assert scheduler.queues.count == scheduler.queues.bytes == 0
-    assert scheduler.in_flight_s == 0
+    assert scheduler.gate.in_flight_s == 0
     assert not any(scheduler.queues.by_priority.values())
     for ticket in tickets:
         if ticket.error is None:

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,13 +39,22 @@ class InputField:
     rows: int | str | None = None
 
 
+class _Accepted(NamedTuple):
+    """Shapes found good: which inputs are floats, which are ids, and the upper bounds of all ids
+    in a row, None where they are too many to keep."""
+
+    floats: tuple[int, ...]
+    ids: tuple[int, ...]
+    bounds: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """The inputs of a model, in order, with the limits of its symbols (``{"L": (1, 100)}``)."""
 
     fields: tuple[InputField, ...]
     limits: dict[str, tuple[int, int | None]] = field(default_factory=dict)
-    _known: dict[Any, np.ndarray | None] = field(
+    _known: dict[Any, _Accepted] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -135,27 +144,29 @@ class InputSpec:
         if len(inputs) != len(fields):
             raise ArgumentError("inputs", f"{len(fields)} inputs {self.names}", len(inputs))
         from_torch = not isinstance(inputs[0], np.ndarray)
-        arrays = [
-            self._array(f.name, value, from_torch) for f, value in zip(fields, inputs, strict=True)
-        ]
+        if set(map(type, inputs)) == {np.ndarray}:
+            arrays = list(inputs)
+        else:
+            arrays = [
+                self._array(f.name, value, from_torch)
+                for f, value in zip(fields, inputs, strict=True)
+            ]
         # Plain tuples hash fast; dtype objects of native types are singletons.
         key = tuple([(a.shape, a.dtype) for a in arrays])
-        known = self._known
-        if key in known:
-            bounds = known[key]
-        else:
-            bounds = self._accept(arrays)
-            if len(known) < _CACHED_SHAPES:
-                known[key] = bounds
-        for f, a in zip(fields, arrays, strict=True):
-            if a.dtype.kind == "f" and np.isnan(a).any():
-                raise ArgumentError(f.name, "an input of numbers", "a NaN")
+        known = self._known.get(key)
+        if known is None:
+            known = self._accept(arrays)
+            if len(self._known) < _CACHED_SHAPES:
+                self._known[key] = known
+        for i in known.floats:
+            if np.isnan(arrays[i]).any():
+                raise ArgumentError(fields[i].name, "an input of numbers", "a NaN")
+        bounds = known.bounds
         if bounds is None:
             self._check_ranges(arrays)
-            return arrays, from_torch
-        if bounds.size:
-            ids = [a.reshape(-1) for a, f in zip(arrays, fields, strict=True) if f.rows is not None]
-            if (np.concatenate(ids).view(np.uint64) >= bounds).any():
+        elif known.ids:
+            ids = np.concatenate([arrays[i].reshape(-1) for i in known.ids])
+            if (ids.view(np.uint64) >= bounds).any():
                 self._check_ranges(arrays)
         return arrays, from_torch
 
@@ -206,8 +217,8 @@ class InputSpec:
                     sizes[d] = size
         return sizes
 
-    def _accept(self, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-        """Check dtypes and shapes; the upper bounds of all ids in a row, None where too many."""
+    def _accept(self, arrays: Sequence[np.ndarray]) -> _Accepted:
+        """Check dtypes and shapes; what is left to check is each call's values."""
         for f, array in zip(self.fields, arrays, strict=True):
             if array.dtype != np.dtype(f.dtype):
                 raise DtypeError(f.name, f.dtype, array.dtype)
@@ -217,9 +228,12 @@ class InputSpec:
             for f, a in zip(self.fields, arrays, strict=True)
             if f.rows is not None
         ]
-        if sum(b.size for b in bounds) > _CACHED_SIZE:
-            return None
-        return np.concatenate(bounds) if bounds else np.empty(0, np.uint64)
+        few = sum(b.size for b in bounds) <= _CACHED_SIZE
+        return _Accepted(
+            tuple(i for i, a in enumerate(arrays) if a.dtype.kind == "f"),
+            tuple(i for i, f in enumerate(self.fields) if f.rows is not None),
+            (np.concatenate(bounds) if bounds else np.empty(0, np.uint64)) if few else None,
+        )
 
     def _check_ranges(self, arrays: Sequence[np.ndarray]) -> None:
         sizes = self.sizes([a.shape for a in arrays])

@@ -30,11 +30,12 @@ class Batch:
         "users",
     )
 
-    def __init__(self, parts: list[Part], lane: str) -> None:
-        self.parts, self.lane = parts, lane
+    def __init__(self, parts: list[Part], lane: str, model: LatencyModel, started: float) -> None:
+        self.parts, self.lane, self.started = parts, lane, started
         self.padded = parts[0].key[0]
-        self.users = self.rows = 0
-        self.predicted_s = self.started = 0.0
+        self.users = sum([p.users for p in parts])
+        self.rows = self.users * self.padded
+        self.predicted_s = model.predict(self.users, self.rows)
         self.given_up = False
 
 
@@ -43,13 +44,13 @@ class Batcher:
 
     def __init__(self, config: Batching, signature: Signature, batch_s: float) -> None:
         self.config, self.signature, self.batch_s = config, signature, batch_s
-
-    @property
-    def most_users(self) -> int:
-        """Users that one call takes."""
-        own = self.signature.most("B")
-        wanted = self.config.max_users or own or _MOST_USERS
-        return wanted if own is None else min(wanted, own)
+        own = signature.most("B")
+        wanted = config.max_users or own or _MOST_USERS
+        # Users, and candidates of a user, that one call takes.
+        self.most_users = wanted if own is None else min(wanted, own)
+        self._most_width = min(
+            config.max_rows, signature.most(config.candidate_symbol) or config.max_rows
+        )
 
     def padded(self, candidates: int) -> int:
         """Candidates that so many are padded to."""
@@ -62,6 +63,15 @@ class Batcher:
     def split(self, ticket: Ticket, arrays: tuple[np.ndarray, ...], model: LatencyModel) -> None:
         """Make the ticket's parts: each is within the limits of a call where it can be cut."""
         users, candidates = ticket.users, ticket.candidates
+        if (
+            ticket.cost_s <= self.batch_s
+            and ticket.rows <= self.config.max_rows
+            and users <= self.most_users
+            and candidates <= self._most_width
+        ):
+            ticket.parts.append([self._part(ticket, arrays, users, candidates, model)])
+            ticket.open_parts = ticket.pieces = 1
+            return
         width = self._most_candidates(candidates, model)
         height = self._most_users(min(width, candidates), users, model)
         whole = height >= users and width >= candidates
@@ -87,7 +97,7 @@ class Batcher:
         model: LatencyModel,
     ) -> Part:
         padded = self.padded(candidates)
-        key = (padded, self.signature.key(arrays, padded))
+        key = self.signature.key(arrays, padded)
         cost = model.predict(users, users * padded)
         return Part(ticket, arrays, users, candidates, key, cost)
 
@@ -95,9 +105,7 @@ class Batcher:
         """Of one user in one call."""
         if not self.signature.separable:
             return candidates
-        most = min(
-            self.config.max_rows, self.signature.most(self.config.candidate_symbol) or 1 << 30
-        )
+        most = self._most_width
         room = self.batch_s - model.beta - model.gamma
         if model.alpha > 0:
             # Where users alone take the time, cutting candidates would only repeat that.

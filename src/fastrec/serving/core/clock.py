@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,14 +27,17 @@ class Clock(Protocol):
 
 
 class LoopClock:
-    """The clock of an asyncio loop: ``time.monotonic`` and the loop's own timers."""
+    """``time.monotonic``, and an asyncio loop's timers.
+
+    Not the loop's own time: uvloop's stands still while callbacks run, and counts milliseconds.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop or asyncio.get_running_loop()
-        self.now: Callable[[], float] = self._loop.time
+        self.now: Callable[[], float] = time.monotonic
 
     def call_at(self, when: float, call: Callable[[], Any]) -> Timer:
-        return self._loop.call_at(when, call)
+        return self._loop.call_later(max(when - time.monotonic(), 0.0), call)
 
 
 class _Call:

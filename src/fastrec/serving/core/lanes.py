@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastrec.serving.core.request import Rejected, Request
+from fastrec.serving.core.terms import Terms
 
 QUEUED, RUNNING, DONE = 0, 1, 2
 EXPRESS, STANDARD = "express", "standard"
@@ -48,11 +49,13 @@ class Ticket:
         "rows",
         "started",
         "state",
+        "terms",
         "tier",
         "tries",
         "users",
     )
 
+    terms: Terms
     tier: str
     priority: int
     users: int
@@ -205,11 +208,34 @@ class Queues:
         self.count = 0
         self.bytes = 0
         self.by_priority: dict[int, int] = {}
+        # Nothing starts before so many wait; once.
+        self.hold = 0
         self._virtual = 0.0
 
     def of(self, ticket: Ticket) -> TierQueue:
         """The queue a ticket's parts stand in."""
         return self.express if ticket.lane == EXPRESS else self.tiers[ticket.tier]
+
+    def enter(self, ticket: Ticket) -> None:
+        """A ticket begins to wait."""
+        self.bytes += ticket.bytes
+        counts = self.by_priority
+        counts[ticket.priority] = counts.get(ticket.priority, 0) + 1
+        for chunk in ticket.parts:
+            for part in chunk:
+                self.push(part)
+
+    def leave(self, ticket: Ticket) -> None:
+        """A ticket waits no more: a part of it starts, or it is not wanted."""
+        self.bytes -= ticket.bytes
+        self.by_priority[ticket.priority] -= 1
+
+    def pass_by(self, part: Part) -> None:
+        """What :meth:`push` and :meth:`take` come to where nothing is queued."""
+        queue = self.of(part.ticket)
+        self._virtual = max(self._virtual, queue.passed)
+        queue.passed = self._virtual + part.cost_s / queue.weight
+        part.state = RUNNING
 
     def push(self, part: Part) -> None:
         """Queue a part; a tier that was away starts level with the others, not ahead."""

@@ -26,7 +26,8 @@ class LatencyModel:
         # Sums of x x^T (upper triangle) and of x y, x = (1, users, rows).
         self._xx = [0.0] * 6
         self._xy = [0.0] * 3
-        self._new = 0
+        # Calls since the last solution; no prediction changes before the next.
+        self._new: list[tuple[int, int, float]] = []
 
     def predict(self, users: int, rows: int) -> float:
         """Seconds."""
@@ -34,12 +35,28 @@ class LatencyModel:
 
     def observe(self, users: int, rows: int, seconds: float, *, seed: bool = False) -> None:
         """A call took ``seconds``; ``seed``: take it as it is and solve at once."""
-        if not seed and self.count >= _SOLVE_EVERY:
-            expected = self.predict(users, rows)
-            seconds = min(max(seconds, expected / _CLIP), expected * _CLIP)
-        xx, xy = self._xx, self._xy
         if self.count == 0:
             self.beta, self.gamma, self.alpha = seconds / 2, 0.0, seconds / 2 / max(rows, 1)
+        self.count += 1
+        if seed:
+            self._add(users, rows, seconds)
+            self._solve()
+            return
+        if self.count > _SOLVE_EVERY:
+            expected = self.beta + self.gamma * users + self.alpha * rows
+            if seconds > expected * _CLIP:
+                seconds = expected * _CLIP
+            elif seconds < expected / _CLIP:
+                seconds = expected / _CLIP
+        self._new.append((users, rows, seconds))
+        if len(self._new) >= _SOLVE_EVERY:
+            for call in self._new:
+                self._add(*call)
+            self._new.clear()
+            self._solve()
+
+    def _add(self, users: int, rows: int, seconds: float) -> None:
+        xx, xy = self._xx, self._xy
         xx[0] = xx[0] * _DECAY + 1
         xx[1] = xx[1] * _DECAY + users
         xx[2] = xx[2] * _DECAY + rows
@@ -49,20 +66,16 @@ class LatencyModel:
         xy[0] = xy[0] * _DECAY + seconds
         xy[1] = xy[1] * _DECAY + users * seconds
         xy[2] = xy[2] * _DECAY + rows * seconds
-        self.count += 1
-        self._new += 1
-        if seed or self._new >= _SOLVE_EVERY:
-            self._solve()
 
     def copy(self) -> LatencyModel:
         """One that learns apart from this."""
         other = LatencyModel()
         other.beta, other.gamma, other.alpha = self.beta, self.gamma, self.alpha
         other.count, other._xx, other._xy = self.count, list(self._xx), list(self._xy)
+        other._new = list(self._new)
         return other
 
     def _solve(self) -> None:
-        self._new = 0
         n, u, r, uu, ur, rr = self._xx
         # In units of the mean users and rows, so that one pull fits all three.
         mu, mr = max(u / n, 1e-9), max(r / n, 1e-9)

@@ -110,9 +110,8 @@ class Router:
 
     def start(self, slot: Slot, batch: Batch, stalled: Callable[[Slot, Batch], None]) -> None:
         """The engine begins a call, and is watched."""
-        now = self._clock.now()
         slot.batch = batch
-        slot.busy_until = now + batch.predicted_s
+        slot.busy_until = batch.started + batch.predicted_s
         self._idle.remove(slot)
         if slot.watch is None:
             self._watch(slot, stalled)
@@ -137,21 +136,22 @@ class Router:
 
         slot.watch = self._clock.call_at(batch.started + patience, look)
 
-    def end(self, slot: Slot, batch: Batch) -> None:
+    def end(self, slot: Slot, batch: Batch, now: float) -> None:
         """The call is over."""
         slot.batch = None
-        slot.used_s += self._clock.now() - batch.started
+        slot.used_s += now - batch.started
         if slot in self.slots:
             self._idle.append(slot)
 
     def observe(self, slot: Slot, batch: Batch, seconds: float, now: float) -> bool:
         """A call went well. Whether its engine is out now for being slower than its peers."""
+        users, rows = batch.users, batch.rows
         slot.errors = 0
         slot.calls += 1
-        ratio = seconds / max(self.model.predict(batch.users, batch.rows), 1e-9)
+        ratio = seconds / max(self.model.predict(users, rows), 1e-9)
         slot.slowdown += 0.1 * (min(ratio, 100.0) - slot.slowdown)
-        slot.model.observe(batch.users, batch.rows, seconds)
-        self.model.observe(batch.users, batch.rows, seconds)
+        slot.model.observe(users, rows, seconds)
+        self.model.observe(users, rows, seconds)
         if slot.calls < _JUDGED_AFTER or len(self.slots) < 3:
             return False
         if slot.slowdown < self.config.eject_slowdown or slot not in self.slots:

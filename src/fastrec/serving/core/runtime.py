@@ -309,7 +309,8 @@ class Runtime:
             scheduler.cancel(ticket)
             raise
         now = self.clock.now()
-        self._tell_rollout(request.model, chosen, ticket, now)
+        if self._rollouts:
+            self._tell_rollout(request.model, chosen, ticket, now)
         if ticket.error is not None:
             raise ticket.error
         times = Timings(

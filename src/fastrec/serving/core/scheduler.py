@@ -7,28 +7,39 @@ is a call of one of its methods, in one thread, at a moment of the clock.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from fastrec.serving.core.admission import Gcra, Limit, quotas_of
+from fastrec.serving.core.admission import Gcra, quotas_of
 from fastrec.serving.core.batcher import Batch, Batcher
 from fastrec.serving.core.clock import Clock, Timer
-from fastrec.serving.core.config import QueuePolicy, ServingConfig
+from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.engines import EngineDied, EngineHandle, Ran
 from fastrec.serving.core.events import BatchDone, Event, LimitChanged, RequestDone
 from fastrec.serving.core.expiry import Expiries
-from fastrec.serving.core.lanes import DONE, EXPRESS, QUEUED, RUNNING, Part, Queues, Ticket
-from fastrec.serving.core.latency import Quantile
-from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Kind, Rejected
+from fastrec.serving.core.gate import Gate
+from fastrec.serving.core.lanes import (
+    DONE,
+    EXPRESS,
+    QUEUED,
+    RUNNING,
+    STANDARD,
+    Part,
+    Queues,
+    Ticket,
+)
+from fastrec.serving.core.request import TIMED_OUT, Kind, Rejected
 from fastrec.serving.core.router import Router, Slot
 from fastrec.serving.core.signature import Signature
+from fastrec.serving.core.terms import TermsTable
 
 # Requests timed out under the DELAY policy go so far back: behind all others.
 _DELAY_S = 1e6
 
 
 class Scheduler:
-    """Admission, lanes, batches and routing for the engines of one model version.
+    """Lanes, batches and routing for the engines of one model version, behind a gate.
 
     Args:
         name, version: of the model.
@@ -54,30 +65,32 @@ class Scheduler:
     ) -> None:
         self.name, self.version = name, version
         self.config, self.clock, self.signature = config, clock, signature
-        self.quotas = quotas_of(config) if quotas is None else quotas
-        self._emit, self._guard, self._on_lost = emit, guard, on_lost
+        self._emit, self._on_lost = emit, on_lost
         goals = [config.latency_s(tier) for tier in config.tiers]
-        self.goal_s = min(goals)
+        goal_s = min(goals)
         cap_ms = config.batching.max_batch_ms
-        self.batch_s = self.goal_s / 4 if cap_ms is None else cap_ms / 1e3
-        lanes = config.lanes
-        step, age = lanes.priority_step_ms, lanes.age_ms
-        self._step_s = self.goal_s if step is None else step / 1e3
+        self.batch_s = goal_s / 4 if cap_ms is None else cap_ms / 1e3
+        step, age = config.lanes.priority_step_ms, config.lanes.age_ms
+        self._terms = TermsTable(config, goal_s if step is None else step / 1e3)
         self._age_s = 2 * max(goals) if age is None else age / 1e3
+        self._uses_express = bool(config.lanes.express_priorities) or any(
+            t.express for t in config.tiers.values()
+        )
         self.queues = Queues({tier: t.weight for tier, t in config.tiers.items()})
-        self._weights = sum(t.weight for t in config.tiers.values())
-        self.limit = Limit(config.admission, self.goal_s, self.batch_s)
         self.router = Router(config.pool, clock)
         self.batcher = Batcher(config.batching, signature, self.batch_s)
-        # How much later than expected answers come: 995 of 1000 come no later than this.
-        self.slack = Quantile(0.995, self.goal_s / 200)
-        self.gain = 1.0
-        self.in_flight_s = 0.0
-        self.express_in_flight_s = 0.0
-        self.express_bucket: Gcra | None = None
-        self._express_slots = 0
+        self.gate = Gate(
+            name,
+            config,
+            self.queues,
+            self.router,
+            quotas=quotas_of(config) if quotas is None else quotas,
+            guard=guard,
+            goal_s=goal_s,
+            batch_s=self.batch_s,
+        )
         self.open: dict[int, Ticket] = {}
-        self._hold = lanes.hold_until
+        self.queues.hold = config.lanes.hold_until
         self._expiries = Expiries(clock, self._timed_out)
         self._delay_timer: Timer | None = None
         self._dispatching = False
@@ -96,151 +109,65 @@ class Scheduler:
         now = self.clock.now()
         try:
             self._describe(ticket, arrays, now)
-            if self.config.admission.enabled:
-                self._admit(ticket, now)
-            elif not self.router.slots:
-                raise Rejected(Kind.NOT_READY, f"model '{self.name}' has no engine that can run")
+            self.gate.admit(ticket, now)
         except Rejected as refusal:
             ticket.state, ticket.error = DONE, refusal
-            self._tell(ticket, now, str(refusal.kind))
+            self._tell(ticket, now, refusal.kind.value)
             raise
-        quota = self.quotas.get(ticket.tier)
-        if quota is not None:
-            quota.spend(ticket.request.tenant, ticket.cost_s * 1e6, now)
-        self.in_flight_s += ticket.cost_s
-        self.queues.tiers[ticket.tier].in_flight_s += ticket.cost_s
+        self.gate.enter(ticket, now)
         self.open[id(ticket)] = ticket
-        self.queues.bytes += ticket.bytes
-        counts = self.queues.by_priority
-        counts[ticket.priority] = counts.get(ticket.priority, 0) + 1
         self.batcher.split(ticket, arrays, self.router.model)
-        for chunk in ticket.parts:
-            for part in chunk:
-                self.queues.push(part)
+        if self._start_at_once(ticket, now):
+            return
+        self.queues.enter(ticket)
         self.dispatch()
         if ticket.state == QUEUED:
             self._expiries.add(ticket)
 
     def _describe(self, ticket: Ticket, arrays: tuple[np.ndarray, ...], now: float) -> None:
         """Fill in what follows from the request and the configuration."""
-        request, lanes = ticket.request, self.config.lanes
-        tier = request.tier or self.config.default_tier
-        if tier not in self.config.tiers:
-            wrong = f"tier: expected one of {sorted(self.config.tiers)}, got {tier!r}"
+        request = ticket.request
+        ticket.arrival = now
+        terms = self._terms.of(request.tier, request.priority)
+        if terms is None:
             ticket.tier, ticket.priority, ticket.rows = self.config.default_tier, 0, 0
-            ticket.arrival = now
+            wrong = f"tier: expected one of {sorted(self.config.tiers)}, got {request.tier!r}"
             raise Rejected(Kind.INVALID, wrong)
-        ticket.tier, ticket.arrival = tier, now
-        priority = request.priority or lanes.default_priority
-        ticket.priority = min(max(priority, 1), lanes.priority_levels)
-        ticket.users, ticket.candidates = self.signature.size(arrays)
-        ticket.rows = ticket.users * ticket.candidates
-        ticket.cost_s = self.router.model.predict(ticket.users, ticket.rows)
-        policy = self._policy(ticket.priority)
-        deadline = request.deadline if policy.allow_timeout_override else None
-        if deadline is None:
-            timeout = policy.default_timeout_us / 1e6 or self.config.latency_s(tier)
-            deadline = now + timeout
-        ticket.deadline = deadline
-        level = (ticket.priority - lanes.default_priority) * self._step_s
-        ticket.order = min(deadline + level, now + self._age_s + level)
-        fast = ticket.priority in lanes.express_priorities or (
-            self.config.tiers[tier].express and not request.priority
-        )
-        if fast and ticket.cost_s <= self.batch_s:
-            bucket = self._express()
-            if bucket is None or bucket.wait_s("", ticket.cost_s, now) == 0:
-                ticket.lane = EXPRESS
-                if bucket is not None:
-                    bucket.spend("", ticket.cost_s, now)
-
-    def _express(self) -> Gcra | None:
-        """What the express lane may use of the slots there are; None = all of it."""
-        share, slots = self.config.lanes.express_share, len(self.router.slots)
-        if share >= 1:
-            return None
-        if slots != self._express_slots or self.express_bucket is None:
-            rate = max(share * max(slots, 1), 1e-9)
-            self.express_bucket = Gcra(rate, max(rate * self.goal_s * 4, self.batch_s))
-            self._express_slots = slots
-        return self.express_bucket
-
-    def _policy(self, priority: int) -> QueuePolicy:
-        lanes = self.config.lanes
-        return lanes.policies.get(priority, lanes.default_policy)
-
-    def _admit(self, ticket: Ticket, now: float) -> None:
-        """Raise where the ticket is refused; charge nothing."""
-        lanes, queues = self.config.lanes, self.queues
-        slots = len(self.router.slots)
-        if not slots:
-            raise Rejected(Kind.NOT_READY, f"model '{self.name}' has no engine that can run", 1.0)
-        quota = self.quotas.get(ticket.tier)
-        if quota is not None:
-            wait = quota.wait_s(ticket.request.tenant, ticket.cost_s * 1e6, now)
-            if wait > 0:
-                raise Rejected(Kind.QUOTA, f"the quota of tier '{ticket.tier}' is used up", wait)
-        if ticket.deadline <= now:
-            raise Rejected(Kind.EXPIRED, TIMED_OUT)
-        most = self._policy(ticket.priority).max_queue_size
-        waiting = queues.by_priority.get(ticket.priority, 0)
+        ticket.terms, ticket.tier, ticket.priority = terms, terms.tier, terms.priority
+        ticket.users, ticket.candidates = users, candidates = self.signature.size(arrays)
+        ticket.rows = users * candidates
+        ticket.cost_s = self.router.model.predict(users, ticket.rows)
+        deadline = request.deadline if terms.own_deadline else None
+        ticket.deadline = now + terms.timeout_s if deadline is None else deadline
+        ticket.order = min(ticket.deadline, now + self._age_s) + terms.later_s
         if (
-            most and waiting >= most and not self._starts_now()
-        ) or queues.count >= lanes.max_queued:
-            raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
-        if queues.bytes + ticket.bytes > lanes.max_queued_bytes and queues.bytes:
-            raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
-        if ticket.lane != EXPRESS:
-            self._check_limit(ticket, slots)
-        ticket.expected = self.expected_finish(ticket, now)
-        if (
-            self.config.admission.check_deadlines
-            and self._policy(ticket.priority).timeout_action == "REJECT"
+            terms.express
+            and ticket.cost_s <= self.batch_s
+            and self.gate.takes_express(ticket.cost_s, now)
         ):
-            late = ticket.expected + self.config.admission.margin * max(self.slack.value, 0.0)
-            if late > ticket.deadline and (queues.count or ticket.expected > ticket.deadline):
-                raise Rejected(
-                    Kind.DEADLINE_INFEASIBLE, TIMED_OUT, max(late - ticket.deadline, 1e-3)
-                )
+            ticket.lane = EXPRESS
 
-    def _starts_now(self) -> bool:
-        return not self.queues.count and not self._hold and bool(self.router.idle())
-
-    def _check_limit(self, ticket: Ticket, slots: int) -> None:
-        limit = self.limit_s
-        if self.in_flight_s and self.in_flight_s + ticket.cost_s * self.gain > limit:
-            tier = self.queues.tiers[ticket.tier]
-            share = limit * tier.weight / self._weights
-            if tier.in_flight_s + ticket.cost_s * self.gain > share:
-                raise Rejected(Kind.OVERLOAD, QUEUE_FULL, self._drained_s())
-
-    @property
-    def limit_s(self) -> float:
-        """Predicted engine seconds that may be in flight now, all slots together."""
-        slots = len(self.router.slots)
-        return self.limit.limit_s * slots * self._guard() / max(self.gain, 0.05)
-
-    def expected_finish(self, ticket: Ticket, now: float) -> float:
-        """When a new ticket would be answered, by what is running and goes before it."""
-        running = self.router.running_s(now)
-        slots = max(len(self.router.slots), 1)
-        ahead = self.queues.express.queued_s
-        if ticket.lane != EXPRESS and self.queues.count:
-            own = self.queues.tiers[ticket.tier]
-            mine = own.ahead_s(ticket.priority)
-            ahead += mine
-            turns = (mine + ticket.cost_s) / own.weight
-            for other in self.queues.tiers.values():
-                if other is not own and other.queued_s:
-                    ahead += min(other.queued_s, turns * other.weight)
-        if self.router.idle() and not self.queues.count:
-            running = 0.0
-        return now + (running + ahead * self.gain) / slots + ticket.cost_s
-
-    def _drained_s(self) -> float:
-        """Seconds until a quarter of the work in flight is done."""
-        slots = max(len(self.router.slots), 1)
-        return max(self.in_flight_s * self.gain / slots / 4, 1e-3)
+    def _start_at_once(self, ticket: Ticket, now: float) -> bool:
+        """Start a ticket that nothing is ahead of, past the queue: most are such while there is
+        no overload. What is not plain goes through the queue, which decides the same."""
+        if (
+            self.queues.count
+            or ticket.pieces != 1
+            or self.queues.hold
+            or self._dispatching
+            or self.config.batching.max_delay_ms
+        ):
+            return False
+        part = ticket.parts[0][0]
+        if self._is_late(part, now):
+            return False
+        slot = self._slot_for(part, now)
+        if slot is None:
+            return False
+        self.queues.pass_by(part)
+        ticket.state = RUNNING
+        self._start([part], ticket.lane, slot, now)
+        return True
 
     # --- out, before the end
 
@@ -256,7 +183,7 @@ class Scheduler:
 
     def _timed_out(self, ticket: Ticket) -> bool:
         """Whether it left the queue (under DELAY it only goes behind all others)."""
-        if self._policy(ticket.priority).timeout_action == "REJECT":
+        if ticket.terms.rejects:
             self._finish(ticket, Rejected(Kind.EXPIRED, TIMED_OUT))
             return True
         if not ticket.delayed:
@@ -302,83 +229,99 @@ class Scheduler:
             self._dispatching = False
 
     def _dispatch_one(self) -> bool:
-        if self._hold:
-            if self.queues.count < self._hold:
+        now, queues = self.clock.now(), self.queues
+        if queues.hold:
+            if queues.count < queues.hold:
                 return False
-            self._hold = 0
-        now, queues, router = self.clock.now(), self.queues, self.router
-        idle = router.idle()
-        if not idle:
+            queues.hold = 0
+        if not self.router.idle():
             return False
         if queues.express.count:
             part = queues.express.head()
             if part is None or self._too_late(part, now):
                 return True
+            slot = self._slot_for(part, now)
+            assert slot is not None
             queues.take(part)
-            self._start(Batch([part], EXPRESS), router.fastest(idle, part.avoid), now)
+            self._start([part], EXPRESS, slot, now)
             return True
-        reserved = self.config.lanes.reserved_slots
-        if reserved is None:
-            reserved = 1 if len(router.slots) > 1 and self._uses_express() else 0
-        if len(idle) <= min(reserved, len(router.slots) - 1):
+        if not self._unreserved():
             return False
         tier = queues.tier_next(now - self._age_s)
         seed = tier.head() if tier is not None else None
         if seed is None or self._too_late(seed, now):
             return seed is not None
-        slot = router.pick(idle, seed, queues, self.gain, now)
-        if slot is None or (wait := self.batcher.wait_until(seed, queues, slot, now)) > now:
-            if slot is not None:
-                self._wake_at(wait)
+        slot = self._slot_for(seed, now)
+        if slot is None:
+            return False
+        wait = self.batcher.wait_until(seed, queues, slot, now)
+        if wait > now:
+            self._wake_at(wait)
             return False
         parts = self.batcher.fill(seed, queues, slot.model, now, lambda p: self._too_late(p, now))
-        self._start(Batch(parts, "standard"), slot, now)
+        self._start(parts, STANDARD, slot, now)
         return True
 
-    def _uses_express(self) -> bool:
-        return bool(self.config.lanes.express_priorities) or any(
-            t.express for t in self.config.tiers.values()
-        )
+    def _slot_for(self, part: Part, now: float) -> Slot | None:
+        """The idle engine for the call that ``part`` begins; None = it has to wait."""
+        router = self.router
+        idle = router.idle()
+        if part.ticket.lane == EXPRESS:
+            return router.fastest(idle, part.avoid) if idle else None
+        if not self._unreserved():
+            return None
+        return router.pick(idle, part, self.queues, self.gate.gain, now)
+
+    def _unreserved(self) -> bool:
+        """Whether an engine is idle that is not kept for express requests."""
+        slots, idle = len(self.router.slots), len(self.router.idle())
+        reserved = self.config.lanes.reserved_slots
+        if reserved is None:
+            reserved = 1 if self._uses_express else 0
+        return idle > min(reserved, max(slots - 1, 0))
 
     def _wake_at(self, when: float) -> None:
         if self._delay_timer is not None:
             self._delay_timer.cancel()
         self._delay_timer = self.clock.call_at(when, self.dispatch)
 
-    def _too_late(self, part: Part, now: float) -> bool:
-        """Whether the part cannot be done in time any more; it has then left the queue."""
-        ticket = part.ticket
-        if not self.config.admission.enabled or ticket.delayed:
-            return False
-        if now + part.cost_s <= ticket.deadline or not self.config.admission.check_deadlines:
-            return False
-        return self._timed_out(ticket)
+    def _is_late(self, part: Part, now: float) -> bool:
+        """Whether the part cannot be done in time any more."""
+        ticket, admission = part.ticket, self.config.admission
+        return (
+            now + part.cost_s > ticket.deadline
+            and admission.enabled
+            and admission.check_deadlines
+            and not ticket.delayed
+        )
 
-    def _start(self, batch: Batch, slot: Slot, now: float) -> None:
-        users = sum([p.users for p in batch.parts])
-        batch.users, batch.rows = users, users * batch.padded
-        batch.predicted_s = slot.model.predict(users, batch.rows)
-        batch.started = now
-        for part in batch.parts:
+    def _too_late(self, part: Part, now: float) -> bool:
+        """Whether the part is late and has therefore left the queue."""
+        return self._is_late(part, now) and self._timed_out(part.ticket)
+
+    def _start(self, parts: list[Part], lane: str, slot: Slot, now: float) -> None:
+        batch = Batch(parts, lane, slot.model, now)
+        name, rows = slot.handle.name, batch.rows
+        for part in parts:
             ticket = part.ticket
             if ticket.state == QUEUED:
                 ticket.state = RUNNING
-                self.queues.bytes -= ticket.bytes
-                self.queues.by_priority[ticket.priority] -= 1
-            ticket.started, ticket.batch_rows, ticket.engine = now, batch.rows, slot.handle.name
-        arrays = self.signature.join([p.arrays for p in batch.parts], batch.padded)
+                self.queues.leave(ticket)
+            ticket.started, ticket.batch_rows, ticket.engine = now, rows, name
+        arrays = parts[0].arrays
+        if len(parts) > 1 or parts[0].candidates != batch.padded:
+            arrays = self.signature.join([p.arrays for p in parts], batch.padded)
         self.router.start(slot, batch, self._stalled)
-        slot.handle.run(arrays, lambda ran: self._ran(slot, batch, ran))
+        slot.handle.run(arrays, partial(self._ran, slot, batch))
 
     def _ran(self, slot: Slot, batch: Batch, ran: Ran) -> None:
         """An engine has answered."""
         now = self.clock.now()
+        self.router.end(slot, batch, now)
         if batch.given_up:
             # It hung, and its requests ran elsewhere; the engine is well again.
-            self.router.end(slot, batch)
             return
-        self.router.end(slot, batch)
-        error = ran.error
+        error, seconds = ran.error, ran.seconds
         self._emit(
             BatchDone(
                 now,
@@ -388,23 +331,14 @@ class Scheduler:
                 batch.lane,
                 len(batch.parts),
                 batch.rows,
-                ran.seconds,
+                seconds,
                 batch.predicted_s,
                 "" if error is None else f"{type(error).__name__}: {error}",
             )
         )
         if error is None:
-            self._learn(slot, batch, ran.seconds, now)
-            start = 0
-            for part in batch.parts:
-                if part.state == RUNNING:
-                    part.outputs = (
-                        self.signature.part(ran.outputs, start, part.users, part.candidates)
-                        if len(batch.parts) > 1 or part.candidates != batch.padded
-                        else ran.outputs
-                    )
-                    self._part_done(part, ran.seconds)
-                start += part.users
+            self._learn(slot, batch, seconds, now)
+            self._answered(batch, ran)
         elif isinstance(error, EngineDied):
             self.router.remove(slot)
             self._again(batch.parts, slot, error)
@@ -413,20 +347,30 @@ class Scheduler:
             if self.router.failed(slot):
                 self._on_lost(slot, "failing")
             self._again(batch.parts, slot, error)
-        self.dispatch()
+        if self.queues.count:
+            self.dispatch()
+
+    def _answered(self, batch: Batch, ran: Ran) -> None:
+        """Give each part of a call its outputs."""
+        start = 0
+        for part in batch.parts:
+            if part.state == RUNNING:
+                part.outputs = (
+                    self.signature.part(ran.outputs, start, part.users, part.candidates)
+                    if len(batch.parts) > 1 or part.candidates != batch.padded
+                    else ran.outputs
+                )
+                self._part_done(part, ran.seconds)
+            start += part.users
 
     def _learn(self, slot: Slot, batch: Batch, seconds: float, now: float) -> None:
-        reference = slot.reference.predict(batch.users, batch.rows)
+        usual_s = slot.reference.predict(batch.users, batch.rows)
         if self.router.observe(slot, batch, seconds, now):
             self._on_lost(slot, "slow")
-        if batch.lane != EXPRESS:
-            cost = sum([p.cost_s for p in batch.parts])
-            ratio = min(seconds / max(cost, 1e-9), 4.0)
-            self.gain += 0.05 * (ratio - self.gain)
-        slots = max(len(self.router.slots), 1)
-        in_flight = self.in_flight_s * self.gain / slots
-        if self.limit.sample(seconds / max(reference, 1e-9), in_flight):
-            self._emit(LimitChanged(now, self.limit_s, self._guard(), "gradient"))
+        cost_s = 0.0 if batch.lane == EXPRESS else sum([p.cost_s for p in batch.parts])
+        gate = self.gate
+        if gate.learn(seconds, usual_s, cost_s):
+            self._emit(LimitChanged(now, gate.limit_s, gate.guard(), "gradient"))
 
     def _stalled(self, slot: Slot, batch: Batch) -> None:
         """A call takes far too long: run its requests elsewhere, take the engine out."""
@@ -462,37 +406,32 @@ class Scheduler:
         ticket.compute_s = max(ticket.compute_s, seconds)
         ticket.open_parts -= 1
         if ticket.open_parts == 0:
-            ticket.outputs = self.signature.whole(
-                [[p.outputs for p in chunk] for chunk in ticket.parts]
+            ticket.outputs = (
+                part.outputs
+                if ticket.pieces == 1
+                else self.signature.whole([[p.outputs for p in chunk] for chunk in ticket.parts])
             )
             self._finish(ticket, None)
 
     def _finish(self, ticket: Ticket, error: Rejected | None) -> None:
         """The one place where a ticket ends."""
         now = self.clock.now()
-        if ticket.state == QUEUED:
-            self.queues.bytes -= ticket.bytes
-            self.queues.by_priority[ticket.priority] -= 1
-        for chunk in ticket.parts:
-            for part in chunk:
-                if part.state == QUEUED:
-                    self.queues.remove(part)
-                part.state = DONE
+        if error is not None:
+            if ticket.state == QUEUED:
+                self.queues.leave(ticket)
+            for chunk in ticket.parts:
+                for part in chunk:
+                    if part.state == QUEUED:
+                        self.queues.remove(part)
+                    part.state = DONE
         ticket.state, ticket.error = DONE, error
-        tier = self.queues.tiers[ticket.tier]
         del self.open[id(ticket)]
-        if self.open:
-            self.in_flight_s = max(self.in_flight_s - ticket.cost_s, 0.0)
-            tier.in_flight_s = max(tier.in_flight_s - ticket.cost_s, 0.0)
-        else:
-            self.in_flight_s = 0.0
-            for each in self.queues.tiers.values():
-                each.in_flight_s = 0.0
+        self.gate.leave(ticket, last=not self.open)
         if error is None:
             self.served_s[ticket.tier] += ticket.cost_s
             if ticket.expected:
-                self.slack.add(now - ticket.expected)
-        self._tell(ticket, now, "ok" if error is None else str(error.kind))
+                self.gate.slack.add(now - ticket.expected)
+        self._tell(ticket, now, "ok" if error is None else error.kind.value)
         ticket.done(ticket)
         ticket.parts = []
 

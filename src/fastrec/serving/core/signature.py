@@ -8,6 +8,7 @@ engine's own answers when it is warmed (:meth:`Signature.examine`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from fastrec.runtime.spec import InputSpec
 
 Arrays = tuple[np.ndarray, ...]
 Outputs = dict[str, np.ndarray]
+Key = tuple[int, tuple[tuple[int, ...], ...]]
 _USERS = "B"
+_MOST_KEYS = 1024
 
 
 class Signature:
@@ -39,6 +42,7 @@ class Signature:
             ((i, axis) for i, axis in enumerate(self._axis) if axis is not None), None
         )
         self.separable = False
+        self._keys: dict[tuple[Any, ...], Key] = {}
         # Requests may be larger than a call: the batch is split, candidates where they can be.
         self._unlimited = spec
         # Output name -> its axis of candidates, or None.
@@ -64,12 +68,24 @@ class Signature:
         """
         self._unlimited.check(arrays)
 
-    def key(self, arrays: Arrays, padded: int) -> tuple[tuple[int, ...], ...]:
-        """Equal for requests that can share a call; ``padded``: candidates after padding."""
-        return tuple(
-            a.shape[1:] if axis is None else (*a.shape[1:axis], padded, *a.shape[axis + 1 :])
-            for a, axis in zip(arrays, self._axis, strict=True)
-        )
+    def key(self, arrays: Arrays, padded: int) -> Key:
+        """Equal for requests that can share a call: ``padded``, the candidates after padding, and
+        the shapes of one user."""
+        shapes = (padded, *[a.shape for a in arrays])
+        known = self._keys.get(shapes)
+        if known is None:
+            known = (
+                padded,
+                tuple(
+                    a.shape[1:]
+                    if axis is None
+                    else (*a.shape[1:axis], padded, *a.shape[axis + 1 :])
+                    for a, axis in zip(arrays, self._axis, strict=True)
+                ),
+            )
+            if len(self._keys) < _MOST_KEYS:
+                self._keys[shapes] = known
+        return known
 
     def users(self, arrays: Arrays, start: int, stop: int) -> Arrays:
         """Views of some users."""

@@ -1,0 +1,183 @@
+"""The gate: which requests are let in, and how much engine time is in flight.
+
+Nothing is charged before a request is known to be let in. Costs are predicted engine seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastrec.serving.core.admission import Gcra, Limit
+from fastrec.serving.core.config import ServingConfig
+from fastrec.serving.core.lanes import EXPRESS, Queues, Ticket
+from fastrec.serving.core.latency import Quantile
+from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Kind, Rejected
+from fastrec.serving.core.router import Router
+
+
+class Gate:
+    """Quotas, the queue's bounds, the concurrency limit and deadlines of one model version.
+
+    Args:
+        name: of the model.
+        quotas: tier -> its tenants' buckets.
+        guard: the system guard's factor on the limit.
+        goal_s: the shortest latency goal.
+        batch_s: the longest predicted call.
+
+    Attributes:
+        gain: what calls take over the costs of their parts; batching makes it less than 1.
+        in_flight_s: costs of all that was let in and is not answered.
+        slack: how much later than expected answers come: 995 of 1000 come no later than this.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ServingConfig,
+        queues: Queues,
+        router: Router,
+        *,
+        quotas: dict[str, Gcra],
+        guard: Callable[[], float],
+        goal_s: float,
+        batch_s: float,
+    ) -> None:
+        self.name, self.config = name, config
+        self.queues, self.router, self.quotas = queues, router, quotas
+        self.limit = Limit(config.admission, goal_s, batch_s)
+        self.guard = guard
+        self.gain = 1.0
+        self.in_flight_s = 0.0
+        self.slack = Quantile(0.995, goal_s / 200)
+        self._goal_s, self._batch_s = goal_s, batch_s
+        self._weights = sum(t.weight for t in config.tiers.values())
+        self._express_bucket: Gcra | None = None
+        self._express_slots = 0
+
+    @property
+    def limit_s(self) -> float:
+        """Predicted engine seconds that may be in flight now, all slots together."""
+        slots = len(self.router.slots)
+        return self.limit.limit_s * slots * self.guard() / max(self.gain, 0.05)
+
+    def admit(self, ticket: Ticket, now: float) -> None:
+        """Raise where the ticket is refused; charge nothing.
+
+        Raises:
+            Rejected: NOT_READY, QUOTA, EXPIRED, QUEUE_FULL, OVERLOAD or DEADLINE_INFEASIBLE.
+        """
+        slots = len(self.router.slots)
+        admission = self.config.admission
+        if not slots:
+            why = f"model '{self.name}' has no engine that can run"
+            raise Rejected(Kind.NOT_READY, why, 1.0 if admission.enabled else None)
+        if not admission.enabled:
+            return
+        quota = self.quotas.get(ticket.tier)
+        if quota is not None:
+            wait = quota.wait_s(ticket.request.tenant, ticket.cost_s * 1e6, now)
+            if wait > 0:
+                raise Rejected(Kind.QUOTA, f"the quota of tier '{ticket.tier}' is used up", wait)
+        if ticket.deadline <= now:
+            raise Rejected(Kind.EXPIRED, TIMED_OUT)
+        self._check_room(ticket)
+        if ticket.lane != EXPRESS:
+            self._check_limit(ticket, slots)
+        ticket.expected = self.expected_finish(ticket, now)
+        if admission.check_deadlines and ticket.terms.rejects:
+            late = ticket.expected + admission.margin * max(self.slack.value, 0.0)
+            if late > ticket.deadline and (self.queues.count or ticket.expected > ticket.deadline):
+                raise Rejected(
+                    Kind.DEADLINE_INFEASIBLE, TIMED_OUT, max(late - ticket.deadline, 1e-3)
+                )
+
+    def _check_room(self, ticket: Ticket) -> None:
+        """The queue's own bounds; an empty one always has room."""
+        queues, lanes = self.queues, self.config.lanes
+        most = ticket.terms.most_queued
+        full = bool(most) and queues.by_priority.get(ticket.priority, 0) >= most
+        if full and not queues.count and not queues.hold and self.router.idle():
+            full = False
+        if full or queues.count >= lanes.max_queued:
+            raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
+        if queues.bytes and queues.bytes + ticket.bytes > lanes.max_queued_bytes:
+            raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
+
+    def _check_limit(self, ticket: Ticket, slots: int) -> None:
+        if not self.in_flight_s:
+            return
+        # limit_s, with the gain on the other side.
+        limit = self.limit.limit_s * slots * self.guard()
+        gain = max(self.gain, 0.05)
+        if (self.in_flight_s + ticket.cost_s * self.gain) * gain > limit:
+            tier = self.queues.tiers[ticket.tier]
+            share = limit * tier.weight / self._weights
+            if (tier.in_flight_s + ticket.cost_s * self.gain) * gain > share:
+                raise Rejected(Kind.OVERLOAD, QUEUE_FULL, self._drained_s())
+
+    def expected_finish(self, ticket: Ticket, now: float) -> float:
+        """When a new ticket would be answered, by what is running and goes before it."""
+        queues, router = self.queues, self.router
+        if not queues.count and router.idle():
+            return now + ticket.cost_s
+        ahead = queues.express.queued_s
+        if ticket.lane != EXPRESS and queues.count:
+            own = queues.tiers[ticket.tier]
+            mine = own.ahead_s(ticket.priority)
+            ahead += mine
+            turns = (mine + ticket.cost_s) / own.weight
+            for other in queues.tiers.values():
+                if other is not own and other.queued_s:
+                    ahead += min(other.queued_s, turns * other.weight)
+        slots = max(len(router.slots), 1)
+        return now + (router.running_s(now) + ahead * self.gain) / slots + ticket.cost_s
+
+    def _drained_s(self) -> float:
+        """Seconds until a quarter of the work in flight is done."""
+        slots = max(len(self.router.slots), 1)
+        return max(self.in_flight_s * self.gain / slots / 4, 1e-3)
+
+    def takes_express(self, cost_s: float, now: float) -> bool:
+        """Whether the express lane has room for so much; it is then charged."""
+        share, slots = self.config.lanes.express_share, len(self.router.slots)
+        if share >= 1:
+            return True
+        bucket = self._express_bucket
+        if bucket is None or slots != self._express_slots:
+            rate = max(share * max(slots, 1), 1e-9)
+            bucket = Gcra(rate, max(rate * self._goal_s * 4, self._batch_s))
+            self._express_bucket, self._express_slots = bucket, slots
+        if bucket.wait_s("", cost_s, now) > 0:
+            return False
+        bucket.spend("", cost_s, now)
+        return True
+
+    def enter(self, ticket: Ticket, now: float) -> None:
+        """The ticket is in: charge it."""
+        quota = self.quotas.get(ticket.tier)
+        if quota is not None:
+            quota.spend(ticket.request.tenant, ticket.cost_s * 1e6, now)
+        self.in_flight_s += ticket.cost_s
+        self.queues.tiers[ticket.tier].in_flight_s += ticket.cost_s
+
+    def leave(self, ticket: Ticket, *, last: bool) -> None:
+        """The ticket is answered; ``last``: nothing else is in flight."""
+        tiers = self.queues.tiers
+        if last:
+            # Nothing is left of rounding either.
+            self.in_flight_s = 0.0
+            for each in tiers.values():
+                each.in_flight_s = 0.0
+            return
+        tier = tiers[ticket.tier]
+        self.in_flight_s = max(self.in_flight_s - ticket.cost_s, 0.0)
+        tier.in_flight_s = max(tier.in_flight_s - ticket.cost_s, 0.0)
+
+    def learn(self, seconds: float, usual_s: float, cost_s: float) -> bool:
+        """A call took ``seconds``, on an idle machine ``usual_s``; ``cost_s``: of its parts, 0 for
+        express ones. Whether the limit was stepped."""
+        if cost_s:
+            self.gain += 0.05 * (min(seconds / cost_s, 4.0) - self.gain)
+        in_flight = self.in_flight_s * self.gain / max(len(self.router.slots), 1)
+        return self.limit.sample(seconds / max(usual_s, 1e-9), in_flight)
