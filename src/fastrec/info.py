@@ -30,6 +30,9 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "report": ("matplotlib", "psutil"),
+    "serve": ("grpcio", "protobuf", "h11", "prometheus-client"),
+    "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc"),
+    "ray": ("ray",),
     "cuda": ("triton", "cupy-cuda13x", "nvidia-cuda-nvrtc"),
 }
 

@@ -50,6 +50,10 @@ def serve(
         float, typer.Option(help="Serve on after SIGTERM while probes say NOT_SERVING.")
     ] = 0.0,
     cache: Annotated[Path | None, typer.Option(help="Compiled checkpoints.")] = None,
+    traces: Annotated[
+        float | None,
+        typer.Option(help="Share of requests traced over OTLP; refused and slow ones besides."),
+    ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(help="Write the ports here, as JSON, once it serves.")
     ] = None,
@@ -84,6 +88,11 @@ def serve(
         settings["pool"]["threads"] = threads
     if slo_ms is not None:
         settings["slo"]["latency_ms"] = slo_ms
+    provider = None
+    if traces is not None:
+        from fastrec.serving.observe.traces import over_otlp
+
+        provider = over_otlp(traces)
     options = ServerOptions(
         host=host,
         grpc_port=None if grpc_port < 0 else grpc_port,
@@ -95,6 +104,7 @@ def serve(
         drain_s=drain_s,
         linger_s=linger_s,
         cache=cache,
+        tracer_provider=provider,
     )
     if options.auth is None and not _loopback(host):
         console.print(
@@ -119,6 +129,8 @@ def serve(
     server = Server(path, ServingConfig.from_dict(settings), options)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(server.run(started))
+    if provider is not None:
+        provider.shutdown()
 
 
 def _loopback(host: str) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrec import __version__
 from fastrec.errors import ArgumentError, MissingDependencyError
@@ -37,6 +37,11 @@ except ImportError as error:
         raise
     raise MissingDependencyError(error.name, "serve", "fastrec.serving.server") from error
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from fastrec.serving.observe.traces import Traces
+
 log = logging.getLogger("fastrec.serving")
 
 _LAG_PERIOD_S = 0.25
@@ -60,6 +65,7 @@ class ServerOptions:
         linger_s: how long the server goes on serving once it is told to end and says NOT_SERVING,
             so that load balancers can look away first.
         cache: where compiled checkpoints are kept.
+        tracer_provider: OpenTelemetry's, where requests' spans go; None = no tracing.
     """
 
     host: str = "127.0.0.1"
@@ -73,6 +79,7 @@ class ServerOptions:
     drain_s: float = 30.0
     linger_s: float = 0.0
     cache: Path | None = None
+    tracer_provider: TracerProvider | None = None
 
     def __post_init__(self) -> None:
         if self.grpc_port is None and self.http_port is None:
@@ -137,6 +144,7 @@ class Server:
             auth=options.auth,
             admin=options.admin,
             statistics=self.recorder.statistics,
+            traces=self._traces(),
         )
         self.metrics = Metrics(self.recorder, self.runtime, self.door)
         if options.grpc_port is not None:
@@ -205,6 +213,13 @@ class Server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             await self.stop()
+
+    def _traces(self) -> Traces | None:
+        if self.options.tracer_provider is None:
+            return None
+        from fastrec.serving.observe.traces import Traces
+
+        return Traces(self.options.tracer_provider, self.runtime)
 
     def status(self) -> dict[str, Any]:
         """What the status page shows, in plain JSON types."""

@@ -22,6 +22,7 @@ from fastrec.serving.wire.status import Answer, Refused, answer
 
 if TYPE_CHECKING:
     from fastrec.serving.core.runtime import ModelInfo, Runtime
+    from fastrec.serving.observe.traces import Traces
 
 log = logging.getLogger("fastrec.serving")
 
@@ -61,6 +62,7 @@ class Door:
         admin: whether models may be loaded and unloaded; None = from loopback addresses alone
             (and, with ``auth``, by identities that are admins).
         statistics: ``(name, version) -> list`` of rows for ModelStatistics.
+        traces: makes spans of requests; None = none.
         max_users: most users that one request may hold.
     """
 
@@ -72,12 +74,13 @@ class Door:
         auth: Auth | None = None,
         admin: bool | None = None,
         statistics: Callable[[str, str], list[dict[str, Any]]] | None = None,
+        traces: Traces | None = None,
         max_users: int = 1024,
     ) -> None:
         self.runtime, self.repository, self.auth = runtime, repository, auth
         self._admin = admin
         self.statistics = statistics or (lambda name, version: [])
-        self._max_users = max_users
+        self._max_users, self._traces = max_users, traces
         self.running = 0
         self._logged: dict[tuple[str, str], tuple[float, int]] = {}
 
@@ -117,6 +120,7 @@ class Door:
         remaining_s: float | None = None,
         request_id: str = "",
         outputs: Sequence[str] = (),
+        headers: Iterable[tuple[str, Any]] = (),
     ) -> Response:
         """Score one request.
 
@@ -124,6 +128,7 @@ class Door:
             remaining_s: what the protocol's own deadline leaves; the earlier of it and the
                 request's timeout counts.
             outputs: names asked for; none = all.
+            headers: metadata or headers, for the trace that the caller is in.
 
         Raises:
             Rejected, Refused, FastrecError: see :func:`fastrec.serving.wire.status.answer`.
@@ -153,11 +158,18 @@ class Door:
             tenant=tenant,
             id=request_id,
         )
+        trace = None if self._traces is None else self._traces.begin(headers)
         self.running += 1
         try:
             response = await self.runtime.infer(request)
+        except BaseException as error:
+            if trace is not None:
+                trace.failed(request, error)
+            raise
         finally:
             self.running -= 1
+        if trace is not None:
+            trace.answered(request, response)
         if outputs:
             response.outputs = {name: response.outputs[name] for name in outputs}
         return response

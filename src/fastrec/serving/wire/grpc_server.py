@@ -216,6 +216,7 @@ class GrpcServer:
                 remaining_s=context.time_remaining(),
                 request_id=request.id,
                 outputs=[output.name for output in request.outputs],
+                headers=metadata or (),
             )
             reply = InferResponse(
                 model_name=response.model, model_version=response.version, id=request.id

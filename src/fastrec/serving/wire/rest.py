@@ -155,7 +155,14 @@ class Rest:
         inputs = _inputs(body.get("inputs"), binary)
         wanted = _outputs(body.get("outputs"), bool(parameters.get("binary_data_output")))
         response = await self._door.infer(
-            name, version, inputs, hints, who, request_id=request_id, outputs=list(wanted)
+            name,
+            version,
+            inputs,
+            hints,
+            who,
+            request_id=request_id,
+            outputs=list(wanted),
+            headers=request.headers.items(),
         )
         raw: list[bytes] = []
         rows = []
