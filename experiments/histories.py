@@ -6,6 +6,7 @@ the first n - 2 are for training. Users with fewer than three items are training
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from fastrec.errors import ArgumentError
 
 Ids = NDArray[np.int64]
-# Batches are cut from so many users sorted by length: little padding, still mixed from epoch to
+# So many batches are cut from users sorted by length: little padding, still mixed from epoch to
 # epoch.
 _BUCKET = 12
 
@@ -87,13 +88,22 @@ class Histories:
         end = int(self.starts[user + 1]) - (1 if split == "test" else 2)
         return self.items[self.starts[user] : end], int(self.items[end])
 
+    def counts(self) -> Ids:
+        """How often each item is in a training history, int64 [n_items]."""
+        known = [self.history(user, "valid")[0] for user in self.users()]
+        return np.bincount(np.concatenate(known), minlength=self.n_items)
+
     def training_tokens(self) -> float:
         """Mean number of targets of a user in a training epoch."""
         length = np.minimum(self.lengths[self.users()] - 3, self.max_length)
         return float(length.mean())
 
     def training(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """One epoch: every user once; of a long history a random window of ``max_length``."""
+        """One epoch: every user once; of a long history a random window of ``max_length``.
+
+        ``batch_size`` is the mean: of users alike in length, few long or many short ones make a
+        batch, so that batches have about as many targets and each target weighs the same.
+        """
         rng = np.random.default_rng(seed)
         users = rng.permutation(self.users())
         cut = np.minimum(self.lengths - 3, self.max_length)
@@ -101,10 +111,12 @@ class Histories:
         for start in range(0, len(users), batch_size * _BUCKET):
             some = users[start : start + batch_size * _BUCKET]
             some = some[np.argsort(cut[some], kind="stable")]
-            groups += [some[i : i + batch_size] for i in range(0, len(some), batch_size)]
+            done = np.cumsum(cut[some])
+            share = done[-1] / math.ceil(len(some) / batch_size)
+            groups += np.split(some, np.searchsorted(done, np.arange(share, done[-1], share)))
         rng.shuffle(groups)  # type: ignore[arg-type]
         for group in groups:
-            width = int(cut[group].max())
+            width = int(cut[group].max(initial=0))
             if width < 1:
                 continue
             item = np.zeros((len(group), width), np.int64)

@@ -20,6 +20,7 @@ from experiments.ranking import rank
 from experiments.softmax import catalogue_loss
 from fastrec.models import SASRec, SASRecConfig
 from fastrec.train import TrainConfig, fit
+from fastrec.train.precision import autocast_dtype
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -35,12 +36,13 @@ def split(batch: Batch, parts: int) -> list[Batch]:
 
 
 def sequence_loss(
-    guide: SASRec | None = None, share: float = 0.0
+    guide: SASRec | None = None, share: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Callable[[Any, Batch], Tensor]:
     """``loss(model, batch)``: sum of the cross entropy over a batch's targets.
 
     Args:
         guide: a teacher whose distribution over the catalogue is ``share`` of the target.
+        dtype: of the scores (:func:`catalogue_loss`).
     """
 
     def loss(model: Any, batch: Batch) -> Tensor:
@@ -54,9 +56,16 @@ def sequence_loss(
         if guide is not None:
             with torch.no_grad():
                 hint = guide(item, length)[wanted], guide.item_table()
-        return catalogue_loss(hidden, model.item_table(), target[wanted], guide=hint, share=share)
+        return catalogue_loss(
+            hidden, model.item_table(), target[wanted], guide=hint, share=share, dtype=dtype
+        )
 
     return loss
+
+
+def score_dtype() -> torch.dtype:
+    """What this CPU computes the catalogue's scores in fastest while training."""
+    return autocast_dtype(torch.device("cpu")) or torch.float32
 
 
 def mean_loss(loss: Callable[[Any, Batch], Tensor], workers: int) -> Callable[[Any, Batch], Tensor]:
@@ -87,9 +96,9 @@ def train(
     d: Annotated[int, typer.Option(help="Model width.")] = 64,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 2,
     dropout: Annotated[float, typer.Option(help="Rate while training.")] = 0.2,
-    epochs: Annotated[int, typer.Option(help="Passes over the users.")] = 30,
-    batch_size: Annotated[int, typer.Option(help="Users a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    epochs: Annotated[int, typer.Option(help="Passes over the users.")] = 28,
+    batch_size: Annotated[int, typer.Option(help="Users a step, on average.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2.5e-3,
     seed: Annotated[int, typer.Option(help="Of weights, batches and dropout.")] = 0,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
     resume: Annotated[bool, typer.Option(help="Go on from --out.")] = False,
@@ -97,10 +106,12 @@ def train(
     """Train a baseline; validation picks the epoch, the test split is not read."""
     histories = Histories.read(data)
     torch.manual_seed(seed)
-    config = SASRecConfig(histories.n_items, d=d, n_heads=heads, ffn=4 * d, dropout=dropout)
+    config = SASRecConfig(histories.n_items, d=d, n_heads=heads, ffn=d, dropout=dropout,
+                          input_scale=d**0.5)  # fmt: skip
     settings = TrainConfig.sasrec(
         epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, amp=False, patience=None,
-        checkpoint_steps=25, metric="ndcg_10", valid_users=VALID_USERS, weight_decay=0.01,
+        checkpoint_steps=100, metric="ndcg_10", valid_users=VALID_USERS, weight_decay=0.01,
+        warmup=0.02, final_lr=0.02,
     )  # fmt: skip
     report = fit(
         SASRec(config),
@@ -108,7 +119,7 @@ def train(
         settings,
         out=out,
         resume=resume,
-        loss_fn=mean_loss(sequence_loss(), workers),
+        loss_fn=mean_loss(sequence_loss(dtype=score_dtype()), workers),
         batches=lambda epoch: histories.training(batch_size, seed * 100_003 + epoch),
         validate=validator(histories, VALID_USERS),
     )

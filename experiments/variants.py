@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from torch import nn
 
 import fastrec
 from experiments.histories import Histories
+from experiments.product_table import ProductTable
 from experiments.ranking import rank
-from experiments.sasrec import mean_loss, sequence_loss
+from experiments.sasrec import mean_loss, score_dtype, sequence_loss
 from fastrec import AttentionPattern
 from fastrec.compress import artifact_bytes
 from fastrec.models import SASRec
@@ -34,9 +36,11 @@ from fastrec.models.encoder import EncoderConfig
 from fastrec.train import Evaluation, TrainConfig, fit, load_model
 from fastrec.train.checkpoint import read_tensors, write_tensors
 
-BATCH = 64
-ROUNDS = 3
+BATCH = 32
+ROUNDS = 6  # of pruning, each with half an epoch behind it
+ROUND_EPOCHS = 0.5
 SHARE = 0.5  # of the baseline's distribution in the target
+PARTS = 32  # bytes an item of the student's table
 WINDOW = AttentionPattern(window=16, offsets="log2")
 LOCAL = AttentionPattern(window=16, offsets="none")
 
@@ -47,65 +51,62 @@ class Variant:
 
     Args:
         pattern: who attends whom; None is dense.
-        width: of a student that starts fresh; None keeps the model.
-        sparsity: share of linear weights and of table weights pruned, in three rounds.
-        int8: quantisation-aware training, then INT8.
-        tune: whether it is fine-tuned at all.
-        scale: of the number of fine-tuning epochs; a student has all to learn.
+        student: one block of the baseline's two, and a :class:`ProductTable` of its items.
+        sparsity: share of the weights pruned, of those that ``prune_`` chooses: the item table
+            (blocks of four in a row) and the attention's merged projection.
+        int8: quantisation-aware training, then INT8; position vectors too.
+        epochs: of fine-tuning, the rounds of pruning not counted; 0 leaves the weights alone.
     """
 
     name: str
     pattern: AttentionPattern | None = None
-    width: int | None = None
+    student: bool = False
     sparsity: float = 0.0
     int8: bool = False
-    tune: bool = True
-    scale: int = 1
+    epochs: int = 6
 
 
 VARIANTS = (
-    Variant("baseline", tune=False),
-    Variant("int8, not fine-tuned", int8=True, tune=False),
+    Variant("baseline", epochs=0),
+    Variant("int8, not fine-tuned", int8=True, epochs=0),
     Variant("40 % pruned + int8", sparsity=0.4, int8=True),
     Variant("window + log2", WINDOW),
     Variant("75 % pruned + int8", sparsity=0.75, int8=True),
+    Variant("distilled, a fifth of the parameters", student=True, epochs=9),
     Variant("local only", LOCAL),
-    Variant("control"),
+    Variant("control", epochs=9),
     Variant("all: window + log2, 40 % pruned, int8", WINDOW, sparsity=0.4, int8=True),
-    Variant("distilled, a fifth of the parameters", width=16, scale=4),
 )
 
 
 class Tuner:
     """Fine-tunes models of one data set beside one teacher."""
 
-    def __init__(
-        self, data: Histories, teacher: SASRec, lr: float, prune_lr: float, workers: int, seed: int
-    ):
-        self.data, self.workers, self.seed = data, workers, seed
-        self.lr, self.prune_lr = lr, prune_lr
+    def __init__(self, data: Histories, teacher: SASRec, lr: float, workers: int, seed: int):
+        self.data, self.workers, self.seed, self.lr = data, workers, seed, lr
         self.teacher = teacher
         self.calls = 0
 
-    def __call__(self, model: nn.Module, epochs: int, lr: float | None = None) -> None:
-        """``epochs`` passes at a learning rate that falls from ``lr`` to a twentieth."""
-        lr = self.lr if lr is None else lr
+    def __call__(self, model: nn.Module, epochs: float, final_lr: float = 0.02) -> None:
+        """``epochs`` passes at a rate that falls from ``lr`` to ``final_lr`` of it."""
         self.calls += 1
+        steps = epochs * math.ceil(self.data.num_examples("train") / BATCH)
         config = TrainConfig.sasrec(
-            epochs=epochs, batch_size=BATCH, lr=lr, seed=self.seed + self.calls, amp=False,
-            valid_users=0, patience=None,
+            epochs=math.ceil(epochs), max_steps=max(1, round(steps)), batch_size=BATCH, lr=self.lr,
+            final_lr=final_lr, seed=self.seed + self.calls, amp=False, valid_users=0, patience=None,
         )  # fmt: skip
         first = (self.seed + self.calls) * 100_003
+        loss = sequence_loss(self.teacher, SHARE, score_dtype())
         fit(
             model,
             self.data,
             config,
-            loss_fn=mean_loss(sequence_loss(self.teacher, SHARE), self.workers),
+            loss_fn=mean_loss(loss, self.workers),
             batches=lambda epoch: self.data.training(BATCH, first + epoch),
             validate=None,
         )
 
-    def calibration(self, batches: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def calibration(self, batches: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Some training histories as the model's inputs."""
         found = []
         for batch in self.data.training(BATCH, self.seed):
@@ -115,42 +116,47 @@ class Tuner:
         return found
 
 
-def make(variant: Variant, base: SASRec, tune: Tuner, epochs: int) -> nn.Module:
+def make_student(base: SASRec) -> SASRec:
+    """The baseline's first block behind product-quantised item vectors."""
+    student = SASRec(dataclasses.replace(base.config, n_blocks=1))
+    table: Any = ProductTable.of(base.item_embedding.weight.detach(), PARTS)
+    student.item_embedding = table
+    wanted = student.state_dict()
+    student.load_state_dict({k: v for k, v in base.state_dict().items() if k in wanted}, False)
+    return student
+
+
+def make(variant: Variant, base: SASRec, tune: Tuner) -> nn.Module:
     """The variant's model."""
     torch.manual_seed(tune.seed)
-    config = base.config
-    epochs *= variant.scale
-    if variant.width is not None:
-        small = dataclasses.replace(config, d=variant.width, ffn=4 * variant.width, dropout=0.0)
-        student = SASRec(small)
-        with torch.no_grad():
-            # The teacher's item vectors on their principal directions.
-            _, _, directions = torch.linalg.svd(base.item_embedding.weight, full_matrices=False)
-            basis = directions[: variant.width].t()
-            student.item_embedding.weight.copy_(base.item_embedding.weight @ basis)
-            student.position_embedding.weight.copy_(base.position_embedding.weight @ basis)
-        tune(student, epochs, tune.prune_lr)
-        return student
-    encoder = EncoderConfig(pattern=variant.pattern)
-    model = SASRec(dataclasses.replace(config, encoder=encoder))
-    model.load_state_dict(base.state_dict())
-    if variant.pattern is not None:
-        tune(model, epochs)
+    if variant.student:
+        model = make_student(base)
+    else:
+        encoder = EncoderConfig(pattern=variant.pattern)
+        model = SASRec(dataclasses.replace(base.config, encoder=encoder))
+        model.load_state_dict(base.state_dict())
     if variant.sparsity:
         fastrec.prune_(
             model,
             fastrec.BlockPruning(sparsity=variant.sparsity, rounds=ROUNDS),
-            finetune=lambda pruned, _: tune(pruned, epochs, tune.prune_lr),
+            finetune=lambda pruned, _: tune(pruned, ROUND_EPOCHS, final_lr=1.0),
+            row_counts={"item_embedding": tune.data.counts()},
         )
-    if variant.int8 and variant.tune:
-        fastrec.quantize_(model, fastrec.QAT("prepare"), calibration=tune.calibration())
-        tune(model, 2 * epochs)
-        fastrec.quantize_(model, fastrec.QAT("convert"))
-    elif variant.int8:
-        fastrec.quantize_(model, fastrec.Int8(), calibration=tune.calibration())
-    elif variant.tune and variant.pattern is None and not variant.sparsity:
-        tune(model, epochs)
+    if not variant.int8:
+        if variant.epochs:
+            tune(model, variant.epochs)
+    elif variant.epochs:
+        prepare, convert = fastrec.QAT("prepare"), fastrec.QAT("convert")
+        fastrec.quantize_(model, prepare, calibration=tune.calibration(), filter_fn=_everything)
+        tune(model, variant.epochs)
+        fastrec.quantize_(model, convert)
+    else:
+        fastrec.quantize_(model, calibration=tune.calibration(), filter_fn=_everything)
     return model
+
+
+def _everything(module: nn.Module, name: str) -> bool:
+    return True
 
 
 def _ranks_of(out: Path, variant: Variant) -> Path:
@@ -163,9 +169,7 @@ def run(
     base: SASRec,
     out: Path,
     *,
-    epochs: int,
     lr: float,
-    prune_lr: float,
     workers: int,
     seed: int,
     variants: tuple[Variant, ...] = VARIANTS,
@@ -179,23 +183,19 @@ def run(
         if file.exists():
             continue
         started = time.perf_counter()
-        model = make(
-            variant, base, Tuner(data, teacher, lr, prune_lr, workers, seed), epochs
-        ).eval()
+        tune = Tuner(data, teacher, lr, workers, seed)
+        model = make(variant, base, tune).eval()
         result = rank(model, data, "test", intervals=False)
         everyone = rank(model, data, "test", exclude_seen=False, intervals=False)
         fastrec.save(model, file.with_suffix(""))
         meta = {
             "variant": dataclasses.asdict(variant) | {"pattern": str(variant.pattern)},
-            "epochs": epochs,
+            "epochs": variant.epochs + (ROUNDS * ROUND_EPOCHS if variant.sparsity else 0),
             "lr": lr,
-            "prune_lr": prune_lr,
             "share": SHARE,
             "seed": seed,
             "bytes": artifact_bytes(file.with_suffix("")),
-            "parameters": sum(p.numel() for p in base.parameters())
-            if variant.width is None
-            else sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in (model if variant.student else base).parameters()),
             "seconds": time.perf_counter() - started,
         }
         tensors = {
@@ -234,11 +234,7 @@ def main(
     data: Annotated[Path, typer.Option(help="A file of 'user item' lines in time order.")],
     base: Annotated[Path, typer.Option(help="Folder that experiments.sasrec train wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for ranks and artifacts.")],
-    epochs: Annotated[int, typer.Option(help="Fine-tuning epochs of a stage.")] = 2,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of a stage.")] = 3e-4,
-    prune_lr: Annotated[
-        float, typer.Option(help="Peak learning rate between rounds of pruning, and of a student.")
-    ] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of fine-tuning.")] = 1e-3,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Of batches and dropout.")] = 1,
 ) -> None:
@@ -247,8 +243,7 @@ def main(
     model = load_model(base / "model.safetensors")
     assert isinstance(model, SASRec)
     run(
-        Histories.read(data), model, out, epochs=epochs, lr=lr, prune_lr=prune_lr,
-        workers=workers, seed=seed, say=Console().print,
+        Histories.read(data), model, out, lr=lr, workers=workers, seed=seed, say=Console().print,
     )  # fmt: skip
 
 

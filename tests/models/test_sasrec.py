@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from fastrec import QAT, quantize_
 from fastrec.errors import ArgumentError, IdRangeError, ShapeError
 from fastrec.models import MODELS, SASRec, SASRecConfig, record_attention, validate_inputs
 
@@ -62,6 +65,38 @@ def test_recorded_maps_are_causal(model: SASRec) -> None:
     assert torch.allclose(plain, recorded, atol=1e-5)
     assert len(maps) == 2
     assert all(not weights.triu(1).any() for weights in maps)
+
+
+def test_the_input_is_scaled_and_the_scores_are_not(model: SASRec) -> None:
+    scaled = SASRec(dataclasses.replace(TINY, input_scale=4.0)).eval()
+    scaled.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for table in (model.item_embedding, model.position_embedding):
+            table.weight.mul_(4)
+        item, length = torch.randint(1, 30, (2, 7)), torch.tensor([7, 7])
+        torch.testing.assert_close(scaled(item, length), model(item, length))
+        assert torch.equal(scaled.item_table() * 4, model.item_table())
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ArgumentError, match="input_scale"):
+            SASRecConfig(n_items=5, input_scale=scale)
+
+
+def test_scores_in_training_see_the_table_that_will_be_served(model: SASRec) -> None:
+    # A pruned block must not come back to life on the scoring side of a tied table.
+    with torch.no_grad():
+        model.item_embedding.weight[3, :4] = 0
+    calibration = [(torch.randint(1, 30, (4, 10)), torch.full((4,), 10))]
+    quantize_(model, QAT("prepare"), calibration=calibration, filter_fn=lambda module, name: True)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(3):
+        model.zero_grad()
+        model.logits(model(*calibration[0])).square().mean().backward()
+        optimizer.step()
+    assert not model.item_table()[3, :4].any()
+    trained = model.item_table().detach()
+    quantize_(model, QAT("convert"))
+    torch.testing.assert_close(model.item_table(), trained, rtol=1e-6, atol=1e-7)
 
 
 def test_config_and_inputs_are_checked() -> None:
