@@ -308,7 +308,7 @@ def test_the_model_is_left_as_it_was(ranker, request_of):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"backend": "tensorrt"}, BackendError, "expected one of auto, native, openvino"),
+        ({"backend": "tensorflow"}, BackendError, "expected one of auto, native, openvino"),
         ({"precision": "fp8"}, ArgumentError, "precision: expected one of"),
         ({"threads": 0}, ArgumentError, "threads"),
         (

@@ -10,6 +10,7 @@ folder appears under its name only once it is whole.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from fastrec.runtime.engine import Engine
 HEADER = "engine.json"
 FORMAT = "fastrec-engine"
 VERSION = 1
+# Backends whose engines are folders; each has a module of its name with a `load`.
+FOLDERS = ("onnxruntime", "openvino", "tensorrt")
 
 
 def write(path: str | Path, header: dict[str, Any], fill: Callable[[Path], None]) -> Path:
@@ -98,16 +101,14 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
         return file.load(Path(path), threads)
     header = read(path)
     backend = header.get("backend")
-    if backend == "onnxruntime":
-        from fastrec.runtime.backends import onnxruntime as module
-    elif backend == "openvino":
-        from fastrec.runtime.backends import openvino as module  # type: ignore[no-redef]
-    else:
+    if backend not in FOLDERS:
         raise BackendError(
-            f"folders hold onnxruntime and openvino artifacts, not {backend!r}: a native engine is "
+            f"folders hold artifacts of {', '.join(FOLDERS)}, not {backend!r}: a native engine is "
             "one file"
         )
-    return module.load(Path(path), header, threads)
+    module: Any = importlib.import_module(f"fastrec.runtime.backends.{backend}")
+    engine: Engine = module.load(Path(path), header, threads)
+    return engine
 
 
 def _digest(file: Path) -> str:

@@ -20,13 +20,13 @@ from fastrec.errors import (
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import inference
 from fastrec.runtime.choose import choice
-from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine
+from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine, missing
 from fastrec.runtime.measure import Tolerance, correctness_gate, interleaved
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
 from fastrec.runtime.trace import evaluated
 
 FALLBACKS = ("torch", "error")
-_EXTRA = {"onnxruntime": "onnx", "openvino": "openvino"}
+_EXTRA = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "tensorrt"}
 
 
 def compile(
@@ -118,7 +118,7 @@ def _build(
 ) -> Engine:
     module = backend_module(name)
     if (reason := module.can_run()) is not None:
-        if name in _EXTRA:
+        if name in _EXTRA and missing(name):
             raise MissingDependencyError(name, _EXTRA[name], f"backend {name!r}")
         raise BackendError(f"backend {name!r} cannot run: {reason}")
     if options.precision is not None and options.precision not in module.PRECISIONS:

@@ -18,6 +18,7 @@ BACKENDS = {
     "torch_compile": "torch_compile",
     "torch": "torch_eager",
     "cuda": "cuda",
+    "tensorrt": "tensorrt",
 }
 
 
