@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import json
@@ -65,7 +64,7 @@ def serve(
     from rich.console import Console
 
     from fastrec.serving.core.config import ServingConfig
-    from fastrec.serving.server import Auth, Limits, Server, ServerOptions, Tls
+    from fastrec.serving.server import Auth, Limits, Server, ServerOptions, Tls, run
 
     console = Console(stderr=True)
     if new_token:
@@ -128,7 +127,7 @@ def serve(
 
     server = Server(path, ServingConfig.from_dict(settings), options)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(server.run(started))
+        run(server.run(started))
     if provider is not None:
         provider.shutdown()
 

@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,6 +253,16 @@ class Server:
             due = time.monotonic() + _LAG_PERIOD_S
             await asyncio.sleep(_LAG_PERIOD_S)
             self.metrics.loop_lag_s = max(0.0, time.monotonic() - due)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """``asyncio.run``, on uvloop where that is installed: a request then costs less."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(work)
+    else:
+        uvloop.run(work)
 
 
 class _Changes:

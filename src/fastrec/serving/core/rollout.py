@@ -88,8 +88,9 @@ class Rollout:
         self._timer.cancel()
         if self.done:
             return
-        self.windows += 1
         enough = self.new.count >= self.config.min_requests
+        # A window with too few answers for a verdict goes on.
+        self.windows += enough
         fault = self.verdict() if enough else ""
         if fault:
             self._end("rollback", fault)

@@ -63,6 +63,32 @@ class _Second:
         self.rows = 0
 
 
+class _Statistics:
+    """What Triton's ModelStatistics tells of a version: (count, seconds) by kind of work."""
+
+    __slots__ = ("answered", "calls", "compute_s", "failed", "failed_s", "last_ms", "queue_s", "s")
+
+    def __init__(self) -> None:
+        self.last_ms = self.calls = self.answered = self.failed = 0
+        self.s = self.queue_s = self.compute_s = self.failed_s = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """In the protocol's names and nanoseconds; kinds that never happened are left out."""
+        spent = {}
+        if self.answered:
+            spent["success"] = (self.answered, round(self.s * 1e9))
+            spent["queue"] = (self.answered, round(self.queue_s * 1e9))
+            spent["compute_infer"] = (self.answered, round(self.compute_s * 1e9))
+        if self.failed:
+            spent["fail"] = (self.failed, round(self.failed_s * 1e9))
+        return {
+            "last_inference": self.last_ms,
+            "inference_count": self.answered,
+            "execution_count": self.calls,
+            "inference_stats": spent,
+        }
+
+
 class Recorder:
     """An observer of a runtime.
 
@@ -84,7 +110,7 @@ class Recorder:
         self.rollouts: dict[tuple[str, str], int] = defaultdict(int)
         self.limit_s, self.guard = 0.0, 1.0
         self.recent: deque[dict[str, Any]] = deque(maxlen=20)
-        self._statistics: dict[tuple[str, str], dict[str, Any]] = {}
+        self._statistics: dict[tuple[str, str], _Statistics] = defaultdict(_Statistics)
         self._seconds: deque[_Second] = deque(maxlen=_WINDOW_S + 1)
 
     def on_event(self, event: Event) -> None:
@@ -109,8 +135,9 @@ class Recorder:
             self.limit_s, self.guard = event.limit_s, event.guard
 
     def _request(self, event: RequestDone) -> None:
+        ok = event.outcome == "ok"
         # A request for an unknown model has no version; its name is the client's invention.
-        model = event.model if event.version or event.outcome == "ok" else "unknown"
+        model = event.model if event.version or ok else "unknown"
         tier = event.tier if event.tier in self.config.tiers else "unknown"
         key = (model, event.version, tier, event.lane, event.outcome)
         histogram = self.requests.get(key)
@@ -121,8 +148,8 @@ class Recorder:
         histogram.add(event.total_s)
         second = self._second()
         second.outcomes[tier, event.outcome] += 1
-        statistics = self._of(model, event.version)
-        if event.outcome == "ok":
+        statistics = self._statistics[model, event.version]
+        if ok:
             waited = self.queue.get((model, event.lane))
             if waited is None:
                 waited = self.queue[model, event.lane] = Histogram(self.edges)
@@ -132,13 +159,14 @@ class Recorder:
                 counts = second.latency[tier] = [0] * (len(_FINE) + 1)
             counts[bisect_left(_FINE, event.total_s)] += 1
             second.rows += event.rows
-            statistics["last_inference"] = time.time_ns() // 1_000_000
-            statistics["inference_count"] += 1
-            _spend(statistics, "success", event.total_s)
-            _spend(statistics, "queue", event.queue_s)
-            _spend(statistics, "compute_infer", event.compute_s)
+            statistics.last_ms = time.time_ns() // 1_000_000
+            statistics.answered += 1
+            statistics.s += event.total_s
+            statistics.queue_s += event.queue_s
+            statistics.compute_s += event.compute_s
         else:
-            _spend(statistics, "fail", event.total_s)
+            statistics.failed += 1
+            statistics.failed_s += event.total_s
 
     def _batch(self, event: BatchDone) -> None:
         key = (event.model, event.version, event.lane)
@@ -147,14 +175,14 @@ class Recorder:
             self.batch_rows[key] = Histogram(_ROW_EDGES)
         self.batches[key].add(event.seconds)
         self.batch_rows[key].add(event.rows)
-        self._of(event.model, event.version)["execution_count"] += 1
+        self._statistics[event.model, event.version].calls += 1
         if event.error:
             self.engine_errors[event.model, event.version] += 1
 
     def statistics(self, name: str = "", version: str = "") -> list[dict[str, Any]]:
         """Rows as Triton's ModelStatistics has them."""
         return [
-            {"name": model, "version": known, **values}
+            {"name": model, "version": known, **values.row()}
             for (model, known), values in self._statistics.items()
             if known and name in ("", model) and version in ("", known)
         ]
@@ -200,25 +228,9 @@ class Recorder:
             self._seconds.append(_Second(now))
         return self._seconds[-1]
 
-    def _of(self, model: str, version: str) -> dict[str, Any]:
-        found = self._statistics.get((model, version))
-        if found is None:
-            found = self._statistics[model, version] = {
-                "last_inference": 0,
-                "inference_count": 0,
-                "execution_count": 0,
-                "inference_stats": {},
-            }
-        return found
-
     def _note(self, kind: str, text: str, reason: str) -> None:
         at = time.strftime("%H:%M:%S", time.gmtime())
         self.recent.append({"at": at, "kind": kind, "text": text, "reason": reason})
-
-
-def _spend(statistics: dict[str, Any], kind: str, seconds: float) -> None:
-    count, ns = statistics["inference_stats"].get(kind, (0, 0))
-    statistics["inference_stats"][kind] = (count + 1, ns + max(0, round(seconds * 1e9)))
 
 
 def _percentile_ms(counts: Sequence[int], q: float) -> float | None:

@@ -42,6 +42,8 @@ def from_values(values: Mapping[str, Any]) -> Hints:
         ArgumentError: a value of the wrong type or range.
     """
     hints = Hints()
+    if not values:
+        return hints
     priority = values.get(PRIORITY)
     if priority is not None:
         hints.priority = _whole(PRIORITY, priority, _MAX_PRIORITY)
