@@ -13,7 +13,18 @@ from fastrec import kernels
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fastrec"
 # Each room may import itself and the rooms before it.
-ROOMS = ("kernels", "data", "nn", "models", "train", "compress", "runtime", "serving", "report")
+ROOMS = (
+    "kernels",
+    "data",
+    "nn",
+    "models",
+    "train",
+    "compress",
+    "runtime",
+    "tune",
+    "serving",
+    "report",
+)
 
 
 @pytest.mark.parametrize("op_id", kernels.OP_IDS)

@@ -18,6 +18,8 @@ _EXPORTS = {
     "WindowSparse": "fastrec.compress",
     "LowRank": "fastrec.compress",
     "Grouped": "fastrec.compress",
+    "Budget": "fastrec.tune",
+    "autotune": "fastrec.tune",
     "AttentionPattern": "fastrec.kernels.window_sparse_attention.pattern",
     "BlockPruning": "fastrec.compress",
     "Int8": "fastrec.compress",
@@ -44,10 +46,23 @@ _ROOMS = (
     "runtime",
     "serving",
     "train",
+    "tune",
 )
 
 if TYPE_CHECKING:
-    from fastrec import compress, data, errors, kernels, models, nn, report, runtime, serving, train
+    from fastrec import (
+        compress,
+        data,
+        errors,
+        kernels,
+        models,
+        nn,
+        report,
+        runtime,
+        serving,
+        train,
+        tune,
+    )
     from fastrec.compress import (
         QAT,
         BlockPruning,
@@ -68,11 +83,13 @@ if TYPE_CHECKING:
     )
     from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
     from fastrec.runtime import compile, export
+    from fastrec.tune import Budget, autotune
 
 __all__ = [
     "QAT",
     "AttentionPattern",
     "BlockPruning",
+    "Budget",
     "Grouped",
     "HiddenStates",
     "Int8",
@@ -81,6 +98,7 @@ __all__ = [
     "Recipe",
     "WindowSparse",
     "__version__",
+    "autotune",
     "compile",
     "compress",
     "data",
@@ -100,6 +118,7 @@ __all__ = [
     "sensitivity",
     "serving",
     "train",
+    "tune",
 ]
 
 

@@ -44,6 +44,23 @@ class IdRangeError(ArgumentError, IndexError):
     """An id lies outside its table."""
 
 
+class BudgetError(ArgumentError):
+    """No choice that was searched keeps within a budget; says what is the nearest that can be had.
+
+    Args:
+        expected: what could have been asked for, e.g. ``"at least 0.41 ms"``.
+        got: what was asked for.
+        nearest: limit -> the nearest value reached, e.g. ``{"latency_ms": 0.41}``.
+    """
+
+    def __init__(self, expected: str, got: object, nearest: dict[str, float]) -> None:
+        self.nearest = nearest
+        super().__init__("budget", expected, got)
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, dict[str, float]]]:  # type: ignore[override]
+        return type(self), (self.expected, self.got, self.nearest)
+
+
 class BackendError(FastrecError, RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 

@@ -72,6 +72,10 @@ def test_attention(name: str, length: int) -> None:
     agrees(ATTENTION[name], draw(2, 3, length, 8))
 
 
+def test_expand_as() -> None:
+    agrees(lambda x: x * x[:, :1].expand_as(x), draw(2, 5, 8))
+
+
 def test_transformer_encoder_with_padding() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

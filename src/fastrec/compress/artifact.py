@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ from fastrec.compress.codec import decode, encode
 from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
 from fastrec.errors import ArgumentError, ArtifactError
+from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import MODELS
+from fastrec.models.attention import SelfAttention
 from fastrec.nn import (
     GroupedLinear,
     Int8Embedding,
+    LowRankLinear,
     SeparableInt8Projection,
     SeparableProjection,
     SparseInt8Linear,
+    WindowSparseAttention,
 )
 
 FORMAT = "fastrec-model"
@@ -230,37 +235,55 @@ def _identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What differs from the float model, by module name."""
+    """What differs from the float model, or may: by module name, parents before children."""
     modules: dict[str, dict[str, Any]] = {}
     inside: set[int] = set()  # what the entry of its parent makes
     for name, module in model.named_modules():
         if isinstance(module, SeparableInt8Projection):
             inside.add(id(module.pointwise))
-            modules[name] = {
-                "type": "SeparableInt8Projection",
-                "in_features": module.in_features,
-                "out_features": module.out_features,
-                "kernel_size": module.kernel_size,
-                "bias": module.bias is not None,
-                "causal": module.causal,
-            }
-        elif isinstance(module, SparseInt8Linear) and id(module) not in inside:
-            modules[name] = {
-                "type": "SparseInt8Linear",
-                "in_features": module.in_features,
-                "out_features": module.out_features,
-                "bias": module.bias is not None,
-                "activation": module.activation,
-            }
-        elif isinstance(module, Int8Embedding):
-            modules[name] = {
-                "type": "Int8Embedding",
-                "num_embeddings": module.num_embeddings,
-                "embedding_dim": module.embedding_dim,
-            }
-        elif type(module) is nn.Identity and name:
-            modules[name] = {"type": "Identity"}
+        entry = _entry(module)
+        if entry is not None and name and id(module) not in inside:
+            modules[name] = entry
     return modules
+
+
+def _entry(module: nn.Module) -> dict[str, Any] | None:
+    """How to make ``module`` anew; None for what the model's own class makes."""
+    kind = type(module).__name__
+    names: tuple[str, ...]
+    if isinstance(module, SeparableInt8Projection):
+        names = ("in_features", "out_features", "kernel_size", "bias", "causal")
+    elif isinstance(module, SparseInt8Linear):
+        names = ("in_features", "out_features", "bias", "activation")
+    elif isinstance(module, Int8Embedding):
+        names = ("num_embeddings", "embedding_dim")
+    elif isinstance(module, LowRankLinear):
+        return {"type": kind, **_sizes(module.down, module.up), "rank": module.rank}
+    elif isinstance(module, GroupedLinear):
+        names = ("in_features", "out_features", "bias", "groups", "shuffle")
+    elif isinstance(module, WindowSparseAttention):
+        names = ("embed_dim", "num_heads", "dropout", "batch_first", "projection", "groups",
+                 "kernel_size", "rank")  # fmt: skip
+        bias = any(key.endswith("bias") for key in module.state_dict())
+        narrow = None if module.qk_dim == module.head_dim else module.qk_dim
+        # Through JSON, so that tuples compare with what is read from a file.
+        pattern = json.loads(json.dumps(asdict(module.pattern)))
+        made = {"type": kind, **{name: getattr(module, name) for name in names}}
+        return made | {"bias": bias, "qk_rank": narrow, "pattern": pattern}
+    elif type(module) is nn.Identity:
+        names = ()
+    else:
+        return None
+    made = {"type": kind, **{name: getattr(module, name) for name in names}}
+    return made | {"bias": module.bias is not None} if "bias" in names else made
+
+
+def _sizes(first: nn.Module, last: nn.Module) -> dict[str, Any]:
+    return {
+        "in_features": int(first.in_features),
+        "out_features": int(last.out_features),
+        "bias": last.bias is not None,
+    }
 
 
 def _read_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -297,39 +320,67 @@ def _build(manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def _restructure(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Swap in the quantised modules; every one is checked against the float one before any is
-    swapped."""
-    swaps = {name: _twin(model, name, entry) for name, entry in modules.items()}
-    for name, new in swaps.items():
-        if new is not None and type(model.get_submodule(name)) is not type(new):
+    """Swap in what :func:`replace_` had put in, from parents to children, then the quantised
+    modules, every one of which is checked against the float one before any is swapped."""
+    for name, entry in modules.items():
+        if entry.get("type") in _REPLACED:
+            _swap(model, {name: _twin(model, name, entry)})
+    _swap(
+        model,
+        {
+            name: _twin(model, name, entry)
+            for name, entry in modules.items()
+            if entry.get("type") not in _REPLACED
+        },
+    )
+
+
+def _swap(model: nn.Module, twins: Mapping[str, nn.Module]) -> None:
+    for name, new in twins.items():
+        if _entry(model.get_submodule(name)) != _entry(new):
             set_module(model, name, new)
 
 
-def _twin(model: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module | None:
-    kind = entry.get("type")
+def _twin(model: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
     try:
         old = model.get_submodule(name)
     except AttributeError as error:
         raise ArtifactError(f"{type(model).__name__} has no module {name!r}") from error
-    if kind == "Identity":
-        return nn.Identity()
-    if kind == "SparseInt8Linear" and isinstance(old, nn.Linear | GroupedLinear | SparseInt8Linear):
-        layer = (int(old.in_features), int(old.out_features), old.bias is not None)
-        if layer == (entry.get("in_features"), entry.get("out_features"), entry.get("bias")):
-            return SparseInt8Linear(*layer, activation=entry.get("activation"))
-    elif kind == "SeparableInt8Projection" and isinstance(
-        old, SeparableProjection | SeparableInt8Projection
-    ):
-        names = ("in_features", "out_features", "kernel_size", "bias", "causal")
-        values = tuple(entry.get(n) for n in names)
-        sizes = (int(old.in_features), int(old.out_features), int(old.kernel_size))
-        if values == (*sizes, old.bias is not None, bool(old.causal)):
-            return SeparableInt8Projection(*sizes, old.bias is not None, bool(old.causal))
-    elif kind == "Int8Embedding" and isinstance(old, nn.Embedding | Int8Embedding):
-        table = (int(old.num_embeddings), int(old.embedding_dim))
-        if table == (entry.get("num_embeddings"), entry.get("embedding_dim")):
-            return Int8Embedding(*table)
+    options = {key: value for key, value in entry.items() if key != "type"}
+    made = _MAKERS.get(str(entry.get("type")))
+    if made is not None and isinstance(old, made[1]):
+        try:
+            if all(getattr(old, k, v) == v for k, v in options.items() if k in _SAME):
+                return made[0](**options)
+        except (ArgumentError, TypeError) as error:
+            raise ArtifactError(f"module {name!r}: {dict(entry)}: {error}") from error
     raise ArtifactError(f"module {name!r}: {old} cannot become {dict(entry)}")
+
+
+def _window_sparse(pattern: Mapping[str, Any], **options: Any) -> WindowSparseAttention:
+    return WindowSparseAttention(pattern=AttentionPattern(**pattern), **options)
+
+
+# Sizes in which a module and what takes its place agree.
+_SAME = ("in_features", "out_features", "kernel_size", "causal", "num_embeddings", "embedding_dim")
+_REPLACED = ("LowRankLinear", "GroupedLinear", "WindowSparseAttention")
+_LINEAR = (nn.Linear, GroupedLinear, SparseInt8Linear, LowRankLinear)
+# type of an entry -> what makes it, and in the place of what.
+_MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]] = {
+    "Identity": (nn.Identity, (nn.Module,)),
+    "SparseInt8Linear": (SparseInt8Linear, _LINEAR),
+    "SeparableInt8Projection": (
+        SeparableInt8Projection,
+        (SeparableProjection, SeparableInt8Projection),
+    ),
+    "Int8Embedding": (Int8Embedding, (nn.Embedding, Int8Embedding)),
+    "LowRankLinear": (LowRankLinear, _LINEAR),
+    "GroupedLinear": (GroupedLinear, _LINEAR),
+    "WindowSparseAttention": (
+        _window_sparse,
+        (nn.MultiheadAttention, SelfAttention, WindowSparseAttention),
+    ),
+}
 
 
 def _match_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -197,7 +197,7 @@ def _static(
             None,
         )
     seen = calibrate(model, linears, tables, calibration)
-    left = _unsupported(model, config.embeddings)
+    left = unsupported(model, config.embeddings)
     left |= leave_uncalled(linears, tables, seen)
     fusions = plan_fusions(model, _chained(linears), seen.runs_whole) if config.fuse else {}
     swaps: dict[str, nn.Module] = {}
@@ -219,7 +219,7 @@ def _prepare(
     model: nn.Module, config: QAT, calibration: Iterable[Any] | None, filter_fn: FilterFn
 ) -> QuantizeReport:
     linears, tables = _selected(model, config.embeddings, filter_fn)
-    left = _unsupported(model, config.embeddings)
+    left = unsupported(model, config.embeddings)
     seen = None
     if calibration is not None:
         seen = calibrate(model, linears, tables, calibration)
@@ -323,7 +323,7 @@ def _selected(
     return linears, tables
 
 
-def _unsupported(model: nn.Module, embeddings: bool) -> dict[str, str]:
+def unsupported(model: nn.Module, embeddings: bool) -> dict[str, str]:
     """Layers with weights that have no INT8 form here, by name, with the reason."""
     bypassed = bypassed_children(model)
     left: dict[str, str] = {}

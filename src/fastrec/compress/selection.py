@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError, DtypeError
+from fastrec.nn import WindowSparseAttention
 
 FilterFn = Callable[[nn.Module, str], bool]
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
@@ -77,11 +78,15 @@ def _expected(model: nn.Module, part: str | re.Pattern[str], names: list[str]) -
 
 
 def bypassed_children(model: nn.Module) -> set[int]:
-    """ids of modules whose parent uses their weight without calling them."""
+    """ids of modules whose parent uses their weight without calling them.
+
+    An encoder layer calls all of its modules once its attention is a ``WindowSparseAttention``.
+    """
     return {
         id(child)
         for parent in model.modules()
         if isinstance(parent, _BYPASSING_PARENTS)
+        and not isinstance(getattr(parent, "self_attn", None), WindowSparseAttention)
         for child in parent.modules()
         if child is not parent
     }

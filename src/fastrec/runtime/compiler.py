@@ -72,7 +72,7 @@ def compile(
         raise ArgumentError("precision", f"one of {PRECISIONS} or None", repr(precision))
     if fallback not in FALLBACKS:
         raise ArgumentError("fallback", f"one of {FALLBACKS}", repr(fallback))
-    threads = _cpus() if threads is None else threads
+    threads = cpus() if threads is None else threads
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError("threads", "a positive integer or None", threads)
     examples = as_tensors("example_inputs", example_inputs)
@@ -96,7 +96,8 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend_module(name).can_run() for name in BACKENDS}
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

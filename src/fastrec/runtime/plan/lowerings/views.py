@@ -60,6 +60,7 @@ def _t(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View
 
 
 @lowers(aten.expand.default)
+@lowers(aten.expand_as.default)
 def _expand(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     return args[0].expanded(to.shape_of(node))
 

@@ -1,0 +1,66 @@
+"""What a search has found so far, in one JSON file, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrec.errors import ArtifactError
+
+
+class Journal:
+    """``OUT/journal.json``: item -> result, written after each; without a folder, in memory.
+
+    A journal of another model, space or setting is set aside as ``journal.json.old``.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self.folder, self.key = folder, key
+        self.items: dict[str, Any] = {}
+        self.reused = 0
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "journal.json"
+        if self._file.exists():
+            try:
+                found = json.loads(self._file.read_text())
+                items = found["items"] if found["key"] == key else None
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArtifactError(f"{self._file}: not a journal of autotune ({error})") from error
+            if items is None:
+                os.replace(self._file, f"{self._file}.old")
+            else:
+                self.items = items
+
+    def item(self, name: str, make: Callable[[], Any]) -> Any:
+        """The item's result, made unless it is there."""
+        if name in self.items:
+            self.reused += 1
+            return self.items[name]
+        self.items[name] = result = make()
+        self.write()
+        return result
+
+    def write(self) -> None:
+        """Keep the items, whole or not at all."""
+        if self.folder is not None:
+            draft = self._file.with_suffix(".partial")
+            draft.write_text(json.dumps({"key": self.key, "items": self.items}))
+            os.replace(draft, self._file)
+
+
+def fingerprint(model: nn.Module, *parts: Any) -> str:
+    """Of a model's tensors and anything JSON can hold."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
