@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIR ?= bench/results
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo protos test wheel wheel-check sanitize forced-isa bench lint gpu-report clean
+.PHONY: setup demo protos test wheel wheel-check promtool sanitize forced-isa bench lint gpu-report clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,12 @@ wheel: setup
 # That wheel in an empty environment without a compiler: import, info, an engine's scores, a server.
 wheel-check: wheel
 	FASTREC_WHEEL_CHECK=$$(ls $(CURDIR)/dist/*.whl) $(BIN)/python -m pytest -q tests/packaging
+
+# Prometheus' checker of alert rules, out of Debian's package; without it its tests are skipped.
+promtool: setup
+	command -v promtool || test -x $(BIN)/promtool || { d=$$(mktemp -d) && cd $$d \
+	  && apt-get download -q prometheus && dpkg -x prometheus_*.deb . \
+	  && install usr/bin/promtool $(abspath $(BIN))/promtool; r=$$?; rm -rf $$d; exit $$r; }
 
 # The compiled part's own tests: as shipped, and under address, undefined-behaviour and thread sanitizers.
 sanitize:
