@@ -60,6 +60,28 @@ __device__ __forceinline__ void mma_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Metadata in rising order, which newer GPUs take at full speed; older compilers have one form.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define FASTREC_MMA_SP "mma.sp::ordered_metadata"
+#else
+#define FASTREC_MMA_SP "mma.sp"
+#endif
+
+// d[16 x 8] += a[16 x 64] b[64 x 8], where a keeps 2 of every 4 k, s8 by u8 in s32. A register of
+// a holds what is kept of 8 consecutive k, of b 4 consecutive k, lowest byte first:
+//   a[0..3]: row g, k 8t | row g + 8, k 8t | row g, k 32 + 8t | row g + 8, k 32 + 8t
+//   b[0..3]: column g, k 4t | k 16 + 4t | k 32 + 4t | k 48 + 4t
+//   meta:    row g + 8 (t % 2), k 32 (t / 2) on: 4 bits for every 4 k, the places of the two
+__device__ __forceinline__ void mma_sp_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[4], uint32_t meta) {
+  asm volatile(FASTREC_MMA_SP
+               ".sync.aligned.m16n8k64.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+               "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                 "r"(b[3]), "r"(meta));
+}
+
 #endif
 
 template <int kBytes>

@@ -17,14 +17,14 @@ void bind(pybind11::module_& parent) {
   m.def(
       "configurations",
       [] {
-        std::vector<std::array<int, 5>> found;
+        std::vector<std::array<int, 7>> found;
         for (int i = 0; i < configurations(); ++i) {
           const Configuration c = configuration(i);
-          found.push_back({c.rows, c.wide, c.panels, c.slices, c.ahead});
+          found.push_back({c.rows, c.wide, c.panels, c.slices, c.ahead, c.bands, c.two_four});
         }
         return found;
       },
-      "What is compiled, (rows, wide, panels, slices, ahead) each.");
+      "What is compiled, (rows, wide, panels, slices, ahead, bands, two_four) each.");
   m.def("shared_bytes", &shared_bytes);
   m.def(
       "launch",

@@ -7,7 +7,8 @@
 namespace fastrec::sparse_int8_linear {
 
 struct Configuration {
-  int rows, wide, panels, slices, ahead;
+  int rows, wide, panels, slices, ahead, bands;
+  bool two_four;
 };
 
 int configurations();

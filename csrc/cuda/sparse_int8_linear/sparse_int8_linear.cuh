@@ -7,6 +7,9 @@
 // of. A step is 8 groups, the 32 inputs of one instruction; which groups those are costs nothing,
 // since each lane reads its activations from shared memory one group at a time.
 //
+// Where every output keeps at most 2 of the 4 inputs of every kept group (2:4), a step is 16
+// groups, the 64 inputs of one sparse instruction: half the bytes, and half the instructions.
+//
 // Device form of a panel (kernels/sparse_int8_linear/_device.py makes it): groups in order of
 // chunks of 512 inputs, each chunk filled up to whole steps with groups of zeros. Within a chunk
 // groups stand so that any 4 in a row lie in different shared memory banks, where the pattern
@@ -105,26 +108,80 @@ __device__ __forceinline__ void load_chunk(const Params& params, int64_t row0, i
 }
 
 // What one lane multiplies in one step: its words of the weights, by panel and 16 outputs, and
-// where its two groups lie in a row of activations.
-template <int kWide>
+// where its groups lie in a row of activations.
+template <int kWide, bool kTwoFour>
 struct Step {
+  static constexpr int kGroups = kTwoFour ? 16 : 8;
   uint32_t weights[kWide][2][4];
-  int offset[2];
+  uint32_t meta[kTwoFour ? kWide : 1][2];
+  int offset[kGroups / 4];
+
+  // Of step `at` of a panel; the next panel of `kWide` has it `apart` steps later.
+  __device__ __forceinline__ void fetch(const Params& params, int64_t at, int64_t apart, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int wide = 0; wide < kWide; ++wide)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t step = at + wide * apart;
+        const uint32_t* const from =
+            reinterpret_cast<const uint32_t*>(params.values) + step * (kStepBytes / 4);
+        if constexpr (kTwoFour) {
+          // Stored lane by lane.
+          const uint4 words = __ldg(reinterpret_cast<const uint4*>(from) + half * kWarp + lane);
+          weights[wide][half][0] = words.x, weights[wide][half][1] = words.y;
+          weights[wide][half][2] = words.z, weights[wide][half][3] = words.w;
+          meta[wide][half] = __ldg(params.meta + (step * 2 + half) * kWarp + lane);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            weights[wide][half][i] =
+                __ldg(from + (i / 2 * 4 + t) * kPanelOutputs + half * 16 + i % 2 * 8 + g);
+        }
+      }
+#pragma unroll
+    for (int i = 0; i < kGroups / 4; ++i)
+      offset[i] = __ldg(params.offset + at * kGroups + i * 4 + t);
+  }
+
+  // sums[wide][half] += 16 outputs of the step by 8 rows of activations, of which `row` is the
+  // lane's.
+  template <int kColumns>
+  __device__ __forceinline__ void multiply(int32_t (&sums)[kWide][2][kColumns][4], int column,
+                                           const uint8_t* row) const {
+    uint32_t x[kGroups / 4];
+#pragma unroll
+    for (int i = 0; i < kGroups / 4; ++i)
+      x[i] = *reinterpret_cast<const uint32_t*>(row + offset[i]);
+#pragma unroll
+    for (int wide = 0; wide < kWide; ++wide)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kTwoFour)
+          mma_sp_s8_u8(sums[wide][half][column], weights[wide][half], x, meta[wide][half]);
+        else
+          mma_s8_u8(sums[wide][half][column], weights[wide][half], x);
+      }
+  }
 };
 
-// kRows:   rows of x of a block, a multiple of 8
-// kWide:   panels that a warp multiplies by the same activations: 2 only for weights whose panels
-//          come in pairs that keep the same groups (dense ones do)
-// kPanels: warps side by side, each with kWide panels of its own
-// kSlices: warps that share the steps of a panel
-// kAhead:  steps whose weights are under way, in registers
-template <int kRows, int kWide, int kPanels, int kSlices, int kAhead>
-__global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1)
+// kRows:    rows of x of a block, a multiple of 8 kBands
+// kWide:    panels that a warp multiplies by the same activations: 2 only for weights whose panels
+//           come in pairs that keep the same groups (dense ones do)
+// kPanels:  warps side by side, each with kWide panels of its own
+// kSlices:  warps that share the steps of a panel
+// kAhead:   steps whose weights are under way, in registers
+// kBands:   warps that take other rows of the same panels, whose weights the later ones find in L1
+// kTwoFour: the weight has the 2:4 form
+template <int kRows, int kWide, int kPanels, int kSlices, int kAhead, int kBands, bool kTwoFour>
+__global__ void __launch_bounds__(block_threads(kPanels, kSlices, kBands), 1)
     multiply(const Params params) {
-  constexpr int kThreads = block_threads(kPanels, kSlices), kColumns = kRows / 8;
+  constexpr int kThreads = block_threads(kPanels, kSlices, kBands);
+  constexpr int kBandRows = kRows / kBands, kColumns = kBandRows / 8;
   uint8_t* const shared = dynamic_shared();
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int warp = threadIdx.x / kWarp, side = warp % kPanels, slice = warp / kPanels;
+  const int warp = threadIdx.x / kWarp, side = warp % kPanels;
+  const int slice = warp / kPanels % kSlices, band = warp / (kPanels * kSlices);
   const int blocks = static_cast<int>(ceil_div(params.panels, kPanels * kWide));
   const int panel0 = blockIdx.x % blocks * (kPanels * kWide);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x / blocks) * kRows;
@@ -135,25 +192,10 @@ __global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1)
   const bool works = panel < params.panels;
   const int32_t* const starts = params.step_start + (works ? panel : 0) * (params.chunks + 1);
   const int32_t first = starts[0], last = works ? starts[params.chunks] : first;
-  // A pair's second panel follows the first, with as many steps.
-  const uint32_t* const weights =
-      reinterpret_cast<const uint32_t*>(params.values) + t * kPanelOutputs + g;
-  const int64_t pair_words = static_cast<int64_t>(last - first) * (kStepBytes / 4);
-
-  Step<kWide> ahead[kAhead];
-  auto fetch = [&](Step<kWide>& step, int32_t at) {
-    if (at >= last) return;
-    const uint32_t* const from = weights + static_cast<int64_t>(at) * (kStepBytes / 4);
-#pragma unroll
-    for (int wide = 0; wide < kWide; ++wide)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          step.weights[wide][half][i] =
-              __ldg(from + wide * pair_words + i / 2 * (4 * kPanelOutputs) + half * 16 + i % 2 * 8);
-    step.offset[0] = __ldg(params.offset + static_cast<int64_t>(at) * kStepGroups + t);
-    step.offset[1] = __ldg(params.offset + static_cast<int64_t>(at) * kStepGroups + t + 4);
+  Step<kWide, kTwoFour> ahead[kAhead];
+  auto fetch = [&](Step<kWide, kTwoFour>& step, int32_t at) {
+    // A pair's second panel follows the first, with as many steps.
+    if (at < last) step.fetch(params, at, last - first, lane);
   };
 
   int chunk = -1;
@@ -163,7 +205,7 @@ __global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1)
   auto enter_chunk = [&] {
     ++chunk;
     chunk_end = starts[chunk + 1];
-    lane_rows = shared + chunk % kStages * (kRows * kRowBytes) + g * kRowBytes;
+    lane_rows = shared + (chunk % kStages * kRows + band * kBandRows + g) * kRowBytes;
     copy_async_wait<kStages - 2>();
     __syncthreads();
     // All have left the chunk before, whose memory the next to come takes.
@@ -190,18 +232,9 @@ __global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1)
     for (int i = 0; i < kAhead; ++i) {
       if (at >= last) break;
       while (at >= chunk_end) enter_chunk();
-      const Step<kWide>& step = ahead[i];
 #pragma unroll
-      for (int column = 0; column < kColumns; ++column) {
-        const uint8_t* const row = lane_rows + column * (8 * kRowBytes);
-        const uint32_t x[2] = {*reinterpret_cast<const uint32_t*>(row + step.offset[0]),
-                               *reinterpret_cast<const uint32_t*>(row + step.offset[1])};
-#pragma unroll
-        for (int wide = 0; wide < kWide; ++wide)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            mma_s8_u8(sums[wide][half][column], step.weights[wide][half], x);
-      }
+      for (int column = 0; column < kColumns; ++column)
+        ahead[i].multiply(sums, column, lane_rows + column * (8 * kRowBytes));
       fetch(ahead[i], at + kAhead * kSlices);
       at += kSlices;
     }
@@ -220,7 +253,8 @@ __global__ void __launch_bounds__(block_threads(kPanels, kSlices), 1)
       for (int column = 0; column < kColumns; ++column)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = column * 8 + 2 * t + i % 2, n = half * 16 + i / 2 * 8 + g;
+          const int row = band * kBandRows + column * 8 + 2 * t + i % 2;
+          const int n = half * 16 + i / 2 * 8 + g;
           const int part = (slice * kPanels + side) * kWide + wide;
           parts[(part * kRows + row) * kSumsRow + n] = sums[wide][half][column][i];
         }

@@ -48,6 +48,7 @@ struct Warp {
   Meeting meeting;
   int32_t* d[32];
   const uint32_t *a[32], *b[32];
+  uint32_t meta[32];
 };
 
 struct Thread {
@@ -226,6 +227,37 @@ inline void mma_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&
       for (int i = 0; i < 4; ++i) {
         const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
         for (int k = 0; k < 32; ++k) warp.d[l][i] += left[row][k] * right[k][column];
+      }
+  });
+}
+
+// mma.sp.m16n8k64 after the manual's: element i of 16 of a lane's A is row g (+ 8 where i / 4 is
+// odd); elements 4 j .. 4 j + 3 are what is kept, in order, of the 8 columns from 8 t (+ 32 from
+// i = 8 on); element i of 16 of its B is row 4 t + i % 4 + i / 4 * 16, column g. The metadata of
+// row r, columns 32 c on is that of lane 4 (r % 8) + r / 8 + 2 c: of every 4 columns, two places of
+// 2 bits, the lower first.
+inline void mma_sp_s8_u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                         uint32_t meta) {
+  emulated::Warp& warp = *emulated::current->warp;
+  const int lane = threadIdx.x % 32;
+  warp.d[lane] = d, warp.a[lane] = a, warp.b[lane] = b, warp.meta[lane] = meta;
+  emulated::meet(warp.meeting, 32, [&warp] {
+    int left[16][64] = {}, right[64][8];
+    for (int l = 0; l < 32; ++l) {
+      const int g = l / 4, t = l % 4;
+      for (int i = 0; i < 16; ++i) {
+        right[4 * t + i % 4 + i / 4 * 16][g] = unsigned_byte(warp.b[l][i / 4], i % 4);
+        const int row = g + i / 4 % 2 * 8, four = 2 * t + i % 4 / 2 + i / 8 * 8;
+        const uint32_t word = warp.meta[row % 8 * 4 + row / 8 + four / 8 * 2] >> (four % 8 * 4);
+        const int first = word & 3, second = word >> 2 & 3;
+        if (first >= second) std::fprintf(stderr, "places do not rise\n"), std::abort();
+        left[row][four * 4 + (i % 2 ? second : first)] = signed_byte(warp.a[l][i / 4], i % 4);
+      }
+    }
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) {
+        const int row = l / 4 + i / 2 * 8, column = l % 4 * 2 + i % 2;
+        for (int k = 0; k < 64; ++k) warp.d[l][i] += left[row][k] * right[k][column];
       }
   });
 }

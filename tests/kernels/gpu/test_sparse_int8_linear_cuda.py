@@ -4,8 +4,10 @@ and its machine code read."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,19 @@ from fastrec.kernels._compiled import Signature
 from fastrec.kernels._registry import Sample
 from fastrec.kernels.sparse_int8_linear import SPEC, _gpu
 from fastrec.kernels.sparse_int8_linear import _cuda as op
-from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, CudaConfig, cuda_heuristic
-from fastrec.kernels.sparse_int8_linear._device import BANKS, STEP_GROUPS, device_weight
+from fastrec.kernels.sparse_int8_linear._config import (
+    CUDA_CONFIGS,
+    CudaConfig,
+    cuda_configs,
+    cuda_heuristic,
+)
+from fastrec.kernels.sparse_int8_linear._device import (
+    BANKS,
+    STEP_GROUPS,
+    DeviceWeight,
+    device_weight,
+)
+from fastrec.kernels.sparse_int8_linear._two_four import fragments, keeps_two_of_four
 from fastrec.kernels.sparse_int8_linear.samples import compare, random_weight, sample
 
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="nothing here is Triton's")
@@ -53,14 +66,14 @@ def prepared(packed: PackedWeight, kwargs: dict[str, Any]) -> _gpu.Prepared:
     return _gpu.prepare(packed, **(NO_EPILOGUE | kwargs))
 
 
-def emulated(
-    emulator: ctypes.CDLL, case: Sample, configs: tuple[CudaConfig, ...], seed: int = 0
-) -> None:
+def possible(weight: DeviceWeight) -> list[CudaConfig]:
+    return cuda_configs(weight.paired, weight.two_four)
+
+
+def emulated(emulator: ctypes.CDLL, case: Sample, seed: int = 0) -> None:
     (x, packed), kwargs = case.make()
     weight = prepared(packed, kwargs)
-    for config in configs:
-        if config.wide == 2 and not weight.weight.paired:
-            continue
+    for config in possible(weight.weight):
         # Eights beyond the end and in the beginning: what is not written shows.
         y = torch.full((len(x) + 1, packed.outputs), 77, dtype=weight.out_dtype)
         params = op.params_of(weight, x, y[:-1])
@@ -73,22 +86,23 @@ def emulated_index(config: CudaConfig) -> int:
     """Its place in params.cuh."""
     lines = (ROOT / "csrc/cuda/sparse_int8_linear/params.cuh").read_text().splitlines()
     listed = [line.split("X(")[1].split(")")[0] for line in lines if line.startswith("  X(")]
-    sizes = (config.rows, config.wide, config.panels, config.slices, config.ahead)
-    return listed.index(", ".join(map(str, sizes)))
+    return listed.index(op.spelled(config))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_every_configuration_agrees_when_emulated(emulator: ctypes.CDLL, case: Sample) -> None:
-    emulated(emulator, case, CUDA_CONFIGS)
+    emulated(emulator, case)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
 @pytest.mark.parametrize("inputs", [512, 513, 1040])
+@pytest.mark.parametrize("two_four", [False, True])
 def test_chunks_agree_in_any_order_of_threads(
-    emulator: ctypes.CDLL, inputs: int, density: float
+    emulator: ctypes.CDLL, two_four: bool, inputs: int, density: float
 ) -> None:
-    case = sample(9, 96, inputs, density=density, activation="relu", out="uint8")
-    emulated(emulator, case, CUDA_CONFIGS, seed=inputs)
+    options = {"activation": "relu", "out": "uint8", "two_four": two_four}
+    case = sample(9, 96, inputs, density=density, **options)
+    emulated(emulator, case, seed=inputs)
 
 
 def test_gelu_is_the_cpus_to_the_last_bit(emulator: ctypes.CDLL) -> None:
@@ -128,6 +142,53 @@ def test_the_device_form_is_the_weight(outputs: int, inputs: int, density: float
         assert form.values.shape[0] * STEP_GROUPS <= kept + form.panels * form.chunks * 7
 
 
+def test_the_2_4_form_is_what_torch_hands_to_sparse_tensor_cores() -> None:
+    """Its conversion follows CUTLASS: kept weights row by row, and the words of metadata in the
+    order in which the lanes of a warp hold them."""
+    from torch.sparse._semi_structured_conversions import (
+        sparse_semi_structured_from_dense_cutlass,
+    )
+
+    packed = random_weight(32, 64, 1.0, torch.Generator().manual_seed(0), two_four=True)
+    assert keeps_two_of_four(packed)
+    values, meta = fragments(packed.values)
+    assert (values.shape, meta.shape) == ((1, 2, 32, 16), (1, 2, 32))
+    for half in range(2):
+        dense = packed.unpack()[16 * half : 16 * half + 16]
+        kept, words = sparse_semi_structured_from_dense_cutlass(dense)
+        assert torch.equal(meta[0, half], words.flatten())
+        for lane in range(32):
+            g, t = lane // 4, lane % 4
+            for i in range(4):
+                # Register i: what is kept of inputs 8 t (+ 32) on, of row g (+ 8).
+                row, first = g + i % 2 * 8, 4 * t + i // 2 * 16
+                assert torch.equal(
+                    values[0, half, lane, 4 * i : 4 * i + 4], kept[row, first : first + 4]
+                )
+
+
+@pytest.mark.parametrize("density", [1.0, 0.4])
+def test_the_2_4_form_takes_five_eighths_of_the_bytes(density: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = random_weight(1024, 1024, density, generator, two_four=True)
+    form, plain = device_weight(packed, two_four=True), device_weight(packed)
+    assert form.meta is not None
+    assert form.paired == plain.paired
+    stored = form.values.nbytes + form.meta.nbytes
+    # Chunks of some 51 groups fill up to 64 where the other form fills up to 56.
+    assert stored <= plain.values.nbytes * (0.625 if density == 1 else 0.625 * 64 / 56)
+
+
+def test_only_weights_of_that_form_take_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert not keeps_two_of_four(random_weight(64, 64, 1.0, generator))
+    assert not keeps_two_of_four(random_weight(64, 64, 0.0, generator))
+    assert keeps_two_of_four(random_weight(64, 64, 0.3, generator, two_four=True))
+    one = torch.zeros(32, 8, dtype=torch.int8)
+    one[:, 1], one[3, 7] = -5, 4
+    assert keeps_two_of_four(PackedWeight.pack(one, torch.ones(32)))
+
+
 def test_neighbouring_groups_lie_in_different_banks() -> None:
     packed = random_weight(1024, 1024, 0.5, torch.Generator().manual_seed(0))
     banks = device_weight(packed).index.view(-1, 4) % BANKS
@@ -144,15 +205,17 @@ def test_panels_are_paired_where_they_keep_the_same() -> None:
 
 
 def test_the_heuristic_chooses_what_is_compiled_and_fits() -> None:
+    kinds = list(itertools.product((False, True), repeat=2))
     for rows in (1, 8, 9, 50, 400, 3200, 100_000):
-        for panels in (1, 2, 31, 32, 128):
-            for paired in (False, True):
-                config = cuda_heuristic(rows, panels, paired)
-                assert config in CUDA_CONFIGS
-                assert paired or config.wide == 1
-                assert config.shared_bytes <= 163 * 1024
+        for panels, (paired, two_four) in itertools.product((1, 2, 31, 32, 128), kinds):
+            config = cuda_heuristic(rows, panels, paired, two_four)
+            assert config in CUDA_CONFIGS
+            assert paired or config.wide == 1
+            assert config.two_four == two_four
+            assert config.shared_bytes <= 163 * 1024
     assert cuda_heuristic(1, 32, True).rows == 8
     assert cuda_heuristic(3200, 32, True) == CudaConfig(64, 2, 4, 1, 1)
+    assert cuda_heuristic(4096, 128, True, True).rows == 128
 
 
 @built
@@ -160,7 +223,7 @@ def test_the_compiled_configurations_are_those_known_here() -> None:
     assert native is not None
     module = native.sparse_int8_linear
     found = {tuple(sizes) for sizes in module.configurations()}
-    assert found == {(c.rows, c.wide, c.panels, c.slices, c.ahead) for c in CUDA_CONFIGS}
+    assert found == {astuple(config) for config in CUDA_CONFIGS}
     assert module.params_bytes == ctypes.sizeof(op.Params)
     for config in CUDA_CONFIGS:
         sizes = (config.rows, config.wide, config.panels, config.slices)
@@ -175,6 +238,8 @@ def test_a_launch_without_a_driver_raises_a_typed_error() -> None:
         native.sparse_int8_linear.launch(0, op.Params(rows=1, panels=1), 0)
     with pytest.raises(CudaError, match="invalid argument"):
         native.sparse_int8_linear.launch(99, op.Params(rows=1, panels=1), 0)
+    with pytest.raises(CudaError, match="invalid argument"):  # the other form of the weight
+        native.sparse_int8_linear.launch(len(CUDA_CONFIGS) - 1, op.Params(rows=1, panels=1), 0)
     with pytest.raises(CudaError, match="parameters: CUDA error 1"):
         native.sparse_int8_linear.launch(0, bytes(8), 0)
 
@@ -185,13 +250,17 @@ def test_a_cpu_tensor_is_refused_with_a_reason() -> None:
         sparse_int8_linear(x, packed, **kwargs, backend="cuda")
 
 
+DENSE = "IMMA.16832.S8.U8"
+
+
 def check_machine_code(binary: Path, arch: str | None) -> None:
     usage = {k: v for k, v in resource_usage(binary, arch).items() if "18sparse_int8_linear" in k}
     code = machine_code(binary, arch)
     assert len(usage) == len(CUDA_CONFIGS)
     for name, resources in usage.items():
         assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"{name}: registers are spilled"
-        assert code[name].count("IMMA.16832.S8.U8") >= 2, f"{name}: not on matrix units"
+        instruction = "IMMA.SP.16864.S8.U8" if name.endswith("Lb1EEEvNS0_6ParamsE") else DENSE
+        assert code[name].count(instruction) >= 2, f"{name}: not on matrix units"
         assert "LDGSTS" in code[name], f"{name}: copies are not asynchronous"
 
 
@@ -217,9 +286,7 @@ def test_every_configuration_agrees_on_a_gpu(case: Sample) -> None:
     (x, packed), kwargs = case.make()
     there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     weight = prepared(packed.to("cuda"), there)
-    for config in CUDA_CONFIGS:
-        if config.wide == 2 and not weight.weight.paired:
-            continue
+    for config in possible(weight.weight):
         y = torch.empty(len(x), packed.outputs, dtype=weight.out_dtype, device="cuda")
         op.run(weight, x.cuda(), y, config)
         compare(y.cpu(), (x, packed), kwargs)

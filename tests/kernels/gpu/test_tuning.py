@@ -74,7 +74,7 @@ def test_calls_take_the_tuned_configuration_and_else_the_heuristics(
     op.choose.cache_clear()
 
     def chosen(rows: int) -> CudaConfig:
-        return op.choose(rows, weight.panels, weight.steps, weight.paired, 0)
+        return op.chosen(weight, rows, 0)
 
     heuristic = cuda_heuristic(9, weight.panels, weight.paired)
     assert chosen(9) == heuristic

@@ -180,7 +180,7 @@ class _Held:
             self.contiguous_bias = None if bias is None else bias.contiguous()
             self.run = _cpu.prepare(packed, **epilogue | {"bias": self.contiguous_bias})
         else:
-            self.prepared = _gpu.prepare(packed, **epilogue)
+            self.prepared = _gpu.prepare(packed, **epilogue, backend=backend)
         self.inputs, self.outputs = packed.inputs, packed.outputs
         self.out_dtype = _cpu.OUT_DTYPES[epilogue["out"]]
         self._watched = [*packed.parts(), *(() if bias is None else (bias,))]

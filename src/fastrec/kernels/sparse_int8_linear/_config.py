@@ -20,7 +20,8 @@ class CudaConfig:
 
     ``rows`` of a block; ``wide`` panels a warp, 2 for weights whose panels are paired; ``panels``
     warps side by side; ``slices`` warps that share a panel's steps; ``ahead`` steps whose weights
-    are under way.
+    are under way; ``bands`` warps that take other rows of the same panels; ``two_four`` for weights
+    in that form.
     """
 
     rows: int
@@ -28,10 +29,12 @@ class CudaConfig:
     panels: int
     slices: int
     ahead: int
+    bands: int = 1
+    two_four: bool = False
 
     @property
     def threads(self) -> int:
-        return 32 * self.panels * self.slices
+        return 32 * self.panels * self.slices * self.bands
 
     @property
     def shared_bytes(self) -> int:
@@ -45,6 +48,7 @@ class CudaConfig:
 # What is compiled, largest tiles first: the more rows share a weight and the more panels share an
 # activation, the less is read.
 CUDA_CONFIGS = (
+    CudaConfig(128, 2, 4, 1, 1, 2),
     CudaConfig(64, 2, 4, 1, 1),
     CudaConfig(64, 1, 8, 1, 1),
     CudaConfig(64, 1, 4, 2, 1),
@@ -52,13 +56,25 @@ CUDA_CONFIGS = (
     CudaConfig(32, 1, 2, 4, 2),
     CudaConfig(16, 1, 1, 8, 2),
     CudaConfig(8, 1, 1, 8, 2),
+    CudaConfig(128, 2, 4, 1, 1, 2, two_four=True),
+    CudaConfig(64, 2, 4, 1, 1, two_four=True),
+    CudaConfig(64, 1, 4, 2, 1, two_four=True),
+    CudaConfig(32, 2, 2, 4, 1, two_four=True),
+    CudaConfig(16, 1, 1, 8, 1, two_four=True),
+    CudaConfig(8, 1, 1, 8, 1, two_four=True),
 )
 
 
-def cuda_heuristic(rows: int, panels: int, paired: bool) -> CudaConfig:
+def cuda_configs(paired: bool, two_four: bool) -> list[CudaConfig]:
+    """Those for weights of that kind."""
+    alike = [config for config in CUDA_CONFIGS if config.two_four == two_four]
+    return [config for config in alike if paired or config.wide == 1]
+
+
+def cuda_heuristic(rows: int, panels: int, paired: bool, two_four: bool = False) -> CudaConfig:
     """The largest tile of which there are enough to fill a GPU, else the smallest that holds all
     rows at once or is the smallest of all."""
-    possible = [c for c in CUDA_CONFIGS if paired or c.wide == 1]
+    possible = cuda_configs(paired, two_four)
     for config in possible:
         if config.rows <= max(rows, 8) and config.blocks(rows, panels) >= FULL_GPU:
             return config

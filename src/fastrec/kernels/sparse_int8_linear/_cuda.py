@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import astuple
 
 import torch
 
 from fastrec.kernels import _cuda, _tuning
 from fastrec.kernels._gpu import device_of, power_of_two
-from fastrec.kernels.sparse_int8_linear._config import CUDA_CONFIGS, CudaConfig, cuda_heuristic
+from fastrec.kernels.sparse_int8_linear._config import (
+    CUDA_CONFIGS,
+    CudaConfig,
+    cuda_configs,
+    cuda_heuristic,
+)
 from fastrec.kernels.sparse_int8_linear._cpu import ACTIVATION_CODES, DTYPE_CODES
+from fastrec.kernels.sparse_int8_linear._device import DeviceWeight
 from fastrec.kernels.sparse_int8_linear._gpu import Prepared
 
 HEADER = "sparse_int8_linear/sparse_int8_linear.cuh"
@@ -21,7 +28,7 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "values", "offset", "step_start")),
-        *((name, ctypes.c_void_p) for name in ("start", "scale", "bias")),
+        *((name, ctypes.c_void_p) for name in ("start", "scale", "bias", "meta")),
         ("rows", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("outputs", "inputs", "panels", "chunks")),
         *((name, ctypes.c_int32) for name in ("x_dtype", "y_dtype", "activation")),
@@ -43,6 +50,7 @@ def params_of(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> Params:
         start=prepared.start.data_ptr(),
         scale=prepared.scale.data_ptr(),
         bias=prepared.bias.data_ptr(),
+        meta=None if weight.meta is None else weight.meta.data_ptr(),
         rows=x.shape[0],
         outputs=weight.outputs,
         inputs=weight.inputs,
@@ -68,8 +76,12 @@ def _alignment(rows: torch.Tensor) -> int:
 
 def kernel_name(config: CudaConfig) -> str:
     """The instantiation as C++ writes it."""
-    sizes = (config.rows, config.wide, config.panels, config.slices, config.ahead)
-    return f"fastrec::sparse_int8_linear::multiply<{', '.join(map(str, sizes))}>"
+    return f"fastrec::sparse_int8_linear::multiply<{spelled(config)}>"
+
+
+def spelled(config: CudaConfig) -> str:
+    """The arguments as params.cuh lists them."""
+    return ", ".join(str(value).lower() for value in astuple(config))
 
 
 @functools.cache
@@ -77,8 +89,7 @@ def _compiled_index(config: CudaConfig) -> int:
     module = _cuda.compiled()
     assert module is not None
     found: list[list[int]] = module.sparse_int8_linear.configurations()
-    wanted = [config.rows, config.wide, config.panels, config.slices, config.ahead]
-    return found.index(wanted)
+    return found.index([int(value) for value in astuple(config)])
 
 
 @functools.cache
@@ -94,21 +105,24 @@ def table(device: int) -> _tuning.Table:
     )
 
 
-def shape_key(rows: int, panels: int, steps: int, paired: bool) -> str:
+def shape_key(rows: int, panels: int, steps: int, paired: bool, two_four: bool) -> str:
     """What an entry of the table is for; rows count in powers of two."""
-    return f"{power_of_two(rows, 8, 1 << 30)} {panels} {steps} {int(paired)}"
-
-
-def possible(paired: bool) -> list[CudaConfig]:
-    """The configurations for weights of that kind."""
-    return [config for config in CUDA_CONFIGS if paired or config.wide == 1]
+    return f"{power_of_two(rows, 8, 1 << 30)} {panels} {steps} {int(paired)} {int(two_four)}"
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(rows: int, panels: int, steps: int, paired: bool, device: int) -> CudaConfig:
+def choose(
+    rows: int, panels: int, steps: int, paired: bool, two_four: bool, device: int
+) -> CudaConfig:
     """The tuned configuration, else the heuristic's; decided once."""
-    known = table(device).find(shape_key(rows, panels, steps, paired), possible(paired))
-    return known or cuda_heuristic(rows, panels, paired)
+    key = shape_key(rows, panels, steps, paired, two_four)
+    known = table(device).find(key, cuda_configs(paired, two_four))
+    return known or cuda_heuristic(rows, panels, paired, two_four)
+
+
+def chosen(weight: DeviceWeight, rows: int, device: int) -> CudaConfig:
+    """:func:`choose` for a weight."""
+    return choose(rows, weight.panels, weight.steps, weight.paired, weight.two_four, device)
 
 
 def tune(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> CudaConfig:
@@ -116,10 +130,10 @@ def tune(prepared: Prepared, x: torch.Tensor, y: torch.Tensor) -> CudaConfig:
     and returns it."""
     weight, device = prepared.weight, torch.cuda.current_device()
     best = _tuning.fastest(
-        possible(weight.paired),
+        cuda_configs(weight.paired, weight.two_four),
         lambda config: _tuning.device_time_ms(lambda: run(prepared, x, y, config)),
     )
-    key = shape_key(x.shape[0], weight.panels, weight.steps, weight.paired)
+    key = shape_key(x.shape[0], weight.panels, weight.steps, weight.paired, weight.two_four)
     table(device).keep(key, best)
     choose.cache_clear()
     return best
@@ -132,7 +146,7 @@ def run(
     weight = prepared.weight
     rows = x.shape[0]
     if config is None:
-        config = choose(rows, weight.panels, weight.steps, weight.paired, x.device.index)
+        config = chosen(weight, rows, x.device.index)
     params = params_of(prepared, x, y)
     with device_of(x):
         stream = torch.cuda.current_stream(x.device).cuda_stream

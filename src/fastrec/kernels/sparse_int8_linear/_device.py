@@ -2,7 +2,7 @@
 
 The format is the packed one, in another order: of each panel, the groups of a chunk of 512 inputs
 stand together and are filled up with groups of zeros to whole steps of 8 groups, the 32 inputs of
-one matrix instruction.
+one matrix instruction; or of 16, the 64 of a sparse one, where the weight keeps 2 of every 4.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastrec.kernels.sparse_int8_linear import _two_four
 from fastrec.kernels.sparse_int8_linear.packed import (
     GROUP_BYTES,
     GROUP_INPUTS,
@@ -28,12 +29,13 @@ BANKS = 4
 
 @dataclass(frozen=True)
 class DeviceWeight:
-    """T steps over P panels and C chunks.
+    """T steps of G = 8 groups, or 16 in the 2:4 form, over P panels and C chunks.
 
     Attributes:
-        values: int8 [T, 8, 128].
-        index: int32 [T, 8]; first input of the group / 4 (Triton).
-        offset: int16 [T, 8]; first input of the group within its chunk (CUDA C++).
+        values: int8 [T, 8, 128]; 2:4: [T, 2, 32, 16], see ``_two_four.fragments``.
+        meta: 2:4: int32 [T, 2, 32]; else None.
+        index: int32 [T, G]; first input of the group / 4 (Triton).
+        offset: int16 [T, G]; first input of the group within its chunk (CUDA C++).
         step_start: int32 [P, C + 1]; chunk c of panel p owns steps
             step_start[p, c]:step_start[p, c + 1].
         scale, sum: float32, int32 [P * 32]; the weight's own, 1 and 0 beyond N.
@@ -43,6 +45,7 @@ class DeviceWeight:
     """
 
     values: torch.Tensor
+    meta: torch.Tensor | None
     index: torch.Tensor
     offset: torch.Tensor
     step_start: torch.Tensor
@@ -52,6 +55,10 @@ class DeviceWeight:
     inputs: int
     paired: bool
     steps: int
+
+    @property
+    def two_four(self) -> bool:
+        return self.meta is not None
 
     @property
     def panels(self) -> int:
@@ -69,8 +76,10 @@ class DeviceWeight:
         return DeviceWeight(**moved)
 
 
-def device_weight(packed: PackedWeight) -> DeviceWeight:
-    """The form of a packed weight on any device; the result is on the weight's."""
+def device_weight(packed: PackedWeight, *, two_four: bool = False) -> DeviceWeight:
+    """The form of a packed weight on any device; the result is on the weight's. ``two_four`` is for
+    weights that keep 2 of every 4 inputs."""
+    step_groups = _two_four.STEP_GROUPS if two_four else STEP_GROUPS
     device = packed.values.device
     starts, index = packed.panel_start.cpu().long(), packed.group_index.cpu().long()
     panels = len(starts) - 1
@@ -88,19 +97,19 @@ def device_weight(packed: PackedWeight) -> DeviceWeight:
     order = _apart(cell, index)
     cell, index, source = cell[order], index[order], source[order]
     kept = torch.bincount(cell, minlength=panels * chunks)
-    steps = (kept + STEP_GROUPS - 1) // STEP_GROUPS
+    steps = (kept + step_groups - 1) // step_groups
     ends = steps.cumsum(0)
     total = int(ends[-1])
     # Where each group goes: its cell's first step, and its place in the cell.
     place = torch.arange(len(cell)) - (kept.cumsum(0) - kept)[cell]
-    slot = (ends - steps)[cell] * STEP_GROUPS + place
+    slot = (ends - steps)[cell] * step_groups + place
     # A group of zeros multiplies the chunk's first inputs, which are there.
     first_of_cell = (torch.arange(panels * chunks) % chunks * CHUNK_GROUPS).repeat_interleave(
-        steps * STEP_GROUPS
+        steps * step_groups
     )
     where = first_of_cell.clone()
     where[slot] = index
-    values = torch.zeros(total * STEP_GROUPS, GROUP_BYTES, dtype=torch.int8)
+    values = torch.zeros(total * step_groups, GROUP_BYTES, dtype=torch.int8)
     real = source >= 0
     values[slot[real]] = packed.values.cpu()[source[real]]
     step_start = torch.zeros(panels, chunks + 1, dtype=torch.int64)
@@ -111,10 +120,17 @@ def device_weight(packed: PackedWeight) -> DeviceWeight:
     def pad(part: torch.Tensor, value: float) -> torch.Tensor:
         return torch.nn.functional.pad(part.cpu(), (0, padded), value=value)
 
+    meta = None
+    if two_four:
+        values, meta = _two_four.fragments(values)
+    else:
+        values = values.view(total, STEP_GROUPS, GROUP_BYTES)
+    offset = where % CHUNK_GROUPS * GROUP_INPUTS
     return DeviceWeight(
-        values=values.view(total, STEP_GROUPS, GROUP_BYTES),
-        index=where.view(total, STEP_GROUPS).to(torch.int32),
-        offset=((where % CHUNK_GROUPS) * GROUP_INPUTS).view(total, STEP_GROUPS).to(torch.int16),
+        values=values,
+        meta=meta,
+        index=where.view(total, step_groups).to(torch.int32),
+        offset=offset.view(total, step_groups).to(torch.int16),
         step_start=step_start.to(torch.int32),
         scale=pad(packed.scale, 1.0),
         sum=pad(packed.sum, 0),

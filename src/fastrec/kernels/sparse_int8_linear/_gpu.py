@@ -11,6 +11,7 @@ import torch
 
 from fastrec.kernels.sparse_int8_linear._cpu import OUT_DTYPES
 from fastrec.kernels.sparse_int8_linear._device import DeviceWeight, device_weight
+from fastrec.kernels.sparse_int8_linear._two_four import keeps_two_of_four
 from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight
 
 
@@ -53,9 +54,12 @@ def prepare(
     out: str | None,
     out_scale: float | None,
     out_zero_point: int | None,
+    backend: str = "cuda",
 ) -> Prepared:
-    """Takes copies of all that it needs; the weight's memory is not borrowed."""
-    weight = device_weight(packed)
+    """Takes copies of all that it needs; the weight's memory is not borrowed. Only ``cuda`` gains
+    from a weight that keeps 2 of every 4 inputs."""
+    two_four = backend == "cuda" and keeps_two_of_four(packed)
+    weight = device_weight(packed, two_four=two_four)
     size = weight.panels * PANEL_OUTPUTS
     folded_bias = torch.full((size,), -0.0, dtype=torch.float32, device=weight.scale.device)
     if bias is not None:

@@ -20,30 +20,33 @@ DENSITIES = (1.0, 0.6, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Shape:
-    """M rows of a layer of N outputs and K inputs that keeps a share of its groups."""
+    """M rows of a layer of N outputs and K inputs that keeps a share of its groups, whole or 2 of
+    every 4 inputs."""
 
     rows: int
     outputs: int
     inputs: int
     density: float
+    two_four: bool = False
 
     def __str__(self) -> str:
-        return f"M={self.rows} N={self.outputs} K={self.inputs} density {self.density:g}"
+        kind = "2:4" if self.two_four else f"density {self.density:g}"
+        return f"M={self.rows} N={self.outputs} K={self.inputs} {kind}"
 
 
 def shapes() -> list[Shape]:
     """All of them."""
-    large = [Shape(4096, 4096, 4096, 1.0), Shape(4096, 4096, 4096, 0.5)]
-    return [
-        *(Shape(m, n, k, d) for (n, k), d, m in itertools.product(LAYERS, DENSITIES, ROWS)),
-        *large,
-    ]
+    kinds = [*((density, False) for density in DENSITIES), (1.0, True)]
+    each = itertools.product(LAYERS, kinds, ROWS)
+    large = [Shape(4096, 4096, 4096, *kind) for kind in ((1.0, False), (0.5, False), (1.0, True))]
+    return [*(Shape(rows, *layer, *kind) for layer, kind, rows in each), *large]
 
 
 def tune(shape: Shape) -> str:
     """Times a shape on the current GPU, keeps its fastest configuration and says which."""
     generator = torch.Generator().manual_seed(0)
-    packed = random_weight(shape.outputs, shape.inputs, shape.density, generator).to("cuda")
+    sizes = (shape.outputs, shape.inputs, shape.density)
+    packed = random_weight(*sizes, generator, two_four=shape.two_four).to("cuda")
     prepared = prepare(
         packed,
         x_scale=0.02,

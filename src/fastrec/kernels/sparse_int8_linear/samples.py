@@ -19,15 +19,24 @@ from fastrec.kernels.sparse_int8_linear.reference import quantise, sparse_int8_l
 
 
 def random_weight(
-    outputs: int, inputs: int, density: float, generator: torch.Generator
+    outputs: int,
+    inputs: int,
+    density: float,
+    generator: torch.Generator,
+    *,
+    two_four: bool = False,
 ) -> PackedWeight:
-    """Random s8 weight with round(density * groups) kept groups in each panel."""
+    """Random s8 weight with round(density * groups) kept groups in each panel; with ``two_four``
+    each output keeps 2 of the 4 inputs of a group at most."""
     panels, groups = ceil_div(outputs, PANEL_OUTPUTS), ceil_div(inputs, GROUP_INPUTS)
     kept = torch.rand(panels, groups, generator=generator).argsort(1) < round(density * groups)
     mask = kept.repeat_interleave(PANEL_OUTPUTS, 0).repeat_interleave(GROUP_INPUTS, 1)
     weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
     # No accidental zeros: the density is exactly the one asked for.
     weight = torch.where(weight == 0, torch.ones_like(weight), weight) * mask[:outputs, :inputs]
+    if two_four:
+        order = torch.rand(outputs, groups, GROUP_INPUTS, generator=generator).argsort(-1)
+        weight *= (order < 2).view(outputs, -1)[:, :inputs]
     scale = torch.rand(outputs, generator=generator) * 0.02 + 0.001
     return PackedWeight.pack(weight.to(torch.int8), scale)
 
@@ -42,16 +51,18 @@ def sample(
     out: str | None = None,
     x_dtype: torch.dtype = torch.uint8,
     bias: bool = True,
+    two_four: bool = False,
     bench: bool = False,
 ) -> Sample:
     """One case; extreme values (0 and 255) are always among the inputs."""
     parts = [f"M{rows}-N{outputs}-K{inputs}-d{density:g}", str(x_dtype).removeprefix("torch.")]
     parts += [activation or "linear", out or "float32", *([] if bias else ["nobias"])]
+    parts += ["2of4"] * two_four
     name = "-".join(parts)
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        packed = random_weight(outputs, inputs, density, generator)
+        packed = random_weight(outputs, inputs, density, generator, two_four=two_four)
         x = torch.randint(0, 256, (rows, inputs), generator=generator, dtype=torch.uint8)
         if rows:
             x[0, 0], x[-1, -1] = 0, 255
@@ -102,6 +113,10 @@ def samples() -> Sequence[Sample]:
         for out in (None, "uint8", "bfloat16")
         for dtype in (torch.uint8, torch.float32, torch.bfloat16)
         for bias in (True, False)
+    ]
+    cases += [
+        sample(rows, 70, inputs, density=density, activation="relu", out="uint8", two_four=True)
+        for rows, inputs, density in ((1, 64, 1.0), (9, 65, 1.0), (17, 100, 0.5), (8, 3, 1.0))
     ]
     cases += [sample(9, 70, 36, density=0.0, out="uint8"), sample(3, 32, 4096, density=0.25)]
     cases += [
