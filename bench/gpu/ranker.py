@@ -16,6 +16,7 @@ from gpu.sheet import MOST_SETS, Contender, Row, Sheet, Work
 from gpu.timing import Call, Replay
 
 LENGTH, CANDIDATES = 100, 50
+PRUNED = "pruned int8"  # a tower that lacks 40 % of its groups
 Inputs = tuple[torch.Tensor, ...]
 
 
@@ -50,10 +51,13 @@ def request(ranker: Ranker, batch: int, seed: int = 0) -> Inputs:
     return tuple(map(torch.from_numpy, arrays))
 
 
-def quantised(ranker: Ranker) -> Ranker:
-    """Its int8 twin."""
+def quantised(ranker: Ranker, sparsity: float = 0.0) -> Ranker:
+    """Its int8 twin; with a share of the tower's groups pruned."""
     twin = Ranker(ranker.config).eval()
     twin.load_state_dict(ranker.state_dict())
+    if sparsity:
+        config = fastrec.BlockPruning(sparsity=sparsity, rounds=1)
+        fastrec.prune_(twin, config, filter_fn=lambda _, name: name.startswith("tower"))
     fastrec.quantize_(twin, fastrec.Int8(), calibration=[request(twin, 8, 1)])
     return twin
 
@@ -86,11 +90,12 @@ def measure(sheet: Sheet, batch: int) -> None:
     twins: dict[str, Ranker] = {"bf16": whole}
     try:
         twins["int8"] = quantised(whole)
+        twins[PRUNED] = quantised(whole, 0.4)
     except Exception as error:  # the float rows do not need it
         sheet.add(what=f"ranker B={batch}", engine="fastrec, int8", why=str(error))
     if not sheet.gpu:
         for precision, twin in twins.items():
-            row = bound(twin, inputs, precision)
+            row = bound(twin, inputs, "bf16" if precision == "bf16" else "int8")
             why = "not measured: torch sees no CUDA device"
             sheet.add(what=f"ranker B={batch}", engine=f"fastrec, {precision}", why=why, **row)
         _try_small(sheet, batch)
@@ -131,7 +136,7 @@ def ours(twin: Ranker, precision: str, batch: int) -> Contender:
 
     @functools.cache
     def engine() -> Any:
-        wanted = None if precision == "int8" else precision
+        wanted = precision if precision == "bf16" else None
         return fastrec.compile(twin, request(twin, batch), "cuda", precision=wanted)
 
     def prepare(*inputs: torch.Tensor) -> Call:
@@ -228,7 +233,7 @@ def _try_small(sheet: Sheet, batch: int) -> None:
     config |= {"category_dim": 8, "n_heads": 2, "ffn": 40, "tower": (48, 32)}
     torch.manual_seed(0)
     small = Ranker(RankerConfig(**config)).eval()
-    twins = {"bf16": small, "int8": quantised(small)}
+    twins = {"bf16": small, "int8": quantised(small), PRUNED: quantised(small, 0.5)}
     inputs = request(small, batch)
     contenders = {f"fastrec, {name}": ours(twin, name, batch) for name, twin in twins.items()}
     contenders["torch, bf16"] = torchs(small, sheet, None)

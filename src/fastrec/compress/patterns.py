@@ -90,8 +90,9 @@ class BlockPruning:
 class NMPruning:
     """N:M pruning: of each ``m`` neighbouring inputs of an output, the ``n`` largest weights stay.
 
-    2:4 is what sparse tensor cores skip. The INT8 kernel of the CPU skips whole blocks and gains
-    nothing here: use :class:`BlockPruning` for it. Tables are left as they are.
+    2:4 is what sparse tensor cores skip, and the CUDA kernel of ``sparse_int8_linear`` takes. The
+    INT8 kernel of the CPU skips whole blocks and gains nothing here: use :class:`BlockPruning` for
+    it. Tables are left as they are.
 
     Args:
         n: weights kept of each group, at least 1 and less than ``m``.

@@ -96,6 +96,37 @@ def test_every_launch_runs_on_matrix_units_unspilled(
         check(build(launch, target), target, tmp_path, matrices=True, rows=rows)
 
 
+@pytest.fixture(scope="module")
+def pruned() -> Any:
+    """The canonical tower's shapes, of whose groups 40 % are gone."""
+    from fastrec.runtime.cuda.match import match
+
+    torch.manual_seed(0)
+    model = Ranker(RankerConfig(n_items=100, n_categories=10)).eval()
+    spec = spec_of(model, ())
+    inputs = tuple(map(torch.from_numpy, spec.sample({"B": 2, "L": 100, "m": 50})))
+    fastrec.prune_(
+        model, fastrec.BlockPruning(sparsity=0.4), filter_fn=lambda m, name: name.startswith("tow")
+    )
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[inputs])
+    plan = lower(model, inputs, spec)
+    simplify(plan)
+    return match(plan)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_tower_that_skips_runs_on_matrix_units_unspilled(
+    pruned: Any, target: str, tmp_path: Path
+) -> None:
+    *_, tower = launches(pruned, "int8", 1, target)
+    assert tower.options["SKIPS"]
+    *_, dense = launches(pruned, "int8", 64, target)
+    assert not dense.options["SKIPS"]  # activations would be read too often
+    full = 64 * sum(n * k for n, k, *_ in tower.args[2][:, :2].tolist())
+    assert tower.macs < 0.7 * full
+    check(build(tower, target), target, tmp_path, matrices=True, rows=16)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_launch_a_layer_compiles(stages: dict[str, Any], target: str, tmp_path: Path) -> None:
     *_, first, last, sums = launches(stages["int8"], "int8", 1, target, persistent=False)

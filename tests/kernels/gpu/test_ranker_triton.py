@@ -126,6 +126,30 @@ def test_int8_has_the_integers_of_the_quantised_model(tower: str) -> None:
 
 
 @runs
+@pytest.mark.parametrize("tower", ["persistent", "layers"])
+def test_a_pruned_tower_skips_and_keeps_its_integers(tower: str) -> None:
+    model = ranker(tower=(64, 96, 64))
+    fastrec.prune_(model, fastrec.BlockPruning(sparsity=0.5), filter_fn=in_the_tower)
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[request(model, (4, 21, 16), seed=1)])
+    engine = engine_of(model, tower=tower)
+    skipped = []
+    for sizes in SIZES:
+        inputs = request(model, sizes)
+        off = (engine(*inputs) - scores(model, inputs)).abs()
+        assert float((off > 1e-5).float().mean()) < 0.05
+        made = engine.launches(*engine._executor.bucket_of(sizes))
+        towers = [launch for launch in made if launch.name.startswith("tower")]
+        skipped.append(all(launch.options["SKIPS"] for launch in towers if launch.int8))
+    # One candidate: less to read. Many: tiles of one panel read activations too often.
+    assert skipped[0]
+    assert not skipped[-1]
+
+
+def in_the_tower(module: torch.nn.Module, name: str) -> bool:
+    return name.startswith("tower")
+
+
+@runs
 def test_int8_to_the_last_layer_and_in_the_tables() -> None:
     from fastrec.nn import Int8Embedding, SparseInt8Linear
 

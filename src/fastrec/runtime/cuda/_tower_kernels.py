@@ -16,10 +16,34 @@ from fastrec.runtime.cuda._tiles import (
 
 
 @triton.jit
+def _kept_products(x_words, w_ptr, index_ptr, first, last, valid, acc):
+    """acc + the products of a panel's steps: 32 kept groups of 4 inputs each by 32 outputs.
+
+    ``x_words``: rows of activations as words of 4 inputs, [BLOCK_M, 1]. One product an input of the
+    four, so that bytes are shifted and never rearranged.
+    """
+    i = tl.arange(0, 32)
+    # [32 outputs, 32 groups]
+    at = w_ptr + first.to(tl.int64) * 4096 + i[:, None] * 32 + i[None, :]
+    groups = index_ptr + first * 32 + i
+    for _ in range(last - first):
+        # [BLOCK_M, 32 groups]
+        words = tl.load(x_words + tl.load(groups)[None, :], mask=valid[:, None], other=0)
+        for part in tl.static_range(4):
+            x = (words >> (8 * part)).to(tl.int8)
+            acc = tl.dot(x, tl.trans(tl.load(at + 1024 * part)), acc, out_dtype=tl.int32)
+        at += 4096
+        groups += 32
+    return acc
+
+
+@triton.jit
 def _tower_tile(
     work_ptr,
     layer_ptr,
     w_ptr,
+    index_ptr,
+    starts_ptr,
     p_ptr,
     score_ptr,
     parts_ptr,
@@ -27,31 +51,41 @@ def _tower_tile(
     capacity,
     tile,
     LAST: tl.constexpr,
+    SKIPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one layer. ``layer_ptr``: N, K, and where weights, parameters, input and output
-    begin. The LAST layer's tile is multiplied with the score's weights where it is, and leaves one
-    sum a row (of exact integers where the score's layer is int8), so that it never travels."""
+    """One tile of one layer. ``layer_ptr``: N, K, and where weights, parameters, input, output and
+    the panels' starts begin. SKIPS: the weights are the kept groups alone, and a tile is a panel.
+
+    The LAST layer's tile is multiplied with the score's weights where it is, and leaves one sum a
+    row (of exact integers where the score's layer is int8), so that it never travels."""
     N = tl.multiple_of(tl.load(layer_ptr).to(tl.int32), 32)
     K = tl.multiple_of(tl.load(layer_ptr + 1).to(tl.int32), 32)
-    w_ptr += tl.multiple_of(tl.load(layer_ptr + 2), 32)
     p_ptr += tl.multiple_of(tl.load(layer_ptr + 3), 16)
-    x_ptr = work_ptr + tl.multiple_of(tl.load(layer_ptr + 4), 32)
+    x_begin = tl.multiple_of(tl.load(layer_ptr + 4), 32)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_n = tile % tiles_n
     m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = no_sum(w_ptr, BLOCK_M, BLOCK_N)
-    x_rows = x_ptr + m.to(tl.int64)[:, None] * K
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        # [BLOCK_M, BLOCK_K]
-        x = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0)
-        acc = times(x, weights(w_ptr, n, k, N, K), acc, PRECISION)
+    if SKIPS:
+        panel = starts_ptr + tl.load(layer_ptr + 6) + tile_n
+        x_words = (work_ptr + x_begin).to(tl.pointer_type(tl.int32))
+        x_words += m.to(tl.int64)[:, None] * (K // 4)
+        first, last = tl.load(panel), tl.load(panel + 1)
+        acc = _kept_products(x_words, w_ptr, index_ptr, first, last, m < rows, acc)
+    else:
+        w_ptr += tl.multiple_of(tl.load(layer_ptr + 2), 32)
+        x_rows = work_ptr + x_begin + m.to(tl.int64)[:, None] * K
+        for first in range(0, K, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            # [BLOCK_M, BLOCK_K]
+            x = tl.load(x_rows + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0)
+            acc = times(x, weights(w_ptr, n, k, N, K), acc, PRECISION)
     y = finished(acc, p_ptr, n, N, ACTIVATION)
     if LAST:
         score = tl.load(score_ptr + HEAD + n, mask=n < N, other=0.0)
@@ -94,6 +128,8 @@ def tower(
     work_ptr,
     layers_ptr,
     w_ptr,
+    index_ptr,
+    starts_ptr,
     p_ptr,
     score_ptr,
     parts_ptr,
@@ -102,6 +138,7 @@ def tower(
     capacity,
     LAYERS: tl.constexpr,
     PARTS: tl.constexpr,
+    SKIPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -121,6 +158,8 @@ def tower(
                 work_ptr,
                 layer_ptr,
                 w_ptr,
+                index_ptr,
+                starts_ptr,
                 p_ptr,
                 score_ptr,
                 parts_ptr,
@@ -128,6 +167,7 @@ def tower(
                 capacity,
                 tile,
                 False,
+                SKIPS,
                 ACTIVATION,
                 PRECISION,
                 BLOCK_M,
@@ -140,6 +180,8 @@ def tower(
             work_ptr,
             layers_ptr + 8 * (LAYERS - 1),
             w_ptr,
+            index_ptr,
+            starts_ptr,
             p_ptr,
             score_ptr,
             parts_ptr,
@@ -147,6 +189,7 @@ def tower(
             capacity,
             tile,
             True,
+            SKIPS,
             ACTIVATION,
             PRECISION,
             BLOCK_M,
@@ -164,11 +207,14 @@ def tower_layer(
     work_ptr,
     layer_ptr,
     w_ptr,
+    index_ptr,
+    starts_ptr,
     p_ptr,
     score_ptr,
     parts_ptr,
     capacity,
     LAST: tl.constexpr,
+    SKIPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -181,6 +227,8 @@ def tower_layer(
         work_ptr,
         layer_ptr,
         w_ptr,
+        index_ptr,
+        starts_ptr,
         p_ptr,
         score_ptr,
         parts_ptr,
@@ -188,6 +236,7 @@ def tower_layer(
         capacity,
         tl.program_id(0),
         LAST,
+        SKIPS,
         ACTIVATION,
         PRECISION,
         BLOCK_M,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastrec.kernels._gpu import ceil_div, power_of_two
 
+# Outputs of a panel, whose groups are kept or dropped together.
+PANEL = 32
 # Programs that fill a GPU where its own number is not known: 132 SMs of an H100.
 FULL_GPU = 132
 
@@ -61,3 +64,36 @@ def tower_config(rows: int, widest: int, itemsize: int, programs: int = FULL_GPU
     fitting = (s for s in sizes if ceil_div(rows, s[0]) * ceil_div(widest, s[1]) >= programs)
     tile, outputs, warps = next(fitting, sizes[-1])
     return TowerConfig(tile, min(outputs, power_of_two(widest, 32, 128)), inputs, warps, 3)
+
+
+def sparse_tower_config(rows: int, widest: int, programs: int = FULL_GPU) -> TowerConfig:
+    """The same for int8 layers of which only kept groups are multiplied, panel by panel."""
+    panels = ceil_div(widest, PANEL)
+    fitting = (tile for tile in (128, 64, 32) if ceil_div(rows, tile) * panels >= programs)
+    tile = next(fitting, 16)
+    # A third stage spills a register.
+    return TowerConfig(tile, PANEL, 4 * PANEL, 8 if tile == 128 else 4, 2)
+
+
+def skipping_pays(
+    rows: int,
+    layers: Sequence[tuple[int, int]],
+    density: float,
+    dense: TowerConfig,
+    kept: TowerConfig,
+) -> bool:
+    """Whether a pruned tower of layers [N, K] reads less from L2 where it skips.
+
+    Tiles of skipped layers are one panel wide, so that they read activations more often; and of
+    those whole sectors of 8 groups, of which few are dropped altogether.
+    """
+    sectors = 1 - (1 - density) ** 8
+
+    def bytes_read(config: TowerConfig, weights: float, activations: float) -> float:
+        tiles = ceil_div(rows, config.rows)
+        return sum(
+            weights * tiles * n * k + activations * ceil_div(n, config.outputs) * rows * k
+            for n, k in layers
+        )
+
+    return bytes_read(kept, density, sectors) < bytes_read(dense, 1.0, 1.0)

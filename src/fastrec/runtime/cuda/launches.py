@@ -19,9 +19,15 @@ import torch
 
 from fastrec.kernels._gpu import ceil_div, power_of_two
 from fastrec.runtime.cuda import _candidate_kernels, _encoder_kernels, _tower_kernels
-from fastrec.runtime.cuda.config import FULL_GPU, rows_config, tower_config
+from fastrec.runtime.cuda.config import (
+    FULL_GPU,
+    rows_config,
+    skipping_pays,
+    sparse_tower_config,
+    tower_config,
+)
 from fastrec.runtime.cuda.stages import RankerStages
-from fastrec.runtime.cuda.weights import Layer, Lookups, Weights
+from fastrec.runtime.cuda.weights import Kept, Layer, Lookups, Weights
 
 HEADER = 16  # int32s: users, L, m, and unused ones that keep what follows aligned
 _ALIGNED = 16
@@ -110,12 +116,14 @@ class Bucket:
         begins = [0, rows * places[0][1], rows * (places[0][1] + width)]
         kind = weights.tower.weight.dtype
         self.work = torch.zeros(begins[2] + rows * width, dtype=kind, device=device)
+        self.config = tower_config(rows, width, self.work.element_size(), programs)
+        self.kept = self._skipped(width)
         layers = torch.zeros(len(places), _PLACE, dtype=torch.int64)
         for i, place in enumerate(places):
             source = begins[0] if i == 0 else begins[1 + (i + 1) % 2]
             layers[i, :6] = torch.tensor([*place, source, begins[1 + i % 2]])
+            layers[i, 6] = 0 if self.kept is None else self.kept.places[i][0]
         self.layers = layers.to(device)
-        self.config = tower_config(rows, width, self.work.element_size(), programs)
         self.parts = ceil_div(places[-1][0], self.config.outputs)
         sums = torch.int32 if weights.tower.score_int8 else torch.float32
         self.partial = torch.zeros(self.parts * rows, dtype=sums, device=device)
@@ -123,6 +131,18 @@ class Bucket:
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.launches = [self._history(), *map(self._block, range(len(stages.blocks)))]
         self.launches += [self._candidates(), *self._tower()]
+
+    def _skipped(self, width: int) -> Kept | None:
+        """What the tower keeps, where it was pruned and skipping pays; with the tiles for it."""
+        tower = self.weights.tower
+        if tower.kept is None:
+            return None
+        config = sparse_tower_config(self.rows, width, self.programs)
+        layers = [(outputs, inputs) for outputs, inputs, *_ in tower.places]
+        if not skipping_pays(self.rows, layers, tower.kept.density, self.config, config):
+            return None
+        self.config = config
+        return tower.kept
 
     def _launch(
         self,
@@ -296,8 +316,14 @@ class Bucket:
         tower, config, rows = self.weights.tower, self.config, self.rows
         int8 = tower.weight.dtype == torch.int8
         size = self.work.element_size()
-        common = (tower.weight, tower.parameters, tower.score, self.partial)
+        kept = self.kept
+        # Anything with an address where nothing is skipped.
+        held = (tower.weight, self.layers, self.layers)
+        if kept is not None:
+            held = (kept.weight, kept.index, kept.starts)
+        common = (*held, tower.parameters, tower.score, self.partial)
         tile: dict[str, Any] = {
+            "SKIPS": kept is not None,
             "ACTIVATION": tower.activation,
             "PRECISION": self.precision,
             "BLOCK_M": config.rows,
@@ -307,8 +333,16 @@ class Bucket:
         tiles = [
             ceil_div(rows, config.rows) * ceil_div(n, config.outputs) for n, *_ in tower.places
         ]
-        macs = [rows * n * k for n, k, *_ in tower.places]
+        multiplied = [n * k for n, k, *_ in tower.places]
         moved = [n * k * size + 12 * n for n, k, *_ in tower.places]
+        if kept is not None:
+            # 32 groups of 4 inputs by 32 outputs a step, and their numbers.
+            multiplied = [4096 * steps for _, steps in kept.places]
+            moved = [
+                (4096 + 128) * steps + 12 * n
+                for (_, steps), (n, *_) in zip(kept.places, tower.places, strict=True)
+            ]
+        macs = [rows * count for count in multiplied]
         if self.persistent:
             # Programs that wait for each other must all be resident: one a multiprocessor.
             programs = min(self.programs, max(tiles)) if self.on_gpu else 1

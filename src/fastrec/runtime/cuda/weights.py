@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -55,6 +56,25 @@ class Lookups:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The groups of 4 inputs by 32 outputs that a pruned int8 tower keeps, in steps of 32 groups.
+
+    Attributes:
+        weight: int8 [steps, 4, 32, 32]: of each step, input i of 4, output and group.
+        index: int32 [steps, 32]; first input of the group / 4. A step is filled up with zeros.
+        starts: int32; of each layer, the first step of every panel of 32 outputs, and the end.
+        places: (begin of starts, steps) a layer.
+        density: share of the groups that is kept.
+    """
+
+    weight: torch.Tensor
+    index: torch.Tensor
+    starts: torch.Tensor
+    places: tuple[tuple[int, int], ...]
+    density: float
+
+
+@dataclass(frozen=True)
 class Tower:
     """Hidden layers in one piece. ``places``: (N, K, begin of weights, of parameters) a layer,
     N and K padded to multiples of 32 with zeros; ``score``: bias, 1 / input scale, input zero
@@ -66,6 +86,43 @@ class Tower:
     activation: int
     score: torch.Tensor
     score_int8: bool
+    kept: Kept | None
+
+
+def kept_groups(weights: list[torch.Tensor]) -> Kept | None:
+    """Of padded int8 weights [N, K]; None where nothing was pruned."""
+    values: list[torch.Tensor] = []
+    indices: list[torch.Tensor] = []
+    starts: list[int] = []
+    places: list[tuple[int, int]] = []
+    first = kept_count = count = 0
+    for weight in weights:
+        panels, groups = weight.shape[0] // _PAD, weight.shape[1] // 4
+        # [panels, groups, 4, 32 outputs]
+        blocks = weight.view(panels, _PAD, groups, 4).permute(0, 2, 3, 1)
+        begin, before = len(starts), first
+        for panel in blocks:
+            index = (panel != 0).any(2).any(1).nonzero()[:, 0]
+            steps = ceil_div(len(index), _PAD)
+            free = steps * _PAD - len(index)
+            rows = torch.cat([panel[index], panel.new_zeros(free, 4, _PAD)])
+            values.append(rows.view(steps, _PAD, 4, _PAD).permute(0, 2, 3, 1))
+            indices.append(torch.nn.functional.pad(index, (0, free)))
+            starts.append(first)
+            first += steps
+            kept_count += len(index)
+        starts.append(first)
+        places.append((begin, first - before))
+        count += panels * groups
+    if kept_count == count:
+        return None
+    return Kept(
+        torch.cat(values).contiguous(),
+        torch.cat(indices).to(torch.int32),
+        torch.tensor(starts, dtype=torch.int32),
+        tuple(places),
+        kept_count / count,
+    )
 
 
 def _inverse(scale: float) -> np.float32:
@@ -155,7 +212,7 @@ class Weights:
                 vector[2] = float(_inverse(after.quantised.scale))
                 vector[3] = after.quantised.zero
             places.append((outputs, inputs, weight_at, vector_at))
-            weights.append(weight.reshape(-1))
+            weights.append(weight)
             vectors.append(vector)
             weight_at += weight.numel()
             vector_at += vector.numel()
@@ -164,11 +221,16 @@ class Weights:
         # As a layer's parameters, of its one output.
         score[[0, 1, 2, 3, 4]] = own[[HEAD, 0, 1, HEAD + 1, HEAD + 2]]
         score[HEAD : HEAD + stages.score.inputs] = stages.score.weight[0]
+        kept = kept_groups(weights) if weights[0].dtype == torch.int8 else None
+        if kept is not None:
+            parts = [self._there(part) for part in (kept.weight, kept.index, kept.starts)]
+            kept = dataclasses.replace(kept, weight=parts[0], index=parts[1], starts=parts[2])
         return Tower(
-            self._there(torch.cat(weights)),
+            self._there(torch.cat([weight.reshape(-1) for weight in weights])),
             self._there(torch.cat(vectors)),
             tuple(places),
             stages.tower[0].activation,
             self._there(torch.from_numpy(score)),
             stages.score.quantised is not None,
+            kept,
         )
