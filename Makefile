@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIR ?= bench/results
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup demo protos test wheel wheel-check promtool sanitize forced-isa bench lint gpu-report clean
+.PHONY: setup demo protos test wheel wheel-check promtool sanitize forced-isa bench lint gpu-report serve-demo clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +17,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 
 demo: setup
 	$(BIN)/fastrec table1 --preset demo --out demo --json demo/table1.json
+
+# A server, a load that climbs to three times what it can do, and the report of that.
+serve-demo: setup
+	$(BIN)/python examples/serve_demo.py --out demo/serving
 
 # The wire protocol's descriptor set, after a change of its .proto files.
 PROTOS := src/fastrec/serving/wire/protos

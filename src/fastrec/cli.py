@@ -22,13 +22,14 @@ def _mount() -> None:
     from fastrec.info import explain, info
     from fastrec.kernels.cli import tune
     from fastrec.report.cli import bench, table1
+    from fastrec.report.load_cli import loadtest
     from fastrec.runtime.cli import export
     from fastrec.serving.cli import serve
     from fastrec.train.cli import train
 
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
-    for command in (train, compress, table1, export, bench, tune, explain, serve):
+    for command in (train, compress, table1, export, bench, tune, explain, serve, loadtest):
         app.command()(command)
 
 

@@ -88,7 +88,7 @@ def test_the_same_bits(saved: tuple[Engine, Path]) -> None:
 
 
 def test_it_serves_without_torch_or_growth(saved: tuple[Engine, Path]) -> None:
-    # bench/bench_serving.py is the long run.
+    # bench/bench_engine_serving.py is the long run.
     command = [sys.executable, "-m", "fastrec.runtime.child", "--artifact", str(saved[1])]
     report = run_child([*command, "--requests", "2000", "--candidates", "5"])
     assert report["torch_imported"] is False

@@ -39,7 +39,8 @@ img { max-width: 100%; } .scroll { overflow-x: auto; } .note { color: #555; font
 """
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:
+    """A table; the first ``left`` columns are text."""
     head = "".join(
         f'<th class="left">{escape(c)}</th>' if i < left else f"<th>{escape(c)}</th>"
         for i, c in enumerate(header)
@@ -69,11 +70,23 @@ def _list(lines: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def _image(name: str, images: Mapping[str, bytes]) -> str:
+def image(name: str, images: Mapping[str, bytes]) -> str:
+    """A PNG inside the page; nothing where it is not among ``images``."""
     if name not in images:
         return ""
     data = base64.b64encode(images[name]).decode("ascii")
     return f'<p><img alt="{escape(name)}" src="data:image/png;base64,{data}"></p>'
+
+
+def page(title: str, heading: str, summary: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A whole document; ``sections``: a heading and HTML each."""
+    body = "".join(f"<h2>{escape(name)}</h2>{content}" for name, content in sections)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(heading)}</h1><p>{escape(summary)}</p>{body}</body></html>\n"
+    )
 
 
 def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
@@ -86,26 +99,26 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     }
     nulls = [f"{why}: {'; '.join(cells)}" for why, cells in reasons(rows).items()]
     sections = [
-        ("Latency", _image("latency", images)),
+        ("Latency", image("latency", images)),
         (
             "INT8: native against the best rival",
             '<p class="note">Ratio of median latencies with its 95 % interval.</p>'
             + _list(ratio_lines(report["ratios"])),
         ),
-        ("Throughput", _image("throughput", images)),
+        ("Throughput", image("throughput", images)),
         (
             "Recommendation quality",
-            _image("accuracy", images)
-            + _table(["variant", "engine", *metrics], accuracy_rows(rows))
+            image("accuracy", images)
+            + table(["variant", "engine", *metrics], accuracy_rows(rows))
             + _list(protocol_notes(rows))
             + "<h3>Paired difference to the baseline</h3>"
-            + _table(["variant", "", *metrics], difference_rows(rows)),
+            + table(["variant", "", *metrics], difference_rows(rows)),
         ),
-        ("Resources", _image("resources", images)),
-        ("All rows", _table(SPEED_HEADER, speed_rows(rows))),
+        ("Resources", image("resources", images)),
+        ("All rows", table(SPEED_HEADER, speed_rows(rows))),
         (
             "Beside the paper's Table I",
-            _table(
+            table(
                 ["variant", "column", "the paper", "this run"],
                 [(VARIANT_TITLES[v], c, p, o) for v, c, p, o in comparison_with_paper(rows)],
                 left=4,
@@ -115,21 +128,15 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         ),
         (
             "What each engine ran",
-            _table(
+            table(
                 ["variant", "engine", "settings"], [(v, t, s) for (v, t), s in settings.items()], 3
             ),
         ),
         ("Not measured, and why", _list(nulls) if nulls else "<p>Every cell was measured.</p>"),
-        ("Machine", _table(["", ""], facts(report["machine"]))),
+        ("Machine", table(["", ""], facts(report["machine"]))),
         (
             "Data and models",
-            _table(["", ""], [*facts(report["dataset"], "data."), *facts(report["run"], "run.")]),
+            table(["", ""], [*facts(report["dataset"], "data."), *facts(report["run"], "run.")]),
         ),
     ]
-    body = "".join(f"<h2>{escape(title)}</h2>{content}" for title, content in sections)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fastrec: Table I, measured</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Table I, measured</h1><p>{escape(report['summary'])}</p>{body}</body></html>\n"
-    )
+    return page("fastrec: Table I, measured", "Table I, measured", report["summary"], sections)

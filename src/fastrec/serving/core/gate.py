@@ -28,7 +28,8 @@ class Gate:
     Attributes:
         gain: what calls take over the costs of their parts; batching makes it less than 1.
         in_flight_s: costs of all that was let in and is not answered.
-        slack: how much later than expected answers come: 995 of 1000 come no later than this.
+        slack: how much later than expected a tier's answers come: 995 of 1000 come no later than
+            this. Later requests pass those of a tier that has had its share, so each has its own.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Gate:
         self.guard = guard
         self.gain = 1.0
         self.in_flight_s = 0.0
-        self.slack = Quantile(0.995, goal_s / 200)
+        self.slack = {tier: Quantile(0.995, goal_s / 200) for tier in config.tiers}
         self._goal_s, self._batch_s = goal_s, batch_s
         self._weights = sum(t.weight for t in config.tiers.values())
         self._express_bucket: Gcra | None = None
@@ -86,7 +87,8 @@ class Gate:
             self._check_limit(ticket, slots)
         ticket.expected = self.expected_finish(ticket, now)
         if admission.check_deadlines and ticket.terms.rejects:
-            late = ticket.expected + admission.margin * max(self.slack.value, 0.0)
+            slack = max(self.slack[ticket.tier].value, 0.0)
+            late = ticket.expected + admission.margin * slack
             if late > ticket.deadline and (self.queues.count or ticket.expected > ticket.deadline):
                 raise Rejected(
                     Kind.DEADLINE_INFEASIBLE, TIMED_OUT, max(late - ticket.deadline, 1e-3)
@@ -112,7 +114,10 @@ class Gate:
         gain = max(self.gain, 0.05)
         if (self.in_flight_s + ticket.cost_s * self.gain) * gain > limit:
             tier = self.queues.tiers[ticket.tier]
-            share = limit * tier.weight / self._weights
+            # What the tier's weight does within the goal; the limit keeps a call's time in hand of
+            # that, which a guarantee need not, as deadlines are checked.
+            reach = max(self._goal_s / self.limit.high_s, 1.0)
+            share = limit * reach * tier.weight / self._weights
             if (tier.in_flight_s + ticket.cost_s * self.gain) * gain > share:
                 raise Rejected(Kind.OVERLOAD, QUEUE_FULL, self._drained_s())
 

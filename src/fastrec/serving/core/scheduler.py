@@ -430,7 +430,7 @@ class Scheduler:
         if error is None:
             self.served_s[ticket.tier] += ticket.cost_s
             if ticket.expected:
-                self.gate.slack.add(now - ticket.expected)
+                self.gate.slack[ticket.tier].add(now - ticket.expected)
         self._tell(ticket, now, "ok" if error is None else error.kind.value)
         ticket.done(ticket)
         ticket.parts = []

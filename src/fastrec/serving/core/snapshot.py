@@ -16,7 +16,6 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
         "in_flight_s": scheduler.gate.in_flight_s,
         "limit_s": scheduler.gate.limit_s,
         "batch_gain": scheduler.gate.gain,
-        "slack_s": scheduler.gate.slack.value,
         "batch_cap_s": scheduler.batch_s,
         "latency_model": {
             "per_call_s": scheduler.router.model.beta,
@@ -30,6 +29,7 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
                 "queued": q.count,
                 "queued_s": q.queued_s,
                 "in_flight_s": q.in_flight_s,
+                "slack_s": scheduler.gate.slack[name].value,
                 "outcomes": dict(scheduler.counts[name]),
                 "served_s": scheduler.served_s[name],
             }

@@ -6,6 +6,7 @@ Nothing here knows gRPC or HTTP beyond the names of their codes.
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -186,6 +187,8 @@ class Door:
             "users_per_call": str(info.max_users),
             "latency_goal_ms": f"{config.slo.latency_ms:g}",
             "tiers": ",".join(config.tiers),
+            # With the id ranges, which the protocol cannot say: what load generators draw from.
+            "inputs": json.dumps(info.spec.to_dict()),
         }
 
     def index(self) -> list[dict[str, str]]:

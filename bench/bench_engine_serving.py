@@ -1,6 +1,6 @@
-"""A process that serves an engine's file: its memory, and whether calls leak: serving.json, .md.
+"""A process that serves an engine's file: its memory, and whether calls leak.
 
-``python bench/bench_serving.py --out DIR``. Each model is quantised here, saved with
+``python bench/bench_engine_serving.py --out DIR``. Each model is quantised here, saved with
 ``engine.save`` and opened by ``python -m fastrec.runtime.child``, a process without torch, which
 answers ``calls`` requests of one user and 50 candidates. What is resident is read after each tenth
 of the calls, and held against a process that has imported numpy and nothing else.
@@ -79,9 +79,9 @@ def main(
             rows.append(_row(name, path.stat().st_size / 1e6, bare, report))
     whole = {"machine": machine_card(), "threads": threads, "bare_rss_mb": bare, "rows": rows}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "serving.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (out / "engine_serving.json").write_text(json.dumps(whole, indent=1) + "\n")
     text = markdown(whole)
-    (out / "serving.md").write_text(text)
+    (out / "engine_serving.md").write_text(text)
     Console().print(text, markup=False)
 
 

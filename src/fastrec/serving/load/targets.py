@@ -1,0 +1,254 @@
+"""What load is put on: any server of the Open Inference Protocol v2 over gRPC, or a runtime in this
+process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fastrec.errors import ArgumentError, MissingDependencyError, ServingError
+from fastrec.runtime.spec import InputSpec
+from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Rejected, Request
+from fastrec.serving.core.runtime import Runtime
+from fastrec.serving.load.generator import OK, Answer, Shot
+from fastrec.serving.load.plan import Sizes
+
+try:
+    import grpc
+
+    from fastrec.serving.wire.messages import SERVICE, InferRequest, message, methods
+    from fastrec.serving.wire.status import DETAILS, PUSHBACK
+    from fastrec.serving.wire.tensors import datatype, to_raw
+except ImportError as error:
+    if error.name is None or error.name.partition(".")[0] not in ("grpc", "google"):
+        raise
+    raise MissingDependencyError(error.name, "serve", "fastrec.serving.load") from error
+
+VARIANTS = 16
+_Status = message("google.rpc.Status")
+_ErrorInfo = message("google.rpc.ErrorInfo")
+_RetryInfo = message("google.rpc.RetryInfo")
+
+
+def requests_of(
+    spec: InputSpec, sizes: Sizes, variants: int = VARIANTS
+) -> list[list[dict[str, np.ndarray]]]:
+    """Random requests that a spec accepts: for each size of the ladder, some of each.
+
+    Raises:
+        ArgumentError: an input without an id range, of which nothing is known but its type.
+    """
+    return [
+        [
+            dict(
+                zip(
+                    spec.names,
+                    spec.sample({"B": sizes.users, "m": candidates}, seed=seed),
+                    strict=True,
+                )
+            )
+            for seed in range(variants)
+        ]
+        for candidates in sizes.ladder()
+    ]
+
+
+def requests_in(path: str | Path) -> list[list[dict[str, np.ndarray]]]:
+    """The one request that a ``.npz`` file holds, input by input: for servers that do not tell
+    which ids they take.
+
+    Raises:
+        ArgumentError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return [[dict(arrays)]]
+    except (OSError, ValueError) as error:
+        raise ArgumentError("request", "a readable .npz file", f"{path}: {error}") from error
+
+
+class RuntimeTarget:
+    """A runtime in this process: no wire, and its scheduler shares the generator's thread."""
+
+    def __init__(
+        self, runtime: Runtime, model: str, requests: Sequence[Sequence[dict[str, np.ndarray]]]
+    ) -> None:
+        self._runtime, self._model, self._requests = runtime, model, requests
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+        """See :class:`fastrec.serving.load.generator.Target`."""
+        _keep(self._tasks, self._send(shot, done))
+
+    async def _send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+        kinds = self._requests[shot.size]
+        timeout = shot.timeout_s
+        request = Request(
+            self._model,
+            "",
+            kinds[shot.variant % len(kinds)],
+            priority=shot.priority,
+            deadline=None if timeout is None else self._runtime.clock.now() + timeout,
+            tier=shot.tier,
+            tenant=shot.tenant,
+        )
+        try:
+            await self._runtime.infer(request)
+        except Rejected as refusal:
+            done(Answer(str(refusal.kind), refusal.retry_after_s))
+        else:
+            done(Answer(OK))
+
+
+class GrpcTarget:
+    """A server at ``HOST:PORT``; an async context manager.
+
+    Args:
+        model: its name.
+        connections: over which requests take turns; a server may bound the streams of each.
+        timeout_s: of gRPC: after it a request has failed with "timeout".
+        token: sent as a bearer token.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        model: str,
+        *,
+        connections: int = 2,
+        timeout_s: float = 10.0,
+        token: str = "",
+    ) -> None:
+        # Channels to one address share a connection unless they are told not to.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        self.address, self.model, self._timeout = address, model, timeout_s
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=options) for _ in range(connections)
+        ]
+        self._calls = [c.unary_unary(f"/{SERVICE}/ModelInfer") for c in self._channels]
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
+        self._messages: list[list[bytes]] = []
+        self._parameters: dict[tuple[str, str, int, float | None], bytes] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> GrpcTarget:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
+
+    async def spec(self) -> InputSpec | None:
+        """The model's inputs with their id ranges; None where the server does not tell them.
+
+        Raises:
+            ServingError: the server cannot be reached, or has no such model.
+        """
+        kind, reply = methods(SERVICE)["ModelConfig"]
+        call = self._channels[0].unary_unary(
+            f"/{SERVICE}/ModelConfig",
+            request_serializer=kind.SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        try:
+            answer = await call(
+                kind(name=self.model), timeout=self._timeout, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            told = f"{error.code().name}: {error.details()}"
+            raise ServingError(f"{self.address}, model {self.model!r}: {told}") from error
+        parameters = answer.config.parameters
+        if "inputs" not in parameters:
+            return None
+        return InputSpec.from_dict(json.loads(parameters["inputs"].string_value))
+
+    def prepare(self, requests: Sequence[Sequence[dict[str, np.ndarray]]]) -> None:
+        """Encode what is to be sent, once."""
+        self._messages = [[self._encoded(inputs) for inputs in kinds] for kinds in requests]
+
+    def _encoded(self, inputs: dict[str, np.ndarray]) -> bytes:
+        request = InferRequest(model_name=self.model)
+        for name, array in inputs.items():
+            request.inputs.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
+            request.raw_input_contents.append(to_raw(array))
+        return bytes(request.SerializeToString())
+
+    def _hints(self, shot: Shot) -> bytes:
+        """Encoded parameters: messages one after another are one message, so these are appended."""
+        key = (shot.tier, shot.tenant, shot.priority, shot.timeout_s)
+        known = self._parameters.get(key)
+        if known is None:
+            request = InferRequest()
+            if shot.tier:
+                request.parameters["tier"].string_param = shot.tier
+            if shot.tenant:
+                request.parameters["tenant"].string_param = shot.tenant
+            if shot.priority:
+                request.parameters["priority"].uint64_param = shot.priority
+            if shot.timeout_s is not None:
+                request.parameters["timeout"].int64_param = round(shot.timeout_s * 1e6)
+            known = self._parameters[key] = bytes(request.SerializeToString())
+        return known
+
+    def send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+        """See :class:`fastrec.serving.load.generator.Target`."""
+        _keep(self._tasks, self._send(shot, done))
+
+    async def _send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+        kinds = self._messages[shot.size]
+        data = kinds[shot.variant % len(kinds)] + self._hints(shot)
+        call = self._calls[shot.number % len(self._calls)]
+        try:
+            await call(data, timeout=self._timeout, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            done(_refusal(error))
+        else:
+            done(Answer(OK))
+
+
+def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.ensure_future(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+
+
+def _refusal(error: Any) -> Answer:
+    """The reason that a machine reads, where the server gives one; else the code's name."""
+    retry: float | None = None
+    outcome, give_up = "", False
+    for key, value in error.trailing_metadata() or ():
+        if key == PUSHBACK:
+            # As gRPC's own retries read it.
+            give_up = value.startswith("-")
+        elif key == DETAILS:
+            for detail in _Status.FromString(value).details:
+                if detail.type_url.endswith(_ErrorInfo.DESCRIPTOR.full_name):
+                    outcome = _ErrorInfo.FromString(detail.value).reason.lower()
+                elif detail.type_url.endswith(_RetryInfo.DESCRIPTOR.full_name):
+                    delay = _RetryInfo.FromString(detail.value).retry_delay
+                    retry = delay.seconds + delay.nanos / 1e9
+    if give_up:
+        retry = -1.0
+    code, text = error.code().name.lower(), error.details() or ""
+    if code == "deadline_exceeded":
+        return Answer("timeout", retry)
+    # Triton gives no reason but these texts.
+    if not outcome and QUEUE_FULL in text:
+        outcome = "queue_full"
+    elif not outcome and TIMED_OUT in text:
+        outcome = "expired"
+    return Answer(outcome or code, retry)
