@@ -67,12 +67,18 @@ def main() -> None:
                 sys.exit(f"the server ended with status {server.returncode}")
             time.sleep(0.05)
         ports = json.loads(ready.read_text())
-        load = [*fastrec_command, "loadtest", f"127.0.0.1:{ports['grpc_port']}", "--model", "ranker"]
+        load = [
+            *fastrec_command,
+            "loadtest",
+            f"127.0.0.1:{ports['grpc_port']}",
+            "--model",
+            "ranker",
+        ]
         load += ["--tiers", "gold:0.2,silver:0.4,bulk:0.4"]
         found = args.out / "capacity.json"
         print("looking for the highest rate that keeps 99 % in time ...", flush=True)
-        subprocess.run([*load, "--capacity", "--rate", "100", "--seconds", "2", "--json", str(found)],
-                       check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        search = [*load, "--capacity", "--rate", "100", "--seconds", "2", "--json", str(found)]
+        subprocess.run(search, check=True, stdout=subprocess.DEVNULL)
         c = json.loads(found.read_text())["capacity_rps"] or 50.0
         step = args.seconds / 6
         shares = (0.5, 0.9, 2.0, 3.0, 0.9, 0.5)

@@ -171,15 +171,15 @@ def run_virtual(made, target, clock):
     return generator
 
 
-@pytest.mark.parametrize("load", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("load", [0.3, 0.8])
 def test_latencies_are_those_of_queueing_theory(load):
     """M/D/1: the mean wait is load * service / (2 (1 - load)) (Pollaczek and Khinchine)."""
     clock, service = VirtualClock(5.0), 1e-3
-    generator = run_virtual(plan(load / service, 200.0), Queue(clock, service), clock)
+    generator = run_virtual(plan(load / service, 100.0), Queue(clock, service), clock)
     latency = generator.log.done_s - generator.schedule.at_s
     wait = latency.mean() - service
     expected = load * service / (2 * (1 - load))
-    # Waits are correlated over some 1 / (1 - load)^2 requests: 60 to 1,400 thousand / that.
+    # Waits are correlated over some 1 / (1 - load)^2 requests, 25 of 80,000.
     assert abs(wait / expected - 1) < 0.08
     assert np.isclose(latency.min(), service)
 
@@ -297,7 +297,7 @@ class SchedulerTarget:
             self.clock.call_at(self.clock.now(), lambda: done(answer))
 
 
-def virtual_load(rate, seconds=10.0, seed=0, **options):
+def virtual_load(rate, seconds=6.0, seed=0, **options):
     """2 ms a request on one engine, goal 50 ms: C is a little below 500."""
     tiers = {"gold": Tier(weight=5.0), "silver": Tier(weight=3.0), "bulk": Tier(weight=2.0)}
     clock = VirtualClock()
@@ -315,7 +315,7 @@ def test_the_scheduler_keeps_its_goodput_under_overload():
     async def probe(rate):
         return virtual_load(rate)
 
-    capacity = asyncio.run(find_capacity(probe, start=100.0, precision=0.02))
+    capacity = asyncio.run(find_capacity(probe, start=200.0, precision=0.03))
     assert 350 <= capacity <= 500
     for factor, goal in ((2, 0.90), (5, 0.80)):
         result = virtual_load(factor * capacity)
@@ -332,7 +332,7 @@ def test_the_search_for_the_capacity(true):
 
     found = asyncio.run(find_capacity(probe, start=100.0, precision=0.05))
     assert true / 1.05 <= found <= true
-    assert asyncio.run(find_capacity(probe, start=1e6)) == 0.0
+    assert asyncio.run(find_capacity(probe, start=1e7)) == 0.0
     assert asyncio.run(find_capacity(probe, start=1.0, most=2.0)) <= 2.0
     with pytest.raises(ArgumentError, match="start"):
         asyncio.run(find_capacity(probe, start=0.0))
@@ -396,7 +396,8 @@ def test_the_command_writes_a_report(running, engine_path, tmp_path, inside):
     arguments += ["--out", str(tmp_path), "--json", str(tmp_path / "figures.json")]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    assert "in SLO" in done.output
+    assert "goodput" in done.output
+    assert "20 to 60 /s" in done.output
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["all"]["answered"] == figures["all"]["offered"] > 0
     assert len(figures["stages"]) == 2

@@ -21,6 +21,8 @@ _HEADER = (
     "offered /s", "goodput /s", "in SLO", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms",
     "tries", "not answered",
 )  # fmt: skip
+# What fits a terminal of 80 columns.
+_SHORT = ("offered /s", "goodput /s", "in SLO", "p50 ms", "p99 ms", "tries", "not answered")
 # Okabe-Ito: told apart by readers with any colour vision, and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _GOOD = "#009E73"
@@ -74,17 +76,18 @@ def summary_line(result: Mapping[str, Any]) -> str:
 def print_result(result: Mapping[str, Any], console: Console) -> None:
     """The table on a terminal."""
     shown = Table(box=box.SIMPLE_HEAD, title=f"Load test of {result['target']}")
-    shown.add_column("")
-    shown.add_column("")
-    for name in _HEADER[:-1]:
-        shown.add_column(name, justify="right")
-    shown.add_column(_HEADER[-1])
+    for name in ("", ""):
+        shown.add_column(name, no_wrap=True)
+    for name in _SHORT[:-1]:
+        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    shown.add_column(_SHORT[-1])
+    places = [2 + _HEADER.index(name) for name in _SHORT]
     previous = "all"
     for row in rows(result):
         if row[0] != previous:
             shown.add_section()
             previous = row[0]
-        shown.add_row(*row)
+        shown.add_row(*row[:2], *(row[i] for i in places))
     console.print(shown)
     console.print(summary_line(result), highlight=False)
     for text in warnings(result):
