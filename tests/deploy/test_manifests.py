@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -234,3 +235,24 @@ def test_the_gateway_lets_requests_pass_and_no_admin_calls(
     assert allowed <= set(methods(SERVICE))
     assert "ModelInfer" in allowed
     assert not [name for name in allowed if re.match("Repository", name)]
+
+
+def test_ray_serves_what_the_manifest_says() -> None:
+    schema = pytest.importorskip("ray.serve.schema", reason="fastrec[ray] is not installed")
+    from fastrec.serving.ray import build
+
+    made = yaml.safe_load((DEPLOY / "k8s/ray/rayservice.yaml").read_text())["spec"]
+    told = yaml.safe_load(made["serveConfigV2"])
+    config = schema.ServeDeploySchema.model_validate(told)
+    (application,) = config.applications
+    for path in (application.import_path, *config.grpc_options.grpc_servicer_functions):
+        module, _, name = path.partition(":")
+        assert hasattr(importlib.import_module(module), name)
+    deployment = build(application.args)._bound_deployment
+    (group,) = made["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    needed = deployment.ray_actor_options["num_cpus"]
+    assert int(container["resources"]["requests"]["cpu"]) == needed
+    own = json.loads((DEPLOY / "k8s/base/server.json").read_text())
+    assert application.args["config"] == own
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] > 30

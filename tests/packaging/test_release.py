@@ -20,7 +20,8 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / ".github/workflows/release.yml"
-IMAGES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
+# Ray's image runs what KubeRay says.
+IMAGES = [ROOT / f"deploy/docker/{kind}.Dockerfile" for kind in ("cpu", "cuda")]
 
 
 @pytest.fixture(scope="module")
