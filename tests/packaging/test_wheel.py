@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,6 +57,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     base = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert not [line for line in base if "torch" in line], "the base install pulls torch"
     assert "Requires-Python: >=3.10" in lines
+
+
+def test_the_source_archive_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}",
+         "sdist", f"--dist-dir={tmp_path}"],
+        cwd=ROOT, env={**os.environ, "FASTREC_BUILD_CUDA": "0"},
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    suffixes = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi", ".binpb", ".proto", ".html", ".typed"}
+    for folder in ("csrc", "src/fastrec"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in suffixes:
+                assert path.relative_to(ROOT).as_posix() in names, path
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
 @pytest.mark.slow
