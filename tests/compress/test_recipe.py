@@ -21,19 +21,24 @@ from fastrec.compress import (
     BlockPruning,
     Distillation,
     FineTune,
+    HiddenStates,
     Int8,
+    LowRank,
+    NMPruning,
     Recipe,
+    WindowSparse,
     artifact_bytes,
     load,
     read_manifest,
     save,
 )
+from fastrec.compress.inheritance import make_student
 from fastrec.compress.recipe import VARIANTS
-from fastrec.compress.student import make_student
 from fastrec.data import SequenceBatch
 from fastrec.errors import ArgumentError
+from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import Ranker, RankerConfig
-from fastrec.nn import Int8Embedding, SparseInt8Linear
+from fastrec.nn import Int8Embedding, LowRankLinear, SparseInt8Linear, WindowSparseAttention
 
 CONFIG = RankerConfig(
     n_items=1200, n_categories=20, history_length=8, d=32, ffn=64, tower=(128, 64), n_blocks=1
@@ -223,11 +228,43 @@ def test_recipe_round_trips_through_json_and_refuses_nonsense() -> None:
         ({"n_candidates": 1}, "n_candidates"),
         ({"distill": {"share": 0}}, "share"),
         ({"quantize": {"calibration_method": "best"}}, "calibration_method"),
+        ({"prune": {"type": "Lottery"}}, "type"),
+        ({"prune": {"type": "NMPruning", "sparsity": 0.4}}, "prune"),
+        ({"replace": [{"type": "LowRank"}]}, "replace"),
+        ({"replace": [{"type": "Grouped", "groups": 1}]}, "groups"),
+        ({"distill": {"hidden": -1}}, "weight"),
     ):
         with pytest.raises(ArgumentError, match=name):
             Recipe.from_dict(values)
     with pytest.raises(ArgumentError, match="variants"):
         recipe.run(baseline(), Data(), variants=("tiny",))
+
+
+def test_other_patterns_replaced_layers_and_hidden_states(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        RECIPE,
+        prune=NMPruning(2, 4, rounds=2),
+        replace=(WindowSparse(AttentionPattern(window=2)), LowRank(16)),
+        distill=dataclasses.replace(RECIPE.distill, hidden=0.5, attention=0.0),
+    )
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert any(isinstance(term, HiddenStates) for term in recipe.distill.losses())
+    stages: list[str] = []
+    made = recipe.run(
+        baseline(), Data(), out=tmp_path, variants=("pruned_quantized", "distilled"),
+        progress=lambda stage, done, total: stages.append(stage),
+    )  # fmt: skip
+    assert {"replaced: WindowSparse", "replaced: LowRank"} <= set(stages)
+    model = made["pruned_quantized"]
+    assert isinstance(model.blocks[0].attention, WindowSparseAttention)
+    assert isinstance(model.tower[0], LowRankLinear)
+    weight = load(tmp_path / "pruned").tower[0].up.weight
+    assert bool(((weight != 0).view(-1, 4).sum(1) <= 2).all())
+    # The teacher is the baseline, as it came.
+    assert not isinstance(made["distilled"].blocks[0].attention, WindowSparseAttention)
+    data = Data()
+    recipe.run(baseline(), data, out=tmp_path, variants=("pruned_quantized",))
+    assert data.calls == 0
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +295,24 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["recipe"]["prune"]["sparsity"] == 0.5
     assert report["variants"][1]["bytes"] == artifact_bytes(tmp_path / "out" / "pruned_quantized")
     assert load(tmp_path / "out" / "pruned_quantized").tower[0].density < 0.7
+    options = ["--variants", "pruned", "--nm", "1:4", "--replace", "window:2", "--hidden", "0.5"]
+    options += ["--replace", "low_rank:16", "--finetune-steps", "1", "--json"]
+    result = CliRunner().invoke(
+        app, [*arguments, *options, str(tmp_path / "report.json")], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    report = json.loads((tmp_path / "report.json").read_text())["recipe"]
+    assert report["prune"]["type"] == "NMPruning"
+    assert [part["type"] for part in report["replace"]] == ["WindowSparse", "LowRank"]
+    assert report["distill"]["hidden"] == 0.5
+    for wrong, name in (
+        (["--nm", "half"], "nm"),
+        (["--nm", "2:4", "--sparsity", "0.5"], "sparsity"),
+        (["--replace", "window"], "replace"),
+    ):
+        refused = CliRunner().invoke(app, [*arguments, *wrong])
+        assert isinstance(refused.exception, ArgumentError)
+        assert name in str(refused.exception)
     missing = CliRunner().invoke(app, ["/nowhere", *arguments[1:]])
     assert isinstance(missing.exception, ArgumentError)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,8 +30,18 @@ def compress(
         Path | None, typer.Option(help="JSON file with a Recipe's fields; absent ones default.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share to prune, in [0, 1).")] = None,
+    nm: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Prune N:M, such as 2:4, and not in blocks.")
+    ] = None,
+    replace: Annotated[
+        list[str] | None,
+        typer.Option(help="Before all else: low_rank:32, grouped:4, window:16; may be repeated."),
+    ] = None,
+    hidden: Annotated[
+        float | None, typer.Option(help="Weight of the hidden states in the distillation.")
+    ] = None,
     finetune_steps: Annotated[
-        int | None, typer.Option(help="Steps after each pruning round.")
+        int | None, typer.Option(help="Steps after each pruning round and replacement.")
     ] = None,
     qat_steps: Annotated[
         int | None, typer.Option(help="Steps of quantisation-aware training; 0 = calibrate only.")
@@ -48,8 +59,9 @@ def compress(
     from fastrec.data import SequenceDataset
 
     plan = _recipe(recipe, sparsity, finetune_steps, qat_steps, distill_steps, seed)
+    plan = _with_options(plan, sparsity, nm, replace or [], hidden)
     names = VARIANTS if variants is None else tuple(v.strip() for v in variants.split(","))
-    baseline = _load(model)
+    baseline = load_trained(model)
     dataset = SequenceDataset.open(data)
     rows = _run(plan, baseline, dataset, out, names)
     _table(rows, Console())
@@ -68,6 +80,7 @@ def _recipe(
 ) -> Recipe:
     import dataclasses
 
+    from fastrec.compress.patterns import BlockPruning
     from fastrec.compress.recipe import FineTune, Recipe
 
     plan = Recipe()
@@ -79,7 +92,7 @@ def _recipe(
         except json.JSONDecodeError as error:
             raise DataError(f"{file}: no JSON ({error})") from error
     changes: dict[str, Any] = {}
-    if sparsity is not None:
+    if sparsity is not None and isinstance(plan.prune, BlockPruning):
         changes["prune"] = dataclasses.replace(plan.prune, sparsity=sparsity)
     if finetune_steps is not None:
         changes["finetune"] = dataclasses.replace(plan.finetune, steps=finetune_steps)
@@ -93,7 +106,43 @@ def _recipe(
     return dataclasses.replace(plan, **changes)
 
 
-def _load(path: Path) -> nn.Module:
+def _with_options(
+    plan: Recipe, sparsity: float | None, nm: str | None, replace: list[str], hidden: float | None
+) -> Recipe:
+    import dataclasses
+    import re
+
+    from fastrec.compress.patterns import NMPruning
+    from fastrec.compress.replacement import Grouped, LowRank, WindowSparse
+    from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
+
+    changes: dict[str, Any] = {}
+    if nm is not None:
+        found = re.fullmatch(r"(\d+):(\d+)", nm)
+        if found is None:
+            raise ArgumentError("--nm", "two numbers like 2:4", repr(nm))
+        changes["prune"] = NMPruning(int(found[1]), int(found[2]))
+    if sparsity is not None and isinstance(changes.get("prune", plan.prune), NMPruning):
+        raise ArgumentError("--sparsity", "none beside an N:M pattern, which says it", sparsity)
+    makers: dict[str, Callable[[int], Any]] = {
+        "low_rank": LowRank,
+        "grouped": Grouped,
+        "window": lambda size: WindowSparse(AttentionPattern(window=size)),
+    }
+    parts = []
+    for text in replace:
+        name, _, number = text.partition(":")
+        if name not in makers or not number.isdecimal():
+            raise ArgumentError("--replace", "low_rank:N, grouped:N or window:N", repr(text))
+        parts.append(makers[name](int(number)))
+    if parts:
+        changes["replace"] = tuple(parts)
+    if hidden is not None:
+        changes["distill"] = dataclasses.replace(plan.distill, hidden=hidden)
+    return dataclasses.replace(plan, **changes)
+
+
+def load_trained(path: Path) -> nn.Module:
     """A folder of ``fastrec.save``, or what ``fastrec train`` wrote."""
     from fastrec.compress.artifact import MANIFEST, load
     from fastrec.train import load_model

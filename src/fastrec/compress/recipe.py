@@ -19,14 +19,17 @@ from fastrec.compress.artifact import MANIFEST, load, read_manifest, save
 from fastrec.compress.distillation import (
     AttentionMapKL,
     HardLabel,
+    HiddenStates,
     LogitKL,
     distillation_loss,
 )
-from fastrec.compress.pruning import MIN_TABLE_ROWS, BlockPruning, prune_
+from fastrec.compress.inheritance import make_student
+from fastrec.compress.pruning import MIN_TABLE_ROWS, BlockPruning, NMPruning, prune_
 from fastrec.compress.quantization import QAT, Int8, quantize_
+from fastrec.compress.replacement import Grouped, LowRank, Replacement, WindowSparse, replace_
 from fastrec.compress.selection import check_count, check_fraction, check_model
-from fastrec.compress.student import make_student
 from fastrec.errors import ArgumentError, ArtifactError
+from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import Ranker
 from fastrec.train import TrainConfig, fit
 
@@ -62,6 +65,7 @@ class Distillation:
         attention: weight of :class:`AttentionMapKL`; 0 leaves the maps unrecorded, which is
             quicker.
         labels: weight of :class:`HardLabel`.
+        hidden: weight of :class:`HiddenStates`; 0 leaves the layers' outputs unrecorded.
         inherit: whether the student starts from the teacher's tables, projected.
     """
 
@@ -73,9 +77,11 @@ class Distillation:
     attention: float = 0.5
     labels: float = 0.5
     inherit: bool = True
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         FineTune(self.steps, self.lr)
+        HiddenStates(self.hidden)
         check_fraction("share", self.share, low=1e-6, high=1.000001)
         LogitKL(self.temperature, self.logits)
         AttentionMapKL(self.attention)
@@ -87,6 +93,7 @@ class Distillation:
             HardLabel(self.labels),
             LogitKL(self.temperature, self.logits),
             AttentionMapKL(self.attention),
+            HiddenStates(self.hidden),
         ]
         return [term for term in terms if term.weight > 0]
 
@@ -96,7 +103,7 @@ class Recipe:
     """Prune, fine-tune, quantise, train quantised, distil: everything from one trained baseline.
 
     Args:
-        prune: pruning; ``finetune`` runs after each of its rounds.
+        prune: pruning, in blocks or N:M; ``finetune`` runs after each of its rounds.
         quantize: ranges of the activations and what is quantised.
         qat: quantisation-aware training of the quantised variants; None or 0 steps = calibration
             only.
@@ -106,9 +113,11 @@ class Recipe:
         n_candidates: positive and negatives a training example.
         calibration_examples: training examples that set the activations' ranges.
         seed: of batches, negatives and the student's initial weights.
+        replace: what :func:`replace_` puts in before all else, one after another, each followed by
+            ``finetune``; the quantised and pruned variants start from that model then.
     """
 
-    prune: BlockPruning = field(default_factory=BlockPruning)
+    prune: BlockPruning | NMPruning = field(default_factory=BlockPruning)
     quantize: Int8 = field(default_factory=Int8)
     qat: FineTune | None = field(default_factory=lambda: FineTune(steps=100, lr=1e-4))
     distill: Distillation = field(default_factory=Distillation)
@@ -117,17 +126,25 @@ class Recipe:
     n_candidates: int = 12
     calibration_examples: int = 512
     seed: int = 0
+    replace: tuple[Replacement, ...] = ()
 
     def __post_init__(self) -> None:
-        kinds = {
-            "prune": BlockPruning,
-            "quantize": Int8,
-            "distill": Distillation,
-            "finetune": FineTune,
+        kinds: dict[str, tuple[type, ...]] = {
+            "prune": (BlockPruning, NMPruning),
+            "quantize": (Int8,),
+            "distill": (Distillation,),
+            "finetune": (FineTune,),
         }
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
-                raise ArgumentError(name, f"a {kind.__name__}", repr(getattr(self, name)))
+                expected = " or a ".join(k.__name__ for k in kind)
+                raise ArgumentError(name, f"a {expected}", repr(getattr(self, name)))
+        if not isinstance(self.replace, list | tuple):
+            raise ArgumentError("replace", "a sequence of replacements", repr(self.replace))
+        object.__setattr__(self, "replace", tuple(self.replace))
+        for config in self.replace:
+            if not isinstance(config, LowRank | Grouped | WindowSparse):
+                raise ArgumentError("replace", "LowRank, Grouped or WindowSparse", repr(config))
         if self.qat is not None and not isinstance(self.qat, FineTune):
             raise ArgumentError("qat", "a FineTune or None", repr(self.qat))
         for name in ("batch_size", "calibration_examples"):
@@ -148,7 +165,12 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` reverses it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self)
+        if isinstance(self.prune, NMPruning):
+            values["prune"]["type"] = "NMPruning"
+        values["replace"] = [{"type": type(c).__name__, **dataclasses.asdict(c)}
+                             for c in self.replace]  # fmt: skip
+        return json.loads(json.dumps(values))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -158,7 +180,6 @@ class Recipe:
             ArgumentError: an unknown key or a bad value.
         """
         parts = {
-            "prune": BlockPruning,
             "quantize": Int8,
             "qat": FineTune,
             "distill": Distillation,
@@ -168,6 +189,12 @@ class Recipe:
         for name, kind in parts.items():
             if arguments.get(name) is not None:
                 arguments[name] = kind(**_known(name, kind, arguments[name]))
+        if "prune" in arguments:
+            arguments["prune"] = _typed("prune", (BlockPruning, NMPruning), arguments["prune"])
+        kinds = (LowRank, Grouped, WindowSparse)
+        arguments["replace"] = [
+            _typed("replace", kinds, part) for part in arguments.get("replace", ())
+        ]
         return cls(**arguments)
 
     def run(
@@ -264,11 +291,23 @@ class _Run:
     def _baseline(self) -> tuple[nn.Module, dict[str, Any]]:
         return self.baseline, {}
 
+    def _start(self) -> nn.Module:
+        """A copy of what the quantised and pruned variants start from."""
+        return copy.deepcopy(self.get("replaced") if self.recipe.replace else self.baseline)
+
+    def _replaced(self) -> tuple[nn.Module, dict[str, Any]]:
+        model, reports = copy.deepcopy(self.baseline), []
+        for number, config in enumerate(self.recipe.replace, 1):
+            reports.append(replace_(model, config).to_dict())
+            stage = f"replaced: {type(config).__name__}"
+            self._train(model, self.recipe.finetune, stage, 50 + number)
+        return model, {"replace": reports}
+
     def _quantized(self) -> tuple[nn.Module, dict[str, Any]]:
-        return self._quantise("quantized", copy.deepcopy(self.baseline), 1)
+        return self._quantise("quantized", self._start(), 1)
 
     def _pruned(self) -> tuple[nn.Module, dict[str, Any]]:
-        model, recipe = copy.deepcopy(self.baseline), self.recipe
+        model, recipe = self._start(), self.recipe
 
         def finetune(module: nn.Module, round_: int) -> None:
             stage = f"pruned: round {round_} of {recipe.prune.rounds}"
@@ -323,7 +362,7 @@ class _Run:
     def _row_counts(self, model: nn.Module) -> dict[str, Any]:
         """Popularity of the items, where the model's item table is one that gets pruned."""
         table = getattr(model, "item_embedding", None)
-        prunes = self.recipe.prune.embedding_block is not None
+        prunes = getattr(self.recipe.prune, "embedding_block", None) is not None
         if not isinstance(table, nn.Embedding) or not prunes:
             return {}
         counts = self.dataset.item_count
@@ -362,6 +401,25 @@ def _known(argument: str, kind: type, values: Any) -> dict[str, Any]:
     if unknown := sorted(set(values) - names):
         raise ArgumentError(argument, f"keys among {sorted(names)}", unknown)
     return values
+
+
+def _typed(argument: str, kinds: Sequence[type], values: Any) -> Any:
+    """Of the kind that the key "type" names; the first where there is none."""
+    names = {kind.__name__: kind for kind in kinds}
+    fields = dict(values) if isinstance(values, dict) else values
+    kind = kinds[0]
+    if isinstance(fields, dict) and "type" in fields:
+        name = fields.pop("type")
+        if name not in names:
+            raise ArgumentError(argument, f"a type among {sorted(names)}", repr(name))
+        kind = names[name]
+    fields = _known(argument, kind, fields)
+    if isinstance(fields.get("pattern"), dict):
+        fields["pattern"] = AttentionPattern(**fields["pattern"])
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ArgumentError(argument, f"the fields of {kind.__name__}", str(error)) from error
 
 
 def _key(recipe: Recipe, model: nn.Module, dataset: Any) -> str:
