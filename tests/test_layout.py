@@ -21,7 +21,7 @@ ROOMS = (
     "train",
     "compress",
     "runtime",
-    "tune",
+    "search",
     "serving",
     "report",
 )

@@ -18,8 +18,8 @@ _EXPORTS = {
     "WindowSparse": "fastrec.compress",
     "LowRank": "fastrec.compress",
     "Grouped": "fastrec.compress",
-    "Budget": "fastrec.tune",
-    "autotune": "fastrec.tune",
+    "Budget": "fastrec.search",
+    "autotune": "fastrec.search",
     "AttentionPattern": "fastrec.kernels.window_sparse_attention.pattern",
     "BlockPruning": "fastrec.compress",
     "Int8": "fastrec.compress",
@@ -34,6 +34,7 @@ _EXPORTS = {
     "quantize_": "fastrec.compress",
     "save": "fastrec.compress",
     "sensitivity": "fastrec.compress",
+    "student": "fastrec.compress",
 }
 _ROOMS = (
     "compress",
@@ -46,7 +47,7 @@ _ROOMS = (
     "runtime",
     "serving",
     "train",
-    "tune",
+    "search",
 )
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ if TYPE_CHECKING:
         nn,
         report,
         runtime,
+        search,
         serving,
         train,
-        tune,
     )
     from fastrec.compress import (
         QAT,
@@ -80,10 +81,11 @@ if TYPE_CHECKING:
         replace_,
         save,
         sensitivity,
+        student,
     )
     from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
     from fastrec.runtime import compile, export
-    from fastrec.tune import Budget, autotune
+    from fastrec.search import Budget, autotune
 
 __all__ = [
     "QAT",
@@ -115,10 +117,11 @@ __all__ = [
     "report",
     "runtime",
     "save",
+    "search",
     "sensitivity",
     "serving",
+    "student",
     "train",
-    "tune",
 ]
 
 

@@ -24,12 +24,16 @@ def _mount() -> None:
     from fastrec.report.cli import bench, table1
     from fastrec.report.load_cli import loadtest
     from fastrec.runtime.cli import export
+    from fastrec.search.cli import autotune
     from fastrec.serving.cli import serve
     from fastrec.train.cli import train
 
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
-    for command in (train, compress, table1, export, bench, tune, explain, serve, loadtest):
+    commands = (
+        train, compress, autotune, table1, export, bench, tune, explain, serve, loadtest
+    )  # fmt: skip
+    for command in commands:
         app.command()(command)
 
 

@@ -16,7 +16,7 @@ from fastrec import Budget, autotune
 from fastrec.errors import ArgumentError, BackendError, BudgetError, DtypeError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.nn import Int8Embedding, SparseInt8Linear
-from fastrec.tune import AutotuneResult, Space
+from fastrec.search import AutotuneResult, Space
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 SPACE = Space(sparsities=(0.0, 0.75), ranks=(0.25,), groups=())

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,11 +15,11 @@ from fastrec import AttentionPattern, Budget
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import GroupedLinear, LowRankLinear, SparseInt8Linear, WindowSparseAttention
-from fastrec.tune import Choice, Space, fit_costs
-from fastrec.tune.costs import CostTable, Measured, Setting, Variant, carried_out, variants_of
-from fastrec.tune.fit import non_negative
-from fastrec.tune.search import pick, sweep
-from fastrec.tune.space import Unit, restructured
+from fastrec.search import Choice, Space, fit_costs
+from fastrec.search.costs import CostTable, Measured, Setting, Variant, carried_out, variants_of
+from fastrec.search.fit import non_negative
+from fastrec.search.search import pick, sweep
+from fastrec.search.space import Unit, restructured
 
 CONFIG = RankerConfig(n_items=1200, n_categories=20, history_length=8, d=32, ffn=64, tower=(128,))
 
@@ -111,6 +111,7 @@ def table(us: list[float]) -> CostTable:
     return CostTable(UNITS, variants, Measured(float(cost[:, 0].sum()) / 1e3 + 0.01, 1.0))
 
 
+@settings(deadline=None, max_examples=50)
 @given(us=_numbers, lost=_numbers)
 def test_no_choice_of_choices_beats_the_sweeps_front(us: list[float], lost: list[float]) -> None:
     costs = table(us)
@@ -130,6 +131,7 @@ def test_no_choice_of_choices_beats_the_sweeps_front(us: list[float], lost: list
             assert not (latency < known * (1 - 1e-9) - 1e-12 and loss < own * (1 - 1e-9) - 1e-12)
 
 
+@settings(deadline=None, max_examples=50)
 @given(us=_numbers, count=st.integers(1, 6), limit=st.floats(1e-3, 1.0))
 def test_trials_are_distinct_and_start_at_the_budget(
     us: list[float], count: int, limit: float
@@ -145,6 +147,7 @@ def test_trials_are_distinct_and_start_at_the_budget(
         assert picked[0] == within[-1]
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(0, 10), min_size=3, max_size=3))
 def test_non_negative_least_squares_finds_what_is_there(truth: list[float]) -> None:
     rng = np.random.default_rng(0)

@@ -38,6 +38,7 @@ _EXPORTS = {
     "SensitivityReport": "layer_sensitivity",
     "save": "artifact",
     "sensitivity": "layer_sensitivity",
+    "student": "shrinking",
 }
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         WindowSparse,
         replace_,
     )
+    from fastrec.compress.shrinking import student
 
 __all__ = [
     "QAT",
@@ -93,6 +95,7 @@ __all__ = [
     "replace_",
     "save",
     "sensitivity",
+    "student",
 ]
 
 

@@ -43,6 +43,7 @@ from fastrec.nn import (
     SeparableProjection,
     SparseInt8Linear,
     WindowSparseAttention,
+    WindowSparseInt8Attention,
 )
 
 FORMAT = "fastrec-model"
@@ -357,13 +358,23 @@ def _twin(model: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
     raise ArtifactError(f"module {name!r}: {old} cannot become {dict(entry)}")
 
 
-def _window_sparse(pattern: Mapping[str, Any], **options: Any) -> WindowSparseAttention:
-    return WindowSparseAttention(pattern=AttentionPattern(**pattern), **options)
+def _with_pattern(kind: type[WindowSparseAttention]) -> Callable[..., nn.Module]:
+    def make(pattern: Mapping[str, Any], **options: Any) -> nn.Module:
+        return kind(pattern=AttentionPattern(**pattern), **options)
+
+    return make
 
 
 # Sizes in which a module and what takes its place agree.
 _SAME = ("in_features", "out_features", "kernel_size", "causal", "num_embeddings", "embedding_dim")
-_REPLACED = ("LowRankLinear", "GroupedLinear", "WindowSparseAttention")
+_ATTENTION = {
+    kind.__name__: (
+        _with_pattern(kind),
+        (nn.MultiheadAttention, SelfAttention, WindowSparseAttention),
+    )
+    for kind in (WindowSparseAttention, WindowSparseInt8Attention)
+}
+_REPLACED = ("LowRankLinear", "GroupedLinear", *_ATTENTION)
 _LINEAR = (nn.Linear, GroupedLinear, SparseInt8Linear, LowRankLinear)
 # type of an entry -> what makes it, and in the place of what.
 _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]] = {
@@ -376,10 +387,7 @@ _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]]
     "Int8Embedding": (Int8Embedding, (nn.Embedding, Int8Embedding)),
     "LowRankLinear": (LowRankLinear, _LINEAR),
     "GroupedLinear": (GroupedLinear, _LINEAR),
-    "WindowSparseAttention": (
-        _window_sparse,
-        (nn.MultiheadAttention, SelfAttention, WindowSparseAttention),
-    ),
+    **_ATTENTION,
 }
 
 

@@ -14,7 +14,7 @@ from fastrec.compress.observers import RangeObserver
 from fastrec.compress.selection import call_model
 from fastrec.errors import ArgumentError
 from fastrec.kernels.separable_projection.reference import valid_rows
-from fastrec.nn import LowRankLinear, SeparableProjection
+from fastrec.nn import LowRankLinear, SeparableProjection, WindowSparseAttention
 from fastrec.nn.separable_projection import depthwise_rows
 
 
@@ -88,6 +88,30 @@ def _observe(seen: Seen, name: str) -> Any:
         observer.observe(x)
 
     return hook
+
+
+@contextmanager
+def observed_scores(
+    attention: Mapping[str, WindowSparseAttention],
+) -> Iterator[dict[str, tuple[RangeObserver, RangeObserver]]]:
+    """Watch q and k of each attention: both are parts of what ``in_proj`` returns."""
+    found: dict[str, tuple[RangeObserver, RangeObserver]] = {}
+
+    def hook_of(name: str, module: WindowSparseAttention) -> Any:
+        width = module.num_heads * module.qk_dim
+
+        def hook(layer: nn.Module, args: Any, output: torch.Tensor) -> None:
+            for part, observer in enumerate(found[name]):
+                observer.observe(output[..., part * width : (part + 1) * width])
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in attention.items():
+            found[name] = RangeObserver(f"{name}: q"), RangeObserver(f"{name}: k")
+            handle = module.in_proj.register_forward_hook(hook_of(name, module))
+            stack.callback(handle.remove)
+        yield found
 
 
 def leave_uncalled(

@@ -21,11 +21,11 @@ def make_student(teacher: Ranker, config: RankerConfig, *, seed: int = 0) -> Ran
         torch.manual_seed(seed)
         student = Ranker(config)
     with torch.no_grad():
-        items = _vectors(teacher.item_embedding, teacher.item_proj)
+        items = vectors(teacher.item_embedding, teacher.item_proj)
         # [d_teacher, d_student]: most of the items' energy survives
-        basis = _principal(items, config.d)
+        basis = principal(items, config.d)
         _fill(student.item_embedding, student.item_proj, items @ basis)
-        categories = _vectors(teacher.category_embedding, teacher.category_proj)
+        categories = vectors(teacher.category_embedding, teacher.category_proj)
         _fill(student.category_embedding, student.category_proj, categories @ basis)
         for name in ("behaviour_embedding", "position_embedding"):
             own, guide = getattr(student, name), getattr(teacher, name)
@@ -34,13 +34,13 @@ def make_student(teacher: Ranker, config: RankerConfig, *, seed: int = 0) -> Ran
     return student
 
 
-def _vectors(table: nn.Embedding, projection: nn.Linear | None) -> Tensor:
+def vectors(table: nn.Embedding, projection: nn.Linear | None) -> Tensor:
     """The table's rows in the teacher's width, float32 [n, d]."""
     rows = table.weight.float()
     return rows if projection is None else rows @ projection.weight.float().T
 
 
-def _principal(rows: Tensor, width: int) -> Tensor:
+def principal(rows: Tensor, width: int) -> Tensor:
     """Orthonormal [d, width]: eigenvectors of the Gram matrix, largest first, zeros where d <
     width."""
     _, vectors = torch.linalg.eigh(rows.T @ rows)
@@ -53,6 +53,6 @@ def _fill(table: nn.Embedding, projection: nn.Linear | None, rows: Tensor) -> No
     if projection is None:
         table.weight.copy_(rows)
         return
-    directions = _principal(rows, table.embedding_dim)  # [d, rank]
+    directions = principal(rows, table.embedding_dim)  # [d, rank]
     table.weight.copy_(rows @ directions)
     projection.weight.copy_(directions)

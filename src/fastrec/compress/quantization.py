@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.compress.arithmetic import share_arithmetic_
-from fastrec.compress.calibration import calibrate, leave_uncalled
+from fastrec.compress.calibration import calibrate, leave_uncalled, observed_scores
 from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding, fake_quant_twin
 from fastrec.compress.fusion import Fusion, plan_fusions
 from fastrec.compress.layers import KINDS, as_dense, computes_linear
-from fastrec.compress.observers import METHODS, affine_u8
+from fastrec.compress.observers import METHODS, RangeObserver, affine_u8
 from fastrec.compress.selection import (
     FilterFn,
     Layers,
@@ -33,6 +34,8 @@ from fastrec.nn import (
     SeparableInt8Projection,
     SeparableProjection,
     SparseInt8Linear,
+    WindowSparseAttention,
+    WindowSparseInt8Attention,
 )
 
 MIN_OUTPUTS = 16  # narrower layers (a final score) cost nothing in float and would lose accuracy
@@ -53,12 +56,17 @@ class Int8:
         embeddings: whether tables become INT8 too (one scale a row).
         fuse: whether a ReLU or GELU behind a layer goes into its kernel, and layers that feed each
             other hand on uint8.
+        attention: whether scores and weighted sums of ``WindowSparseAttention`` are integers too: q
+            and k with calibrated ranges, v with the dynamic range of each call (the paper's
+            Value branch). Not with QAT. Native plans have no step for it yet: such a model runs op
+            by op.
     """
 
     calibration_method: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: float = 99.99
     embeddings: bool = True
     fuse: bool = True
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if self.calibration_method not in METHODS:
@@ -126,12 +134,13 @@ class LinearReport:
 class QuantizeReport:
     """What :func:`quantize_` did: quantised layers and tables, and those that were left in float
     because they could not be replaced, with the reason. After QAT's "prepare", ``prepared`` names
-    the fake-quantised modules."""
+    the fake-quantised modules. ``attention`` names those whose scores are integers."""
 
     layers: dict[str, LinearReport] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    attention: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, ready for JSON."""
@@ -169,8 +178,14 @@ def quantize_(
             in weights or activations. The model is untouched then.
     """
     check_model(model)
-    filter_fn = as_filter(model, filter_fn, lambda m: computes_linear(m) or is_table(m))
     config = Int8() if config is None else config
+    attention = isinstance(config, Int8) and config.attention
+
+    def can(module: nn.Module) -> bool:
+        attends = attention and isinstance(module, WindowSparseAttention)
+        return computes_linear(module) or is_table(module) or attends
+
+    filter_fn = as_filter(model, filter_fn, can)
     if isinstance(config, QAT):
         if config.step == "convert":
             return _convert(model, config)
@@ -196,7 +211,9 @@ def _static(
             "an iterable of input batches, e.g. dataset.batches('train', batch_size=32, limit=256)",
             None,
         )
-    seen = calibrate(model, linears, tables, calibration)
+    attention = _attention(model, filter_fn) if config.attention else {}
+    with observed_scores(attention) as scores:
+        seen = calibrate(model, linears, tables, calibration)
     left = unsupported(model, config.embeddings)
     left |= leave_uncalled(linears, tables, seen)
     fusions = plan_fusions(model, _chained(linears), seen.runs_whole) if config.fuse else {}
@@ -212,7 +229,38 @@ def _static(
         )
         swaps[name] = _int8_form(layer, packed)
     swaps |= {name: Int8Embedding.from_float(table) for name, table in tables.items()}
-    return _swap(model, swaps, fusions, left)
+    scales: dict[str, tuple[float, float]] = {}
+    for name, (q, k) in scores.items():
+        if q.calls == 0:
+            left[name] = "q, k and v are projected apart, or it was never called"
+            continue
+        q_scale, k_scale = (_signed(o, config) for o in (q, k))
+        scales[name] = q_scale, k_scale
+    report = _swap(model, swaps, fusions, left)
+    for name, (q_scale, k_scale) in scales.items():
+        # Around the projections, which are INT8 by now.
+        old = model.get_submodule(name)
+        assert isinstance(old, WindowSparseAttention)
+        new = WindowSparseInt8Attention.from_attention(old, q_scale, k_scale)
+        set_module(model, name, new)
+    return dataclasses.replace(report, attention=list(scales))
+
+
+def _attention(model: nn.Module, filter_fn: FilterFn) -> dict[str, WindowSparseAttention]:
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if type(m) is WindowSparseAttention
+        and name
+        and (filter_fn is _default_filter or filter_fn(m, name))
+    }
+
+
+def _signed(observer: RangeObserver, config: Int8) -> float:
+    """The step of int8 around zero."""
+    low, high = observer.range(config.calibration_method, config.percentile)
+    largest = max(-float(low), float(high))
+    return largest / 127 if largest > 1e-20 else 1.0
 
 
 def _prepare(

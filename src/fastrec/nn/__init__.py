@@ -10,6 +10,7 @@ from fastrec.nn.separable_int8_projection import SeparableInt8Projection
 from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
 from fastrec.nn.window_sparse_attention import WindowSparseAttention
+from fastrec.nn.window_sparse_int8_attention import WindowSparseInt8Attention
 
 __all__ = [
     "GroupedLinear",
@@ -20,4 +21,5 @@ __all__ = [
     "SeparableProjection",
     "SparseInt8Linear",
     "WindowSparseAttention",
+    "WindowSparseInt8Attention",
 ]

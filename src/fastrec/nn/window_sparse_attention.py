@@ -297,9 +297,7 @@ class WindowSparseAttention(nn.Module):
                 self.record.append(weights)
         else:
             q, k = (self._as_wide_as_v(x) for x in (q, k))
-            heads = window_sparse_attention(
-                q, k, v, self.pattern, lengths=lengths, scale=self.head_dim**-0.5
-            )
+            heads = self._attend(q, k, v, lengths)
             weights = None
         # [B, H, L, D] -> [B, L, d]; the kernel's result is a view of [B, L, H, D]
         merged = heads.transpose(1, 2).flatten(2)
@@ -335,6 +333,12 @@ class WindowSparseAttention(nn.Module):
             parts = [rows[n] for n, rows in enumerate(projected)]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
         return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """The kernel: [B, H, L, D] of three such."""
+        return window_sparse_attention(
+            q, k, v, self.pattern, lengths=lengths, scale=self.head_dim**-0.5
+        )
 
     def _as_wide_as_v(self, x: Tensor) -> Tensor:
         return x if self.qk_dim == self.head_dim else F.pad(x, (0, self.head_dim - self.qk_dim))

@@ -17,11 +17,11 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from fastrec.tune.budget import Budget
-    from fastrec.tune.fit import CostModel, fit_costs
-    from fastrec.tune.result import AutotuneResult, Point
-    from fastrec.tune.search import autotune
-    from fastrec.tune.space import Choice, Space
+    from fastrec.search.budget import Budget
+    from fastrec.search.fit import CostModel, fit_costs
+    from fastrec.search.result import AutotuneResult, Point
+    from fastrec.search.search import autotune
+    from fastrec.search.space import Choice, Space
 
 __all__ = [
     "AutotuneResult",
@@ -37,8 +37,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(importlib.import_module(f"fastrec.tune.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'fastrec.tune' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"fastrec.search.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'fastrec.search' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -19,7 +19,7 @@ from fastrec.compress.quantization import Int8
 from fastrec.runtime.compiler import compile
 from fastrec.runtime.measure import interleaved
 from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.tune.space import Choice, Chosen, Unit, pruned_, quantised_, restructured
+from fastrec.search.space import Choice, Chosen, Unit, pruned_, quantised_, restructured
 
 PROFILED_CALLS = 60
 ROUNDS, CALLS = 40, 20  # of a whole model's latency; a neighbour disturbs some of them

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.tune.costs import Variant
+from fastrec.search.costs import Variant
 
 PAPER, PRECISE = "alpha m L h^2 + beta", "sum of alpha_k macs_k + gamma bytes + beta"
 GOOD = 0.2  # a fit whose typical relative error is above it is called bad

@@ -14,8 +14,8 @@ from torch import nn
 
 from fastrec.compress.artifact import save
 from fastrec.errors import MissingDependencyError
-from fastrec.tune.budget import Budget
-from fastrec.tune.fit import CostModel
+from fastrec.search.budget import Budget
+from fastrec.search.fit import CostModel
 
 _AXES = {"latency_ms": "latency of one call [ms]", "size_mb": "artifact [MB]"}
 

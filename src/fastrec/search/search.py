@@ -24,8 +24,8 @@ from fastrec.errors import ArgumentError, ArtifactError, BackendError, BudgetErr
 from fastrec.models import MODELS
 from fastrec.runtime.compiler import cpus
 from fastrec.runtime.model_spec import as_tensors, spec_of
-from fastrec.tune.budget import Budget
-from fastrec.tune.costs import (
+from fastrec.search.budget import Budget
+from fastrec.search.costs import (
     CostTable,
     Measured,
     Setting,
@@ -35,10 +35,10 @@ from fastrec.tune.costs import (
     measure_variant,
     variants_of,
 )
-from fastrec.tune.fit import fit_costs
-from fastrec.tune.journal import Journal, fingerprint
-from fastrec.tune.result import AutotuneResult, Point
-from fastrec.tune.space import Choice, Chosen, Space, Unit, pruned_, quantised_, restructured
+from fastrec.search.fit import fit_costs
+from fastrec.search.journal import Journal, fingerprint
+from fastrec.search.result import AutotuneResult, Point
+from fastrec.search.space import Choice, Chosen, Space, Unit, pruned_, quantised_, restructured
 
 Evaluate = Callable[[nn.Module], float]
 FineTune = Callable[[nn.Module, int], Any]
@@ -108,7 +108,7 @@ def autotune(
     if finetune is not None and not callable(finetune):
         raise DtypeError("finetune", "a callable (model, round)", type(finetune).__name__)
     if space is not None and not isinstance(space, Space):
-        raise DtypeError("space", "a fastrec.tune.Space", type(space).__name__)
+        raise DtypeError("space", "a fastrec.search.Space", type(space).__name__)
     check_count("trials", trials)
     check_count("rounds", rounds)
     batches = list(calibration)

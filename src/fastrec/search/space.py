@@ -131,6 +131,19 @@ class Space:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return values | {"filter_fn": None if self.filter_fn is None else "given"}
 
+    @classmethod
+    def from_dict(cls, values: Any) -> Space:
+        """Of the fields as plain JSON types; what is absent takes its default.
+
+        Raises:
+            ArgumentError: an unknown key or a bad value.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not values.keys() <= set(names):
+            got = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ArgumentError("space", f"keys among {names}", got)
+        return cls(**values)
+
     def units(self, model: nn.Module) -> tuple[list[Unit], dict[str, str]]:
         """The layers that have a choice, in the order of the tree; and the name of each other one
         that does work, with the reason why it has none.

@@ -1,0 +1,203 @@
+"""``fastrec autotune``: a trained model and its data in, the best model under a budget out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastrec.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastrec.search.space import Space
+
+
+def autotune(
+    model: Annotated[
+        Path, typer.Argument(help="Trained model: a saved folder, or the output of fastrec train.")
+    ],
+    data: Annotated[Path, typer.Argument(help="Prepared data set (fastrec data prepare).")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder for the journal and the best model; a later run goes on."),
+    ],
+    latency_ms: Annotated[float | None, typer.Option(help="Most milliseconds of a call.")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Most MB (10^6 bytes) on disk.")] = None,
+    batch: Annotated[int, typer.Option(help="Users a call.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads a call; default all.")] = None,
+    metric: Annotated[
+        str, typer.Option(help="What to keep high, on the validation events: ndcg_10, mrr, ...")
+    ] = "ndcg_10",
+    users: Annotated[int, typer.Option(help="Users that each choice is evaluated on.")] = 500,
+    finetune_steps: Annotated[
+        int, typer.Option(help="Steps of fine-tuning a trial and round; 0 = none.")
+    ] = 60,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the fine-tuning.")] = 1e-3,
+    trials: Annotated[int, typer.Option(help="Models that are made and measured.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Rounds of fine-tuning at most.")] = 3,
+    space: Annotated[
+        Path | None, typer.Option(help="JSON file with the fields of fastrec.search.Space.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of batches and negatives.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the front to this .png file.")] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write what was found to this file.")
+    ] = None,
+) -> None:
+    """Search precision, sparsity, rank, groups and attention pattern of each layer under a budget.
+
+    The best model is saved to OUT/best. It is judged on validation events while searching, and on
+    test events at the end.
+    """
+    from rich.console import Console
+
+    from fastrec.compress.cli import load_trained
+    from fastrec.data import SequenceDataset
+    from fastrec.runtime.machine import machine_card
+    from fastrec.search.budget import Budget
+    from fastrec.search.search import autotune as search
+
+    budget = Budget(latency_ms, size_mb, batch, threads)
+    if plot is not None and plot.suffix != ".png":
+        raise ArgumentError("--plot", "a file that ends in .png", plot)
+    found_space = _space(space)
+    network, dataset = load_trained(model), SequenceDataset.open(data)
+    console = Console()
+    with _progress() as tell:
+        result = search(
+            network,
+            budget,
+            evaluate=quality(dataset, metric, users, seed),
+            calibration=calibration(network, dataset, seed),
+            finetune=finetuning(dataset, finetune_steps, lr, seed) if finetune_steps else None,
+            space=found_space,
+            trials=trials,
+            rounds=rounds,
+            out=out,
+            progress=tell,
+        )
+        tests = _tests(network, result.best, dataset, metric, seed, tell)
+    result.save(out / "best")
+    console.print(result.table())
+    if result.cost_model is not None:
+        console.print(result.cost_model.verdict, highlight=False)
+    for name, why in result.left.items():
+        console.print(f"no choice for {name}: {why}", style="dim", highlight=False)
+    difference = tests["difference"]
+    console.print(
+        f"test {metric}: {tests['best']:.4f}, the model as it came {tests['baseline']:.4f}, "
+        f"difference {difference['mean']:+.4f} ({difference['low']:+.4f} to "
+        f"{difference['high']:+.4f})",
+        highlight=False,
+    )
+    console.print(f"saved: {out / 'best'}")
+    if plot is not None:
+        result.plot(plot)
+    if json_out is not None:
+        report = {"machine": machine_card(), "metric": metric, "test": tests, **result.to_dict()}
+        json_out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def quality(dataset: Any, metric: str, users: int, seed: int) -> Callable[[nn.Module], float]:
+    """A metric on the validation events of the first ``users``, candidates protocol."""
+    from fastrec.train import evaluate
+
+    def measured(model: nn.Module) -> float:
+        found = evaluate(model, dataset, split="valid", limit=users, seed=seed, intervals=False)
+        if metric not in found.metrics:
+            raise ArgumentError("--metric", f"one of {', '.join(found.metrics)}", metric)
+        return float(found.metrics[metric])
+
+    return measured
+
+
+def finetuning(dataset: Any, steps: int, lr: float, seed: int) -> Callable[[nn.Module, int], None]:
+    """``steps`` steps on batches of each round's own."""
+    from fastrec.train import TrainConfig, fit
+
+    def train(model: nn.Module, round_: int) -> None:
+        config = TrainConfig(
+            epochs=steps,  # more than enough: max_steps ends it
+            max_steps=steps,
+            lr=lr,
+            seed=seed * 1000 + round_,
+            valid_users=0,
+            patience=None,
+        )
+        fit(model, dataset, config, progress=False)
+
+    return train
+
+
+def calibration(model: nn.Module, dataset: Any, seed: int, examples: int = 256) -> list[Any]:
+    """Batches of training examples, as the model takes them."""
+    from fastrec.models import SASRec
+
+    batches = list(dataset.batches("train", batch_size=32, seed=seed, limit=examples))
+    if not isinstance(model, SASRec):
+        return batches
+    size = model.config.max_length
+    return [(b.item[:, :size], b.length.clip(max=size)) for b in batches]
+
+
+def _tests(
+    before: nn.Module, after: nn.Module, dataset: Any, metric: str, seed: int, tell: Any
+) -> dict[str, Any]:
+    """The metric on all test events, before and after, and their paired difference."""
+    from fastrec.train import evaluate, paired_difference
+
+    found = []
+    for number, model in enumerate((before, after)):
+        tell("test events", number, 2)
+        found.append(evaluate(model, dataset, split="test", seed=seed))
+    tell("test events", 2, 2)
+    mean, low, high = paired_difference(found[1], found[0], metric)
+    return {
+        "users": found[0].n_users,
+        "baseline": found[0].metrics[metric],
+        "best": found[1].metrics[metric],
+        "difference": {"mean": mean, "low": low, "high": high},
+    }
+
+
+def _space(file: Path | None) -> Space | None:
+    from fastrec.search.space import Space
+
+    if file is None:
+        return None
+    try:
+        values = json.loads(file.read_text())
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: no JSON ({error})") from error
+    return Space.from_dict(values)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tell
