@@ -29,6 +29,7 @@ EXTRAS = {
     "data": ("polars",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
+    "litert": ("ai-edge-litert",),
     "report": ("matplotlib", "psutil"),
     "serve": ("grpcio", "protobuf", "h11", "prometheus-client"),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc"),

@@ -74,7 +74,7 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "litert"])
 def test_a_saved_engine_serves_without_torch(ranker, request_of, expected, tmp_path, backend):
     with compile_engine(ranker, request_of(1), backend, 2) as engine:
         path = engine.save(tmp_path / "engine")

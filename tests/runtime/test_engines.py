@@ -33,6 +33,8 @@ REDUCED = [
     ("torch", "bf16"),
     ("torch", "int8"),
     ("onnxruntime", "int8"),
+    ("litert", "fp16"),
+    ("litert", "int8"),
     ("openvino", "bf16"),
     ("openvino", "int8"),
 ]

@@ -181,7 +181,7 @@ def test_engines_run_what_quantize_made(backend, tmp_path, monkeypatch):
         assert np.array_equal(loaded(*examples), scores)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "litert"])
 def test_quantising_twice_is_refused(backend):
     model = quantised(EncoderConfig())
     examples = spec_of(model, ()).sample({"B": 2, "m": 8})
@@ -197,7 +197,7 @@ def one_layer(weight: torch.Tensor, x_scale: float, x_zero_point: int) -> torch.
     return torch.nn.Sequential(make(linear, x_scale=x_scale, x_zero_point=x_zero_point)).eval()
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "litert"])
 def test_the_largest_products_do_not_saturate(backend):
     """Pairs of 255 * 127 leave int16, in which CPUs without VNNI add them."""
     model = one_layer(torch.full((32, 64), 0.5), 0.01, 0)

@@ -35,7 +35,7 @@ _TOP = 10
 _EXAMPLE = {"B": 2, "L": 100, "m": 50}
 _TIMED = {"B": 1, "L": 100, "m": 50}
 # Engines whose sizes are all free where asked for; others decide for themselves.
-_FREE = ("onnxruntime", "openvino")
+_FREE = ("onnxruntime", "openvino", "litert")
 _ONE_SHAPE = "compiles each size anew, a minute a size: time it with `fastrec bench MODEL`"
 
 

@@ -26,7 +26,12 @@ from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
 from fastrec.runtime.trace import evaluated
 
 FALLBACKS = ("torch", "error")
-_EXTRA = {"onnxruntime": "onnx", "openvino": "openvino", "tensorrt": "tensorrt"}
+_EXTRA = {
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "litert": "litert",
+}
 
 
 def compile(
@@ -46,9 +51,10 @@ def compile(
         model: a torch model with one tensor output; it is not changed.
         example_inputs: one batch (tensors or arrays) like those to come. Engines of onnxruntime and
             openvino keep every size but the batch; settings are chosen by measuring on it.
-        backend: ``auto``, ``native``, ``torch``, ``torch_compile``, ``onnxruntime`` or
-            ``openvino``. ``auto`` builds all that can run, discards those whose answers differ from
-            torch's and keeps the fastest on the examples; its ``describe()`` says why.
+        backend: ``auto``, ``native``, ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino``,
+            ``litert``, ``tensorrt`` or ``cuda``. ``auto`` builds all that can run, discards those
+            whose answers differ from torch's and keeps the fastest on the examples; its
+            ``describe()`` says why.
         threads: threads a call may use; None means all CPUs of this process.
         precision: ``fp32``, ``bf16``, ``int8``, or None for the model as it is. int8 here is the
             backend's own quantiser, for comparison; native runs what ``fastrec.quantize_`` made.

@@ -15,6 +15,7 @@ BACKENDS = {
     "native": "native",
     "openvino": "openvino",
     "onnxruntime": "onnxruntime",
+    "litert": "litert",
     "torch_compile": "torch_compile",
     "torch": "torch_eager",
     "cuda": "cuda",

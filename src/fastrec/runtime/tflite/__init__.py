@@ -1,0 +1,1 @@
+"""ONNX graphs of fastrec as TFLite files: one operator for one, int8 with its very numbers."""
