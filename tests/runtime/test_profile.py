@@ -21,6 +21,7 @@ from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
 from fastrec.report.plots import png
 from fastrec.report.profile import plot_profile, table
+from fastrec.runtime import load_engine
 from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.model_spec import spec_of
 from fastrec.runtime.plan.engine import PlanEngine
@@ -86,6 +87,15 @@ def test_bytes_and_multiply_adds(engine: PlanEngine) -> None:
     assert gather["read_bytes"] == 2 * 7 * (8 + row)
     assert gather["written_bytes"] == 2 * 7 * 4 * 32
     assert gather["bytes"] == 300 * row
+
+
+def test_a_loaded_engine_counts_the_same(engine: PlanEngine, tmp_path: Path) -> None:
+    request = sample(2, 33, 11)
+    engine.save(tmp_path / "engine.fastrec")
+    counted = ("module", "op", "density", "read_bytes", "written_bytes", "macs")
+    with load_engine(tmp_path / "engine.fastrec") as loaded:
+        for own, theirs in zip(engine.profile(request), loaded.profile(request), strict=True):
+            assert [own[k] for k in counted] == [theirs[k] for k in counted]
 
 
 def test_what_is_broadcast_counts_once() -> None:

@@ -169,3 +169,42 @@ def test_the_sizes_of_a_sample(limits, sizes, expected):
     (ids,) = spec.sample(sizes)
     assert ids.shape == expected
     spec.check((ids,))
+
+
+class TwoInputs(torch.nn.Module):
+    def forward(self, item: torch.Tensor, cand: torch.Tensor) -> torch.Tensor:
+        return item.sum(1, keepdim=True).float() + cand
+
+
+EXAMPLES = (torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_sizes_of_a_model_of_the_users_own_are_fixed_unless_named() -> None:
+    fixed = spec_of(TwoInputs(), EXAMPLES)
+    assert [f.dims for f in fixed.fields] == [("B", 5), ("B", 3)]
+    free = spec_of(TwoInputs(), EXAMPLES, {"item": ("B", "L")}, {"L": 9})
+    assert [f.dims for f in free.fields] == [("B", "L"), ("B", 3)]
+    assert free.limits == {"B": (1, None), "L": (1, 9)}
+
+
+@pytest.mark.parametrize(
+    ("dims", "limits", "error", "match"),
+    [
+        ({"items": ("B", "L")}, None, ArgumentError, "names of inputs.*items"),
+        ({"item": ("B",)}, None, ShapeError, r"dims\['item'\]"),
+        ({"item": ("L", "B")}, None, ShapeError, r"dims\['item'\]"),
+        ({"item": ("B", 4)}, None, ShapeError, r"\[2, 5\]"),
+        ({"item": ("B", "L"), "cand": ("B", "L")}, None, ShapeError, r"dims\['cand'\]"),
+        ({"item": ("B", "L")}, {"L": 4}, ArgumentError, "limits"),
+        ({"item": ("B", "L")}, {"m": 9}, ArgumentError, "limits"),
+    ],
+)
+def test_names_of_sizes_that_do_not_fit_the_examples(dims, limits, error, match) -> None:
+    with pytest.raises(error, match=match):
+        spec_of(TwoInputs(), EXAMPLES, dims, limits)
+
+
+def test_models_of_fastrec_say_their_sizes_themselves() -> None:
+    model = SASRec(SASRecConfig(n_items=10, max_length=8, d=8))
+    with pytest.raises(ArgumentError, match="dims"):
+        spec_of(model, (), {"item": ("B", "L")})

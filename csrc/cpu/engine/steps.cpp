@@ -9,6 +9,7 @@ const Kind* find_kind(const std::string& name) {
       {"masked_attention", run_masked_attention, nullptr},
       {"grouped_linear", run_grouped_linear, nullptr},
       {"matmul", run_matmul, nullptr},
+      {"resumed_attention", run_resumed_attention, prepare_resumed_attention},
       {"separable_projection", run_separable_projection, nullptr},
       {"window_sparse_attention", run_window_sparse_attention, prepare_window_sparse_attention},
       {"cumsum", run_cumsum, nullptr},

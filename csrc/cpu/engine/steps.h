@@ -19,6 +19,8 @@ Status run_causal_attention(const Step& step, const Tensor* operands);
 Status run_masked_attention(const Step& step, const Tensor* operands);
 Status run_grouped_linear(const Step& step, const Tensor* operands);
 Status run_matmul(const Step& step, const Tensor* operands);
+Status run_resumed_attention(const Step& step, const Tensor* operands);
+std::shared_ptr<void> prepare_resumed_attention(const Step& step, const Tensor* operands);
 Status run_separable_projection(const Step& step, const Tensor* operands);
 Status run_window_sparse_attention(const Step& step, const Tensor* operands);
 std::shared_ptr<void> prepare_window_sparse_attention(const Step& step, const Tensor* operands);

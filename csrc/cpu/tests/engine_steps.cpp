@@ -155,6 +155,60 @@ void compare_causal(const Heads& s) {
       });
 }
 
+// The last `now` of s.keys positions as new events, the others as the past in a buffer with room.
+void compare_resumed(const Heads& s, int64_t now, const std::vector<int64_t>& pattern) {
+  Random random(23);
+  const int64_t past = s.keys - now, room = past + 2;
+  const auto q = random.floats(s.count(s.keys)), k = random.floats(s.count(s.keys)),
+             v = random.floats(s.count(s.keys));
+  // What the pattern hides is masked: window, then one list of distances.
+  std::vector<float> mask(s.keys * s.keys, 0.0f);
+  if (!pattern.empty())
+    for (int64_t i = 0; i < s.keys; ++i)
+      for (int64_t j = 0; j <= i; ++j) {
+        const bool far = std::find(pattern.begin() + 5, pattern.end(), i - j) != pattern.end();
+        if (i - j > pattern[2] && !far) mask[i * s.keys + j] = -kInfinity;
+      }
+  const auto expected =
+      attended(s, q.data(), k.data(), v.data(), mask.data(), {0, 0, s.keys, 1}, true, 0.5);
+  const int64_t heads = s.batch * s.heads;
+  const auto rows = [&](const std::vector<float>& from, int64_t first, int64_t count,
+                        int64_t padded) {
+    std::vector<float> part(heads * padded * s.dims, NAN);  // what is no row of the past
+    for (int64_t h = 0; h < heads; ++h)
+      std::copy_n(from.begin() + (h * s.keys + first) * s.dims, count * s.dims,
+                  part.begin() + h * padded * s.dims);
+    return part;
+  };
+  std::vector<float> wanted;
+  for (int64_t b = 0; b < s.batch; ++b)
+    wanted.insert(wanted.end(), expected.begin() + (b * s.keys + past) * s.heads * s.dims,
+                  expected.begin() + (b + 1) * s.keys * s.heads * s.dims);
+  std::vector<int64_t> integers = {!pattern.empty()};
+  integers.insert(integers.end(), pattern.begin(), pattern.end());
+  for_every_setting(
+      named("resumed_attention", {s.batch, s.heads, past, now, s.dims}), [&](Place place) {
+        const Buffer<float> qs(rows(q, past, now, now), place), ks(rows(k, past, now, now), place),
+            vs(rows(v, past, now, now), place);
+        const Buffer<float> old_k(rows(k, 0, past, room), place),
+            old_v(rows(v, 0, past, room), place);
+        const Buffer<int64_t> lengths(std::vector<int64_t>(s.batch, past), place);
+        Buffer<float> out(wanted.size(), place);
+        const std::vector<int64_t> fresh = {s.batch, s.heads, now, s.dims},
+                                   kept = {s.batch, s.heads, room, s.dims};
+        CHECK(
+            run_step("resumed_attention",
+                     {tensor(qs.data(), Dtype::f32, fresh), tensor(ks.data(), Dtype::f32, fresh),
+                      tensor(vs.data(), Dtype::f32, fresh), tensor(old_k.data(), Dtype::f32, kept),
+                      tensor(old_v.data(), Dtype::f32, kept),
+                      tensor(lengths.data(), Dtype::i64, {s.batch}),
+                      tensor(out.data(), Dtype::f32, {s.batch, now, s.heads, s.dims})},
+                     integers, {0.5})
+                .fault == Fault::none);
+        CHECK(worst_error(out.values(), wanted, kAttentionError, 0) <= 1);
+      });
+}
+
 void compare_reduce(const std::vector<int64_t>& sizes, int64_t kind) {
   const int64_t outer = sizes[0], count = sizes[1], width = sizes[2];
   auto x = Random(17).floats(outer * count * width);
@@ -363,6 +417,15 @@ TEST(step_causal_attention) {
   for (const Heads& s : {Heads{1, 1, 1, 1, 1}, Heads{2, 2, 15, 15, 8}, Heads{1, 3, 16, 16, 32},
                          Heads{2, 1, 17, 17, 9}, Heads{1, 2, 65, 65, 64}})
     compare_causal(s);
+}
+
+TEST(step_resumed_attention) {
+  for (const Heads& s : {Heads{1, 1, 1, 1, 1}, Heads{2, 2, 15, 15, 8}, Heads{1, 3, 17, 17, 32},
+                         Heads{2, 1, 33, 33, 9}})
+    for (const int64_t now : {int64_t{1}, (s.keys + 2) / 3, s.keys}) {
+      compare_resumed(s, now, {});
+      compare_resumed(s, now, {0, 1, 2, 1, 2, 4, 9});  // window 2; distances 4 and 9
+    }
 }
 
 TEST(step_reduce) {

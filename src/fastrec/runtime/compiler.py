@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from fastrec.runtime.backends._torch import inference
 from fastrec.runtime.choose import choice
 from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine, missing
 from fastrec.runtime.measure import Tolerance, correctness_gate, interleaved
-from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
+from fastrec.runtime.model_spec import Dims, as_tensors, quantised_module, spec_of
 from fastrec.runtime.trace import evaluated
 
 FALLBACKS = ("torch", "error")
@@ -44,6 +44,8 @@ def compile(
     calibration: Iterable[Sequence[Any]] | None = None,
     settings: dict[str, Any] | None = None,
     fallback: str = "torch",
+    dims: Dims | None = None,
+    limits: Mapping[str, int] | None = None,
 ) -> Engine:
     """Build an engine; all compiling, quantising and choosing of settings happens here.
 
@@ -63,6 +65,11 @@ def compile(
         settings: a backend's own settings, forced instead of chosen; see its page in the docs.
         fallback: what native does with a model that is no plan: ``torch`` runs it op by op in
             torch's forward (``describe()`` names the op), ``error`` raises what is lacking.
+        dims: for models that are not fastrec's, sizes of native engines that stay free beside the
+            batch ``"B"``, by input: ``{"item": ("B", "L"), "cand": ("B", "m")}``. One name is one
+            size wherever it appears. What the model's code specialises on is fixed all the same.
+        limits: the most of a free size, ``{"L": 100}``: a model that slices a table of positions
+            needs it said.
 
     Raises:
         ArgumentError, DtypeError, ShapeError, IdRangeError: a bad argument or example.
@@ -82,7 +89,7 @@ def compile(
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError("threads", "a positive integer or None", threads)
     examples = as_tensors("example_inputs", example_inputs)
-    spec = spec_of(model, examples)
+    spec = spec_of(model, examples, dims, limits)
     spec.check(examples)
     requests: list[tuple[np.ndarray, ...]] = []
     for request in calibration or ():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastrec.errors import ArgumentError, DtypeError
+from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.models import RankerConfig, SASRecConfig
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.spec import InputField, InputSpec
@@ -18,13 +18,28 @@ from fastrec.runtime.spec import InputField, InputSpec
 QUANTISED = (SparseInt8Linear, Int8Embedding)
 
 
-def spec_of(model: nn.Module, example_inputs: Sequence[torch.Tensor]) -> InputSpec:
+Dims = Mapping[str, Sequence[int | str]]
+
+
+def spec_of(
+    model: nn.Module,
+    example_inputs: Sequence[torch.Tensor],
+    dims: Dims | None = None,
+    limits: Mapping[str, int] | None = None,
+) -> InputSpec:
     """The spec of a model's inputs.
 
     For a model with a RankerConfig or SASRecConfig: ids within its tables, lengths in 0..L. For any
-    other model: rank, dtype and all sizes but the first (the batch) as in the examples.
+    other model: rank, dtype and all sizes but the first (the batch) as in the examples; ``dims``
+    names sizes that stay free, such as ``{"item": ("B", "L")}``, and ``limits`` the most of them.
+
+    Raises:
+        ArgumentError, ShapeError: ``dims`` names no input, or does not fit the examples; or it is
+            given for a model whose config says it.
     """
     config = getattr(model, "config", None)
+    if (dims or limits) and isinstance(config, RankerConfig | SASRecConfig):
+        raise ArgumentError("dims", "none for a model of fastrec, whose config says them", dims)
     if isinstance(config, RankerConfig):
         history, candidates = ("B", "L"), ("B", "m")
         fields: tuple[InputField, ...] = (
@@ -48,13 +63,31 @@ def spec_of(model: nn.Module, example_inputs: Sequence[torch.Tensor]) -> InputSp
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
-    return InputSpec(
-        tuple(
-            InputField(name, ("B", *tensor.shape[1:]), str(tensor.numpy().dtype))
-            for name, tensor in zip(names, example_inputs, strict=False)
-        ),
-        {"B": (1, None)},
-    )
+    fields = [
+        InputField(name, ("B", *tensor.shape[1:]), str(tensor.numpy().dtype))
+        for name, tensor in zip(names, example_inputs, strict=False)
+    ]
+    sizes = {"B": example_inputs[0].shape[0]} if example_inputs else {}
+    for name, given in (dims or {}).items():
+        if name not in names[: len(fields)]:
+            raise ArgumentError("dims", f"names of inputs, of {names[: len(fields)]}", repr(name))
+        at = names.index(name)
+        shape = tuple(example_inputs[at].shape)
+        fits = len(given) == len(shape) and given[0] == "B"
+        for size, actual in zip(given, shape, strict=False):
+            known = sizes.setdefault(size, actual) if isinstance(size, str) else size
+            fits = fits and known == actual
+        if not fits:
+            raise ShapeError(
+                f"dims[{name!r}]", f"('B', ...) that fit the example's {list(shape)}", tuple(given)
+            )
+        fields[at] = InputField(name, tuple(given), fields[at].dtype)
+    for size, most in (limits or {}).items():
+        if size not in sizes or most < sizes[size]:
+            raise ArgumentError(
+                "limits", f"of {sorted(sizes)}, at least the examples' {sizes}", {size: most}
+            )
+    return InputSpec(tuple(fields), {s: (1, (limits or {}).get(s)) for s in ("B", *sizes)})
 
 
 def as_tensors(name: str, inputs: Any) -> tuple[torch.Tensor, ...]:

@@ -18,7 +18,7 @@ from fastrec.runtime.plan.emit import door, executor
 from fastrec.runtime.plan.faults import error_of
 from fastrec.runtime.plan.ir import Plan
 from fastrec.runtime.plan.profile import profile
-from fastrec.runtime.plan.split import candidate_positions
+from fastrec.runtime.plan.split import CANDIDATES, candidate_positions
 from fastrec.runtime.plan.state import Halves, State
 
 
@@ -43,7 +43,8 @@ class PlanEngine(Engine):
         ]
         self._out_shape = plan.output.shape
         self._door = door(self._executor, self._constants, plan, self.spec)
-        self._halves: dict[tuple[int, ...], Halves] = {}  # by the candidates' positions
+        # By the candidates' positions, and whether events can be appended.
+        self._halves: dict[tuple[tuple[int, ...], bool], Halves] = {}
         self._building = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -63,27 +64,56 @@ class PlanEngine(Engine):
         return done
 
     def encode(
-        self, *history: Any, candidates: str | int | Sequence[str | int] | None = None
+        self,
+        *history: Any,
+        candidates: str | int | Sequence[str | int] | None = None,
+        appendable: bool = False,
     ) -> State:
         """The histories of B users, encoded for :meth:`score`; numpy or torch.
 
         Args:
             history: the model's inputs but the candidates', in order.
             candidates: names or positions of the candidates' inputs; by default those with a
-                dimension ``m``.
+                dimension ``m``. ``()`` for a model that has none: ``state.output`` is then what a
+                call gives.
+            appendable: keep what :meth:`append` needs too: the keys and values of every layer.
 
         Raises:
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
-            BackendError: the plan does not split there, and why; or the engine is closed.
+            BackendError: the plan does not split there, or cannot append, and why; or the engine is
+                closed.
         """
         self._require_open()
-        positions = candidate_positions(self.spec, candidates)
-        halves = self._halves.get(positions)
+        none = candidates == () and not any(CANDIDATES in f.dims for f in self.spec.fields)
+        which = () if none else candidate_positions(self.spec, candidates)
+        key = (which, bool(appendable))
+        halves = self._halves.get(key)
         if halves is None:
             with self._building:
-                halves = self._halves.get(positions) or Halves(self, positions)
-                self._halves[positions] = halves
+                halves = self._halves.get(key) or Halves(self, *key)
+                self._halves[key] = halves
         return halves.encode(history)
+
+    def append(self, state: State, *events: Any) -> State:
+        """The state after new events, as many for each of its users; ``state`` itself stays.
+
+        In a causal model (as SASRec is) an event changes nothing before it, so only the new events'
+        rows are computed: their queries meet the keys and values that the state keeps, those that
+        the attention pattern shows them. Values differ from :meth:`encode` of the whole history by
+        rounding alone: sums are taken in another order.
+
+        Args:
+            state: of ``encode(..., appendable=True)`` or of this method.
+            events: the history's inputs that have a value for each event, in order, [B, n, ...];
+                lengths are counted on.
+
+        Raises:
+            DtypeError, ArgumentError: ``state`` is none, another engine's, or keeps no past.
+            ShapeError: another number of users, or more events than the model takes.
+            ArgumentError, DtypeError, DeviceError, IdRangeError: a bad input, named.
+            BackendError: the engine is closed.
+        """
+        return self._own(state)._halves.append(state, events)
 
     def score(self, state: State, *candidates: Any) -> Any:
         """The scores of candidates for the users of ``state``: the bits that a call with all inputs
@@ -94,12 +124,15 @@ class PlanEngine(Engine):
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
+        return self._own(state)._halves.score(state, candidates)
+
+    def _own(self, state: Any) -> State:
         self._require_open()
         if not isinstance(state, State):
             raise DtypeError("state", "what encode returned", type(state).__name__)
         if state._halves.engine is not self:
             raise ArgumentError("state", "one that this engine encoded", "another engine's")
-        return state._halves.score(state, candidates)
+        return state
 
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
         with kernels.call_threads(self.threads):

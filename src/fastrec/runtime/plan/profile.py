@@ -25,7 +25,9 @@ _KERNELS = {
     "causal_attention": "window_sparse_attention",
     "masked_attention": "padded_attention",
     "linear_int8": "sparse_int8_linear",
+    "resumed_attention": "padded_attention",
 }
+_GROUP_BYTES = 128  # of sparse_int8_linear: 32 outputs x 4 inputs
 # Shown as the op: what users know it by.
 _SHOWN = ("attention", "linear_int8")
 
@@ -133,7 +135,7 @@ def _linear_int8(step: Step, request: Request, moved: Cost) -> Cost:
     outputs, inputs = step.integers[:2]
     values = step.inputs[1].buffer.data
     assert values is not None
-    density = len(values) / (_ceil_div(outputs, 32) * _ceil_div(inputs, 4))
+    density = values.nbytes / _GROUP_BYTES / (_ceil_div(outputs, 32) * _ceil_div(inputs, 4))
     macs = round(product(step.output.shape).at(request.sizes) * inputs * density)
     return Cost(moved.constants, moved.activations, moved.written, macs, "int8", round(density, 4))
 

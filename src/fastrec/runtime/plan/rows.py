@@ -38,7 +38,7 @@ def tiled(step: Step) -> list[View]:
 
 def row_symbol(step: Step, users: str | None) -> str | None:
     """The symbol whose rows a step keeps apart, as far as is known; None where it has none."""
-    found = _row_dimension(step.output.shape, users)
+    found = row_dimension(step.output.shape, users)
     if found is None:
         return None
     at, symbol = found
@@ -49,19 +49,19 @@ def row_symbol(step: Step, users: str | None) -> str | None:
         apart = at < last and not indexed
     elif step.kind == "gather":
         table = (view for view in step.inputs[1:])
-        apart = _row_dimension(step.inputs[0].shape, users) == found and at < last
+        apart = row_dimension(step.inputs[0].shape, users) == found and at < last
         apart = apart and not any(symbol in s.symbols for v in table for s in v.buffer.shape)
     elif step.kind in ("layer_norm", "linear", "linear_int8"):
         weights = sum(v.buffer.data.nbytes for v in step.inputs if v.buffer.data is not None)
         rows = [v for v in (*step.inputs, *step.outputs) if v.buffer.data is None]
         apart = at < last and weights <= _MAX_WEIGHTS
-        apart = apart and all(_row_dimension(v.shape, users) == found for v in rows)
+        apart = apart and all(row_dimension(v.shape, users) == found for v in rows)
     elif step.kind == "attention":
         # The queries' rows; all see all keys.
         keys = (view for view in step.inputs[1:])
-        apart = _row_dimension(step.inputs[0].shape, users) == (2, symbol) and at == 1
+        apart = row_dimension(step.inputs[0].shape, users) == (2, symbol) and at == 1
         apart = apart and not any(symbol in s.symbols for v in keys for s in v.buffer.shape)
-    return symbol if apart and all(_each_its_own(v, symbol) for v in step.inputs) else None
+    return symbol if apart and all(each_its_own(v, symbol) for v in step.inputs) else None
 
 
 def order_by_rows(plan: Plan, users: str | None) -> None:
@@ -126,7 +126,7 @@ def _with_whole_tiles(plan: Plan, begin: int, end: int) -> tuple[int, int]:
     return begin, end
 
 
-def _each_its_own(view: View, symbol: str) -> bool:
+def each_its_own(view: View, symbol: str) -> bool:
     """Whether a row reads its own values: those of one for all would be another thread's."""
     if not any(symbol in size.symbols for size in view.buffer.shape):
         return True
@@ -134,7 +134,7 @@ def _each_its_own(view: View, symbol: str) -> bool:
     return len(own) == 1 and own[0].number != 0
 
 
-def _row_dimension(shape: Shape, users: str | None) -> tuple[int, str] | None:
+def row_dimension(shape: Shape, users: str | None) -> tuple[int, str] | None:
     """The only dimension that depends on more than the users, if it is a symbol's size."""
     own = [Extent(s.coefficient, tuple(x for x in s.symbols if x != users)) for s in shape]
     free = [d for d, size in enumerate(own) if size.symbols]

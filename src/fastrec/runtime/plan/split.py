@@ -26,14 +26,15 @@ class Split:
 
     Attributes:
         encode: inputs: the history's; outputs: the computed part of the state.
-        score: inputs: the candidates', then the computed part of the state, then ``kept``.
+        score: inputs: the candidates', then the computed part of the state, then ``kept``; None
+            where the state is all that there is.
         history, candidates: positions of the whole plan's inputs.
         kept: those history inputs that ``score`` reads as they are, part of the state too.
         encode_origins, score_origins: the whole plan's step behind each step, or -1.
     """
 
     encode: Plan
-    score: Plan
+    score: Plan | None
     history: tuple[int, ...]
     candidates: tuple[int, ...]
     kept: tuple[int, ...]
@@ -118,6 +119,16 @@ def split(plan: Plan, candidates: Sequence[int]) -> Split:
              parts[1].view(plan.output)),
         history, tuple(candidates), kept, tuple(origins[0]), tuple(origins[1]),
     )  # fmt: skip
+
+
+def whole(plan: Plan) -> Split:
+    """A plan without candidates: all of it is the first part, its output the state."""
+    every = tuple(range(len(plan.inputs)))
+    part = _Part(plan, every)
+    steps = [part.step(step, {}) for step in plan.steps]
+    inputs = [part.copies[buffer] for buffer in plan.inputs]
+    encode = Plan(plan.symbols, inputs, steps, part.view(plan.output))
+    return Split(encode, None, every, (), (), tuple(range(len(steps))), ())
 
 
 class _Part:
