@@ -63,14 +63,14 @@ def spec_of(
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
-    fields = [
+    own = [
         InputField(name, ("B", *tensor.shape[1:]), str(tensor.numpy().dtype))
         for name, tensor in zip(names, example_inputs, strict=False)
     ]
     sizes = {"B": example_inputs[0].shape[0]} if example_inputs else {}
     for name, given in (dims or {}).items():
-        if name not in names[: len(fields)]:
-            raise ArgumentError("dims", f"names of inputs, of {names[: len(fields)]}", repr(name))
+        if name not in names[: len(own)]:
+            raise ArgumentError("dims", f"names of inputs, of {names[: len(own)]}", repr(name))
         at = names.index(name)
         shape = tuple(example_inputs[at].shape)
         fits = len(given) == len(shape) and given[0] == "B"
@@ -81,13 +81,13 @@ def spec_of(
             raise ShapeError(
                 f"dims[{name!r}]", f"('B', ...) that fit the example's {list(shape)}", tuple(given)
             )
-        fields[at] = InputField(name, tuple(given), fields[at].dtype)
+        own[at] = InputField(name, tuple(given), own[at].dtype)
     for size, most in (limits or {}).items():
         if size not in sizes or most < sizes[size]:
             raise ArgumentError(
                 "limits", f"of {sorted(sizes)}, at least the examples' {sizes}", {size: most}
             )
-    return InputSpec(tuple(fields), {s: (1, (limits or {}).get(s)) for s in ("B", *sizes)})
+    return InputSpec(tuple(own), {s: (1, (limits or {}).get(s)) for s in ("B", *sizes)})
 
 
 def as_tensors(name: str, inputs: Any) -> tuple[torch.Tensor, ...]:

@@ -183,11 +183,14 @@ def _continue(
     if axis is None:
         into[...] = new
         return
-    lead = (slice(None),) * axis
     end = length + new.shape[axis]
-    into[(*lead, slice(length))] = old[(*lead, slice(length))]
-    into[(*lead, slice(length, end))] = new
-    into[(*lead, slice(end, None))] = 0
+    before, now, rest = (
+        (*(slice(None),) * axis, rows)
+        for rows in (slice(length), slice(length, end), slice(end, None))
+    )
+    into[before] = old[before]
+    into[now] = new
+    into[rest] = 0
 
 
 def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
