@@ -122,7 +122,13 @@ def until_elsewhere(handle: Any) -> tuple[float, int]:
 def main(engine: str, request: str) -> dict[str, Any]:
     arrays = dict(np.load(request).items())
     port, http_port = free_ports(2)
-    common = {"object_store_memory": 100 << 20, "include_dashboard": False}
+    # No more processes than it takes: Ray gives its daemons fixed times to start in.
+    common = {
+        "object_store_memory": 100 << 20,
+        "include_dashboard": False,
+        "include_log_monitor": False,
+        "no_monitor": True,
+    }
     eu, us = ({REGION: name, ZONE: f"{name}-a"} for name in ("eu", "us"))
     cluster = Cluster(initialize_head=True, head_node_args={**common, "num_cpus": 0, "labels": eu})
     near = cluster.add_node(num_cpus=1, resources={"eu": 1}, labels=eu, **common)
