@@ -67,13 +67,13 @@ lint: setup
 	$(BIN)/mypy
 
 # With a GPU: this machine's own Python and packages, no network; it builds for that GPU by itself.
-# Without: a dry run in the venv.
+# Without: a dry run in the venv. SECTIONS="ranker-1 ranker-64": only these, with more time.
 gpu-report:
 	mkdir -p $(DIR)
 	@if $(PYTHON) -c 'import torch, triton; assert torch.cuda.is_available()' 2>/dev/null; then \
-	  PYTHONPATH=src $(PYTHON) bench/gpu_report.py --out $(DIR); \
+	  PYTHONPATH=src $(PYTHON) bench/gpu_report.py --out $(DIR) $(if $(SECTIONS),--sections $(SECTIONS)); \
 	else \
-	  $(MAKE) setup && $(BIN)/python bench/gpu_report.py --out $(DIR); \
+	  $(MAKE) setup && $(BIN)/python bench/gpu_report.py --out $(DIR) $(if $(SECTIONS),--sections $(SECTIONS)); \
 	fi
 
 clean:

@@ -50,8 +50,21 @@ def write(out: Path, report: Row) -> None:
         ("gpu_report.md", markdown(report)),
     ):
         draft = out / f".{name}"
-        draft.write_text(text)
+        draft.write_text(without_paths(text))
         draft.replace(out / name)
+
+
+def without_paths(text: str) -> str:
+    """Where this machine keeps the checkout and its Python is no part of a report."""
+    places = (
+        (sys.executable, "python"),
+        (f"{ROOT}/", ""),
+        (str(ROOT), "."),
+        (sys.prefix, "python"),
+    )
+    for place, name in places:
+        text = text.replace(place, name)
+    return text
 
 
 def run(section: Section, out: Path, seconds: float, gpu: bool, log: Path, cache: str) -> Row:
@@ -127,14 +140,16 @@ def report(out: Path, seconds: float, names: list[str] | None) -> int:
     for section in SECTIONS:
         if (names and section.name not in names) or not (gpu or section.dry):
             continue
-        # What others left over is what the last ones may take.
+        # What others left over is what the last ones have.
         left = end - time.monotonic() - 8
         if left < 8:
             data["sections"].append(
                 {"name": section.name, "seconds": 0.0, "why": "no time was left"}
             )
             continue
-        found = run(section, out, min(section.seconds, left) if gpu else left, gpu, log, cache)
+        # Chosen ones may take all the time, and so may a dry run's.
+        most = left if names or not gpu else min(section.seconds, left)
+        found = run(section, out, most, gpu, log, cache)
         data["rows"] += found.pop("rows")
         data["sections"].append(found)
         write(out, data)
@@ -143,7 +158,7 @@ def report(out: Path, seconds: float, names: list[str] | None) -> int:
         from gpu import pictures
 
         pictures.draw(data, out)
-    log.write_text(log.read_text(errors="replace")[-400_000:])
+    log.write_text(without_paths(log.read_text(errors="replace")[-400_000:]))
     write(out, data)
     sys.stderr.write(markdown(data))
     tested = [row for row in data["rows"] if row.get("engine") == "pytest"]
@@ -156,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="Folder for the report.")
     parser.add_argument("--seconds", type=float, default=525, help="Time for all of it.")
-    parser.add_argument("--sections", nargs="*", help="Only these.")
+    parser.add_argument("--sections", nargs="*", help="Only these, with all the time for each.")
     parser.add_argument("--section", help="Run one, here, and write its rows alone.")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -21,30 +21,52 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 DENSE = "dense: every key, another function"
 
 
+LONG = (8, 8, 8192, 64), AttentionPattern(64)
+SHORT = (64, 4, 100, 32), AttentionPattern(16)
+
+
 def long(sheet: Sheet) -> None:
     """B=8, H=8, L=8,192, D=64, window 64 + log2: forward, then forward and backward."""
-    shape, pattern = (8, 8, 8192, 64), AttentionPattern(64)
+    shape, pattern = LONG
     here = sheet.pick(shape, (1, 2, 200, 16))
     attends = {
         "fastrec, Triton": functools.partial(_ours, pattern=pattern),
+        "SDPA flash": _flash(),
         "FlexAttention, compiled": _flex(sheet, pattern, here[2]),
-        "SDPA flash": _flash(sheet),
     }
     _forward(sheet, shape, here, pattern, attends)
     _backward(sheet, shape, here, pattern, attends)
 
 
+def autotuned(sheet: Sheet) -> None:
+    """The same against FlexAttention with max-autotune, whose compilation may take all the time."""
+    shape, pattern = LONG
+    attends = {
+        "fastrec, Triton": functools.partial(_ours, pattern=pattern),
+        "FlexAttention, max-autotune": _flex(
+            sheet, pattern, shape[2], "max-autotune-no-cudagraphs"
+        ),
+    }
+    _forward(sheet, shape, shape, pattern, attends)
+    _backward(sheet, shape, shape, pattern, attends)
+
+
 def short(sheet: Sheet) -> None:
-    """B=64, H=4, L=100, D=32: attention alone, and with its projections."""
-    shape, pattern = (64, 4, 100, 32), AttentionPattern(16)
+    """B=64, H=4, L=100, D=32: attention alone."""
+    shape, pattern = SHORT
     here = sheet.pick(shape, (2, 2, 33, 16))
     attends = {
         "fastrec, Triton": functools.partial(_ours, pattern=pattern),
-        "SDPA flash": _flash(sheet),
+        "SDPA flash": _flash(),
         "FlexAttention, compiled": _flex(sheet, pattern, here[2]),
     }
     _forward(sheet, shape, here, pattern, attends)
-    _block(sheet, shape, here, pattern)
+
+
+def block(sheet: Sheet) -> None:
+    """The same with its projections."""
+    shape, pattern = SHORT
+    _block(sheet, shape, sheet.pick(shape, (2, 2, 33, 16)), pattern)
 
 
 def _ours(
@@ -53,7 +75,7 @@ def _ours(
     return kernels.window_sparse_attention(q, k, v, pattern, backend="triton")
 
 
-def _flash(sheet: Sheet) -> Attend:
+def _flash() -> Attend:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -63,7 +85,7 @@ def _flash(sheet: Sheet) -> Attend:
     return attend
 
 
-def _flex(sheet: Sheet, pattern: AttentionPattern, length: int) -> Attend:
+def _flex(sheet: Sheet, pattern: AttentionPattern, length: int, mode: str = "default") -> Attend:
     """With arithmetic for a mask, which is faster than a table; compiled at the first call."""
     window = pattern.window
 
@@ -78,7 +100,7 @@ def _flex(sheet: Sheet, pattern: AttentionPattern, length: int) -> Attend:
         mask = create_block_mask(seen, None, None, length, length, device=sheet.device.type)
         if not sheet.gpu:  # to compile it takes longer than all the rest here
             return flex_attention, mask
-        return torch.compile(flex_attention, mode="max-autotune-no-cudagraphs"), mask
+        return torch.compile(flex_attention, mode=mode), mask
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         call, mask = made()

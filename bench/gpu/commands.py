@@ -71,7 +71,7 @@ def sanitize(sheet: Sheet) -> None:
     # torch's allocator would hide what lies behind a tensor.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # A handful of samples, rows and inputs on edges, each in all configurations.
-    chosen = "on_a_gpu and (M13-N40-K70 or M9-N70 or M7-N48)"
+    chosen = "on_a_gpu and (M13-N40-K70 or M9-N70 or M7-N48 or 2of4)"
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-k", chosen]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "86", *pytest]

@@ -39,6 +39,8 @@ def dry_run(out: Path, *sections: str) -> dict[str, Any]:
     assert run.returncode == 0, run.stderr[-2000:] + (out / "log.txt").read_text()[-4000:]
     assert sorted(p.name for p in out.iterdir()) == ["gpu_report.json", "gpu_report.md", "log.txt"]
     assert (out / "gpu_report.md").read_text().startswith("# No GPU")
+    for name in ("gpu_report.json", "log.txt"):
+        assert str(BENCH.parent) not in (out / name).read_text()
     report: dict[str, Any] = json.loads((out / "gpu_report.json").read_text())
     assert report["gpu"] is None
     assert {goal["verdict"] for goal in report["goals"]} == {"not measured"}
@@ -95,7 +97,7 @@ def test_a_crash_and_a_hang_cost_their_section_alone(tmp_path: Path) -> None:
     found = gpu_report.run(crash, tmp_path, 60, False, log, str(tmp_path))
     assert found["why"] == "ended with status 1"
     assert "StopIteration" in log.read_text()
-    slow = next(s for s in gpu_report.SECTIONS if s.name == "ranker, B=1")
+    slow = next(s for s in gpu_report.SECTIONS if s.name == "ranker-1")
     found = gpu_report.run(slow, tmp_path, -4.5, False, log, str(tmp_path))
     assert found["why"].startswith("cut off")
     assert found["seconds"] < 10
