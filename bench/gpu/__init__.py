@@ -19,13 +19,15 @@ from dataclasses import dataclass
 class Section:
     """``module:function`` takes a :class:`gpu.sheet.Sheet`; it is ended after ``seconds``.
 
-    ``dry``: whether it also runs without a GPU, on small inputs and untimed.
+    ``dry``: whether it also runs without a GPU, on small inputs and untimed. ``asked``: it runs
+    only where it is named, because it would take most of the time.
     """
 
     name: str
     where: str
     seconds: float
     dry: bool = True
+    asked: bool = False
 
     def run(self, sheet: object) -> None:
         module, function = self.where.split(":")
@@ -37,6 +39,7 @@ SECTIONS = (
     Section("build", "commands:build", 100, dry=False),
     Section("ceilings", "ceilings:measure", 20, dry=False),
     Section("tuning", "commands:tune", 40, dry=False),
+    Section("tuning-ranker", "ranker:tune", 300, dry=False, asked=True),
     Section("products", "products:measure", 50),
     Section("attention-long", "attention:long", 60),
     Section("attention-short", "attention:short", 40),

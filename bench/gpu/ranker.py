@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from gpu.sheet import MOST_SETS, Contender, Row, Sheet, Work
 from gpu.timing import Call, Replay
 
 LENGTH, CANDIDATES = 100, 50
-PRUNED = "pruned int8"  # a tower that lacks 40 % of its groups
+# A tower that lacks 40 % of its groups: another model, which rivals are not held against.
+PRUNED = "pruned int8"
 Inputs = tuple[torch.Tensor, ...]
 
 
@@ -83,6 +85,11 @@ def bound(ranker: Ranker, inputs: Inputs, precision: str) -> Row:
     return found | {"bound_us": total["roofline_us"]["H200"], "dtype": precision}
 
 
+def name_of(precision: str) -> str:
+    """Ours, as a row's engine."""
+    return f"{PRUNED}, fastrec" if precision == PRUNED else f"fastrec, {precision}"
+
+
 def measure(sheet: Sheet, batch: int) -> None:
     """Every engine at one batch, ours first."""
     whole = model(sheet.gpu)
@@ -97,12 +104,12 @@ def measure(sheet: Sheet, batch: int) -> None:
         for precision, twin in twins.items():
             row = bound(twin, inputs, "bf16" if precision == "bf16" else "int8")
             why = "not measured: torch sees no CUDA device"
-            sheet.add(what=f"ranker B={batch}", engine=f"fastrec, {precision}", why=why, **row)
+            sheet.add(what=f"ranker B={batch}", engine=name_of(precision), why=why, **row)
         _try_small(sheet, batch)
         return
     total = bound(whole, inputs, "bf16")
     work = Work(total["moved"], total["macs"], "bf16")
-    contenders = {f"fastrec, {name}": ours(twin, name, batch) for name, twin in twins.items()}
+    contenders = {name_of(name): ours(twin, name, batch) for name, twin in twins.items()}
     contenders |= {"torch, bf16": torchs(whole, sheet, None)}
     compiled = "torch.compile{}, CUDA graph, bf16"
     contenders[compiled.format("")] = torchs(whole, sheet, "default")
@@ -227,6 +234,25 @@ def onnxruntime_cuda(ranker: Ranker, inputs: Inputs) -> Callable[..., Any]:
     return run
 
 
+def tune(sheet: Sheet) -> None:
+    """Tiles of the tower at the batches of the report, for its rankers; the sections that follow
+    take them."""
+    from fastrec.runtime.cuda import tuning
+
+    whole = model(sheet.gpu)
+    twins = {"int8": quantised(whole), PRUNED: quantised(whole, 0.4), "bf16": whole}
+    for precision, twin in twins.items():
+        wanted = precision if precision == "bf16" else None
+        executor = fastrec.compile(twin, request(twin, 1), "cuda", precision=wanted)._executor
+        for batch in (1, 8, 64):
+            said = tuning.tune_tower(executor, batch, CANDIDATES)
+            sheet.add(what=f"tuning, {precision}", engine="fastrec", best=said)
+            table = tuning.table(executor.device)
+            assert table is not None
+            text = json.dumps({table.path.name: table.content()}, indent=1)
+            (sheet.out / "tuned_tower.json").write_text(text + "\n")
+
+
 def _try_small(sheet: Sheet, batch: int) -> None:
     """What a GPU would run, on a small ranker in the interpreter; once is enough."""
     if batch != 1:
@@ -237,7 +263,7 @@ def _try_small(sheet: Sheet, batch: int) -> None:
     small = Ranker(RankerConfig(**config)).eval()
     twins = {"bf16": small, "int8": quantised(small), PRUNED: quantised(small, 0.5)}
     inputs = request(small, batch)
-    contenders = {f"fastrec, {name}": ours(twin, name, batch) for name, twin in twins.items()}
+    contenders = {name_of(name): ours(twin, name, batch) for name, twin in twins.items()}
     contenders["torch, bf16"] = torchs(small, sheet, None)
     contenders |= adapters(twins, batch)
     with torch.inference_mode():

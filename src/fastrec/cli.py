@@ -20,10 +20,10 @@ def _mount() -> None:
     from fastrec.compress.cli import compress
     from fastrec.data.cli import app as data_app
     from fastrec.info import explain, info
-    from fastrec.kernels.cli import tune
     from fastrec.report.cli import bench, table1
     from fastrec.report.load_cli import loadtest
     from fastrec.runtime.cli import export
+    from fastrec.runtime.cuda.cli import tune
     from fastrec.search.cli import autotune
     from fastrec.serving.cli import serve
     from fastrec.train.cli import train

@@ -49,12 +49,14 @@ struct Params {
   X(64, 2, 4, 1, 1, 1, false)         \
   X(64, 1, 8, 1, 1, 1, false)         \
   X(128, 2, 4, 1, 1, 2, false)        \
+  X(128, 1, 8, 1, 1, 2, false)        \
   X(8, 1, 1, 8, 1, 1, true)           \
   X(16, 1, 1, 8, 1, 1, true)          \
   X(32, 2, 2, 4, 1, 1, true)          \
   X(64, 1, 4, 2, 1, 1, true)          \
   X(64, 2, 4, 1, 1, 1, true)          \
-  X(128, 2, 4, 1, 1, 2, true)
+  X(128, 2, 4, 1, 1, 2, true)         \
+  X(128, 1, 8, 1, 1, 2, true)
 
 FASTREC_HOST_DEVICE constexpr int max_of(int a, int b) { return a > b ? a : b; }
 

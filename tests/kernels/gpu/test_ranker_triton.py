@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,43 @@ def test_a_pruned_tower_skips_and_keeps_its_integers(tower: str) -> None:
     # One candidate: less to read. Many: tiles of one panel read activations too often.
     assert skipped[0]
     assert not skipped[-1]
+
+
+@runs
+def test_the_tuned_tile_of_a_tower_is_taken_and_changes_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastrec.kernels import _tuning
+    from fastrec.runtime.cuda import tuning
+
+    model = ranker(tower=(64, 96, 64))
+    fastrec.prune_(model, fastrec.BlockPruning(sparsity=0.5), filter_fn=in_the_tower)
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[request(model, (4, 21, 16), seed=1)])
+    before = engine_of(model)
+    monkeypatch.setenv("FASTREC_CACHE_DIR", str(tmp_path))
+    kept = _tuning.Table("ranker_tower", "GPU", "source", ())
+    monkeypatch.setattr(tuning, "table", lambda device: kept)
+    tiles = tuning.possible(before._executor.weights.tower)
+    assert len(set(tiles)) == len(tiles)
+    assert {tile.skips for tile in tiles} == {False, True}
+    # The last one wins; one is too large for the GPU.
+    took = iter([1.0] * (len(tiles) - 2) + [0.5])
+
+    def time_ms(call: Any) -> float:
+        call()
+        if (found := next(took, None)) is None:
+            raise RuntimeError("out of resources")
+        return found
+
+    monkeypatch.setattr(_tuning, "device_time_ms", time_ms)
+    said = tuning.tune_tower(before._executor, 1, 3)
+    assert "500.0 us" in said
+    assert str(tiles[-2]) in said
+    after = engine_of(model)
+    inputs = request(model, (1, 9, 3))
+    assert str(after._executor.made(after._executor.bucket_of((1, 9, 3))).config) == str(tiles[-2])
+    assert torch.equal(after(*inputs), before(*inputs))
+    assert after._executor.made(after._executor.bucket_of((3, 9, 33))).config not in tiles[-2:]
 
 
 def in_the_tower(module: torch.nn.Module, name: str) -> bool:

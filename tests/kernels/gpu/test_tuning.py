@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastrec import env
-from fastrec.errors import BackendError
+from fastrec.errors import ArgumentError, BackendError
 from fastrec.kernels import _tuning
 from fastrec.kernels.sparse_int8_linear import _cuda as op
 from fastrec.kernels.sparse_int8_linear import _gpu
@@ -94,23 +94,30 @@ def test_the_fastest_is_the_one_that_took_least() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: it would be tuned")
 def test_the_command_without_a_gpu_says_why() -> None:
-    from fastrec.kernels.cli import tune
+    from typer.testing import CliRunner
 
-    with pytest.raises(BackendError, match=r"^fastrec tune: torch sees no CUDA device"):
-        tune()
+    from fastrec import cli
+
+    cli._mount()
+    result = CliRunner().invoke(cli.app, ["tune"])
+    assert isinstance(result.exception, BackendError)
+    assert str(result.exception).startswith("fastrec tune: torch sees no CUDA device")
 
 
 def test_the_command_keeps_every_shape_and_writes_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastrec.kernels import _cuda, cli
+    from fastrec.kernels import _cuda
     from fastrec.kernels.sparse_int8_linear import _tune
+    from fastrec.runtime.cuda import cli
 
     kept = table()
     monkeypatch.setattr(_cuda, "cuda_can_run", lambda signature: None)
     monkeypatch.setattr(_tune, "table", lambda: kept)
     monkeypatch.setattr(_tune, "tune", lambda shape: kept.keep(str(shape), CUDA_CONFIGS[2]) or "")
-    cli.tune(tmp_path / "tuned.json")
+    with pytest.raises(ArgumentError, match=r"batches.*numbers of 1 or more"):
+        cli.tune(None, batches="1,no")
+    cli.tune(None, batches="1", json_out=tmp_path / "tuned.json")
     written = json.loads((tmp_path / "tuned.json").read_text())
     assert list(written) == [kept.path.name]
     content = written[kept.path.name]

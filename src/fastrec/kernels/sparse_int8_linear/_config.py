@@ -49,6 +49,7 @@ class CudaConfig:
 # activation, the less is read.
 CUDA_CONFIGS = (
     CudaConfig(128, 2, 4, 1, 1, 2),
+    CudaConfig(128, 1, 8, 1, 1, 2),
     CudaConfig(64, 2, 4, 1, 1),
     CudaConfig(64, 1, 8, 1, 1),
     CudaConfig(64, 1, 4, 2, 1),
@@ -57,6 +58,7 @@ CUDA_CONFIGS = (
     CudaConfig(16, 1, 1, 8, 2),
     CudaConfig(8, 1, 1, 8, 2),
     CudaConfig(128, 2, 4, 1, 1, 2, two_four=True),
+    CudaConfig(128, 1, 8, 1, 1, 2, two_four=True),
     CudaConfig(64, 2, 4, 1, 1, two_four=True),
     CudaConfig(64, 1, 4, 2, 1, two_four=True),
     CudaConfig(32, 2, 2, 4, 1, two_four=True),

@@ -26,13 +26,14 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A program's tile of a tower layer."""
+    """A program's tile of a tower layer; ``skips``: it multiplies what a pruned layer kept."""
 
     rows: int
     outputs: int
     inputs: int
     num_warps: int
     num_stages: int
+    skips: bool = False
 
 
 def rows_config(
@@ -72,7 +73,7 @@ def sparse_tower_config(rows: int, widest: int, programs: int = FULL_GPU) -> Tow
     fitting = (tile for tile in (128, 64, 32) if ceil_div(rows, tile) * panels >= programs)
     tile = next(fitting, 16)
     # A third stage spills a register.
-    return TowerConfig(tile, PANEL, 4 * PANEL, 8 if tile == 128 else 4, 2)
+    return TowerConfig(tile, PANEL, 4 * PANEL, 8 if tile == 128 else 4, 2, skips=True)
 
 
 def skipping_pays(

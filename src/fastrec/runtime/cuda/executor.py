@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fastrec.kernels._gpu import power_of_two
+from fastrec.runtime.cuda.config import TowerConfig
 from fastrec.runtime.cuda.launches import HEADER, Bucket, Sizes
 from fastrec.runtime.cuda.stages import RankerStages
 from fastrec.runtime.cuda.weights import Weights
@@ -120,10 +121,11 @@ class Executor:
         """The bucket for these sizes; compiled and captured at its first use."""
         key = self.bucket_of(sizes)
         if key not in self._buckets:
-            self._buckets[key] = Staged(self._made(key))
+            self._buckets[key] = Staged(self.made(key))
         return self._buckets[key]
 
-    def _made(self, sizes: Sizes) -> Bucket:
+    def made(self, sizes: Sizes, config: TowerConfig | None = None) -> Bucket:
+        """Buffers and launches of these sizes; with a tile for the tower, or the best known."""
         return Bucket(
             self.stages,
             self.weights,
@@ -132,11 +134,12 @@ class Executor:
             self.persistent,
             self.programs,
             amd=torch.version.hip is not None,
+            config=config,
         )
 
     def describe(self, sizes: Sizes) -> Bucket:
         """The launches of a request of just these sizes, for what they count."""
-        return self._made(sizes)
+        return self.made(sizes)
 
     def __call__(self, arrays: Sequence[np.ndarray], sizes: Sizes) -> np.ndarray:
         """Scores float32 [users, candidates] of checked inputs in the host's memory."""

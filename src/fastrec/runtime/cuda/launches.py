@@ -21,13 +21,15 @@ from fastrec.kernels._gpu import ceil_div, power_of_two
 from fastrec.runtime.cuda import _candidate_kernels, _encoder_kernels, _tower_kernels
 from fastrec.runtime.cuda.config import (
     FULL_GPU,
+    TowerConfig,
     rows_config,
     skipping_pays,
     sparse_tower_config,
     tower_config,
 )
 from fastrec.runtime.cuda.stages import RankerStages
-from fastrec.runtime.cuda.weights import Kept, Layer, Lookups, Weights
+from fastrec.runtime.cuda.tuning import known
+from fastrec.runtime.cuda.weights import Layer, Lookups, Weights
 
 HEADER = 16  # int32s: users, L, m, and unused ones that keep what follows aligned
 _ALIGNED = 16
@@ -97,7 +99,9 @@ class Bucket:
         persistent: bool,
         programs: int = FULL_GPU,
         amd: bool = False,
+        config: TowerConfig | None = None,
     ) -> None:
+        """``config``: the tower's tile; the tuned one or the heuristic's by default."""
         self.stages, self.weights, self.sizes = stages, weights, sizes
         self.precision, self.persistent, self.programs = precision, persistent, programs
         self._most = 16 if amd else 32  # rows of a tile that do not spill there
@@ -116,8 +120,8 @@ class Bucket:
         begins = [0, rows * places[0][1], rows * (places[0][1] + width)]
         kind = weights.tower.weight.dtype
         self.work = torch.zeros(begins[2] + rows * width, dtype=kind, device=device)
-        self.config = tower_config(rows, width, self.work.element_size(), programs)
-        self.kept = self._skipped(width)
+        self.config = config or known(weights.tower, rows) or self._tile(width)
+        self.kept = weights.tower.kept if self.config.skips else None
         layers = torch.zeros(len(places), _PLACE, dtype=torch.int64)
         for i, place in enumerate(places):
             source = begins[0] if i == 0 else begins[1 + (i + 1) % 2]
@@ -132,17 +136,16 @@ class Bucket:
         self.launches = [self._history(), *map(self._block, range(len(stages.blocks)))]
         self.launches += [self._candidates(), *self._tower()]
 
-    def _skipped(self, width: int) -> Kept | None:
-        """What the tower keeps, where it was pruned and skipping pays; with the tiles for it."""
-        tower = self.weights.tower
-        if tower.kept is None:
-            return None
+    def _tile(self, width: int) -> TowerConfig:
+        """The tower's: one that skips where that reads less."""
+        kept, places = self.weights.tower.kept, self.weights.tower.places
+        dense = tower_config(self.rows, width, self.work.element_size(), self.programs)
+        if kept is None:
+            return dense
         config = sparse_tower_config(self.rows, width, self.programs)
-        layers = [(outputs, inputs) for outputs, inputs, *_ in tower.places]
-        if not skipping_pays(self.rows, layers, tower.kept.density, self.config, config):
-            return None
-        self.config = config
-        return tower.kept
+        layers = [(outputs, inputs) for outputs, inputs, *_ in places]
+        pays = skipping_pays(self.rows, layers, kept.density, dense, config)
+        return config if pays else dense
 
     def _launch(
         self,

@@ -1,0 +1,76 @@
+"""``fastrec tune``: launch configurations for the GPU at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fastrec.runtime.cuda.executor import Executor
+
+
+def tune(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A saved ranker (fastrec.save), whose tower is tuned too."),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Users of a request, for MODEL.")] = "1,8,64",
+    candidates: Annotated[int, typer.Option(help="Candidates of a request, for MODEL.")] = 50,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; MODEL's own by default.")
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the tables here too, by file name.")
+    ] = None,
+) -> None:
+    """Time every launch configuration on this GPU, and keep the fastest for later calls.
+
+    Without it, and for shapes that it does not cover, a heuristic chooses. Tables lie in the cache
+    (FASTREC_CACHE_DIR, ~/.cache/fastrec); a kernel that has changed does not find old ones.
+    """
+    from rich.console import Console
+
+    from fastrec.errors import ArgumentError, BackendError
+    from fastrec.kernels._compiled import Signature
+    from fastrec.kernels._cuda import cuda_can_run
+    from fastrec.kernels.sparse_int8_linear import _tune
+
+    if (reason := cuda_can_run(Signature("cuda"))) is not None:
+        raise BackendError(f"fastrec tune: {reason}")
+    try:
+        users = [int(part) for part in batches.split(",")]
+    except ValueError:
+        users = []
+    if not users or min(users) < 1:
+        raise ArgumentError("batches", "numbers of 1 or more, with commas", batches)
+    console = Console(stderr=True)
+    shapes = _tune.shapes()
+    for number, shape in enumerate(shapes, 1):
+        with console.status(f"{number} of {len(shapes)}: sparse_int8_linear, {shape}"):
+            line = _tune.tune(shape)
+        console.print(line, highlight=False)
+    tables = [_tune.table()]
+    if model is not None:
+        import fastrec
+        from fastrec.compress import load
+        from fastrec.runtime.cuda import tuning
+        from fastrec.runtime.model_spec import spec_of
+
+        loaded = load(model)
+        examples = spec_of(loaded, ()).sample({"B": users[0], "m": candidates})
+        engine = fastrec.compile(loaded, examples, "cuda", precision=precision)
+        executor: Executor = engine._executor  # type: ignore[attr-defined]
+        for count in users:
+            with console.status(f"the tower, {count} users"):
+                line = tuning.tune_tower(executor, count, candidates)
+            console.print(line, highlight=False)
+        if (tower := tuning.table(executor.device)) is not None:
+            tables.append(tower)
+    for table in tables:
+        console.print(f"[green]{table.path}[/]")
+    if json_out is not None:
+        found = {table.path.name: table.content() for table in tables}
+        json_out.write_text(json.dumps(found, indent=1) + "\n")
