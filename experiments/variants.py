@@ -2,7 +2,7 @@
 
 ``python -m experiments.variants --data ml-1m.txt --base RUN --out RUN/variants`` after
 ``python -m experiments.sasrec train``. Each variant starts from the baseline's weights, is
-fine-tuned for a few epochs with the baseline's scores as half of its target, and is ranked over the
+fine-tuned for a few epochs with the baseline's scores as part of its target, and is ranked over the
 whole catalogue. "control" is the dense fp32 model fine-tuned just as long: what more training gives
 is not a technique's merit. A variant that is done is kept, so that an interrupted run goes on.
 """
@@ -37,12 +37,12 @@ from fastrec.train import Evaluation, TrainConfig, fit, load_model
 from fastrec.train.checkpoint import read_tensors, write_tensors
 
 BATCH = 32
-ROUNDS = 4  # of pruning, each with half an epoch behind it
-ROUND_EPOCHS = 0.5
-SHARE = 0.5  # of the baseline's distribution in the target
+ROUNDS = 4  # of pruning, each with a quarter of an epoch behind it
+ROUND_EPOCHS = 0.25
 PARTS = 32  # bytes an item of the student's table
 WINDOW = AttentionPattern(window=16, offsets="log2")
-LOCAL = AttentionPattern(window=16, offsets="none")
+WIDE = AttentionPattern(window=32, offsets="log2")
+LOCAL = AttentionPattern(window=32, offsets="none")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Variant:
             (blocks of four in a row) and the attention's merged projection.
         int8: quantisation-aware training, then INT8; position vectors too.
         epochs: of fine-tuning, the rounds of pruning not counted; 0 leaves the weights alone.
+        lr: peak learning rate of fine-tuning.
+        share: of the baseline's distribution in the target; the rest is the item that came next.
+        dropout: while fine-tuning.
     """
 
     name: str
@@ -63,27 +66,37 @@ class Variant:
     student: bool = False
     sparsity: float = 0.0
     int8: bool = False
-    epochs: int = 4
+    epochs: int = 3
+    lr: float = 4e-4
+    share: float = 0.8
+    dropout: float = 0.0
 
 
+# As the baseline was trained, at half of its peak rate: too much for weights that are trained.
+HOT: dict[str, Any] = {"lr": 1e-3, "share": 0.5, "dropout": 0.2}
 VARIANTS = (
     Variant("baseline", epochs=0),
     Variant("int8, not fine-tuned", int8=True, epochs=0),
+    Variant("control", epochs=4),
     Variant("40 % pruned + int8", sparsity=0.4, int8=True),
-    Variant("window + log2", WINDOW),
-    Variant("75 % pruned + int8", sparsity=0.75, int8=True),
-    Variant("distilled, a fifth of the parameters", student=True, epochs=6),
-    Variant("control", epochs=6),
-    Variant("local only", LOCAL),
-    Variant("all: window + log2, 40 % pruned, int8", WINDOW, sparsity=0.4, int8=True),
+    Variant("40 % pruned + int8, hot", sparsity=0.4, int8=True, **HOT),
+    Variant("75 % pruned + int8", sparsity=0.75, int8=True, **HOT),
+    Variant("window 32 + log2", WIDE),
+    Variant("window 16 + log2, hot", WINDOW, **HOT),
+    Variant("distilled, a fifth of the parameters", student=True, epochs=3, lr=1e-3),
+    Variant("local only, window 32", LOCAL),
+    Variant("all: window 32 + log2, 40 % pruned, int8", WIDE, sparsity=0.4, int8=True),
 )
 
 
 class Tuner:
     """Fine-tunes models of one data set beside one teacher."""
 
-    def __init__(self, data: Histories, teacher: SASRec, lr: float, workers: int, seed: int):
-        self.data, self.workers, self.seed, self.lr = data, workers, seed, lr
+    def __init__(
+        self, data: Histories, teacher: SASRec, lr: float, share: float, workers: int, seed: int
+    ):
+        self.data, self.workers, self.seed = data, workers, seed
+        self.lr, self.share = lr, share
         self.teacher = teacher
         self.calls = 0
 
@@ -96,7 +109,7 @@ class Tuner:
             final_lr=final_lr, seed=self.seed + self.calls, amp=False, valid_users=0, patience=None,
         )  # fmt: skip
         first = (self.seed + self.calls) * 100_003
-        loss = sequence_loss(self.teacher, SHARE, score_dtype())
+        loss = sequence_loss(self.teacher, self.share, score_dtype())
         fit(
             model,
             self.data,
@@ -116,9 +129,9 @@ class Tuner:
         return found
 
 
-def make_student(base: SASRec) -> SASRec:
+def make_student(base: SASRec, dropout: float) -> SASRec:
     """The baseline's first block behind product-quantised item vectors."""
-    student = SASRec(dataclasses.replace(base.config, n_blocks=1))
+    student = SASRec(dataclasses.replace(base.config, n_blocks=1, dropout=dropout))
     table: Any = ProductTable.of(base.item_embedding.weight.detach(), PARTS)
     student.item_embedding = table
     wanted = student.state_dict()
@@ -130,10 +143,11 @@ def make(variant: Variant, base: SASRec, tune: Tuner) -> nn.Module:
     """The variant's model."""
     torch.manual_seed(tune.seed)
     if variant.student:
-        model = make_student(base)
+        model = make_student(base, variant.dropout)
     else:
         encoder = EncoderConfig(pattern=variant.pattern)
-        model = SASRec(dataclasses.replace(base.config, encoder=encoder))
+        config = dataclasses.replace(base.config, encoder=encoder, dropout=variant.dropout)
+        model = SASRec(config)
         model.load_state_dict(base.state_dict())
     if variant.sparsity:
         fastrec.prune_(
@@ -169,7 +183,6 @@ def run(
     base: SASRec,
     out: Path,
     *,
-    lr: float,
     workers: int,
     seed: int,
     variants: tuple[Variant, ...] = VARIANTS,
@@ -183,7 +196,7 @@ def run(
         if file.exists():
             continue
         started = time.perf_counter()
-        tune = Tuner(data, teacher, lr, workers, seed)
+        tune = Tuner(data, teacher, variant.lr, variant.share, workers, seed)
         model = make(variant, base, tune).eval()
         result = rank(model, data, "test", intervals=False)
         everyone = rank(model, data, "test", exclude_seen=False, intervals=False)
@@ -191,8 +204,6 @@ def run(
         meta = {
             "variant": dataclasses.asdict(variant) | {"pattern": str(variant.pattern)},
             "epochs": variant.epochs + (ROUNDS * ROUND_EPOCHS if variant.sparsity else 0),
-            "lr": lr,
-            "share": SHARE,
             "seed": seed,
             "bytes": artifact_bytes(file.with_suffix("")),
             "parameters": sum(p.numel() for p in (model if variant.student else base).parameters()),
@@ -234,7 +245,6 @@ def main(
     data: Annotated[Path, typer.Option(help="A file of 'user item' lines in time order.")],
     base: Annotated[Path, typer.Option(help="Folder that experiments.sasrec train wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for ranks and artifacts.")],
-    lr: Annotated[float, typer.Option(help="Peak learning rate of fine-tuning.")] = 1e-3,
     workers: Annotated[int, typer.Option(help="Threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Of batches and dropout.")] = 1,
     only: Annotated[
@@ -250,7 +260,7 @@ def main(
     model = load_model(base / "model.safetensors")
     assert isinstance(model, SASRec)
     run(
-        Histories.read(data), model, out, lr=lr, workers=workers, seed=seed,
+        Histories.read(data), model, out, workers=workers, seed=seed,
         variants=chosen, say=Console().print,
     )  # fmt: skip
 
