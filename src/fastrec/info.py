@@ -30,6 +30,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino", "nncf"),
     "litert": ("ai-edge-litert",),
+    "qnn": ("onnxruntime-qnn",),
     "report": ("matplotlib", "psutil"),
     "serve": ("grpcio", "protobuf", "h11", "prometheus-client"),
     "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc"),

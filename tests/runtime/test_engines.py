@@ -28,7 +28,7 @@ from fastrec.runtime.backends import onnxruntime as onnxruntime_backend
 from fastrec.runtime.measure import Tolerance, correctness_gate
 
 REASONS = available_backends()
-FP32 = [name for name in BACKENDS if name != "torch_compile"]
+FP32 = [name for name in BACKENDS if name not in ("torch_compile", "qnn")]
 REDUCED = [
     ("torch", "bf16"),
     ("torch", "int8"),

@@ -25,6 +25,7 @@ ENGINE_TITLES = {
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "litert": "LiteRT",
+    "qnn": "QNN",
 }
 METRIC_TITLES = {
     "hit_rate_1": "HR@1",

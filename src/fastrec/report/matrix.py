@@ -36,6 +36,7 @@ _EXAMPLE = {"B": 2, "L": 100, "m": 50}
 _TIMED = {"B": 1, "L": 100, "m": 50}
 # Engines whose sizes are all free where asked for; others decide for themselves.
 _FREE = ("onnxruntime", "openvino", "litert")
+_ONE_CHIP = "prepared for one chip and one size, in float16: docs/engines/qnn.md has its figures"
 _ONE_SHAPE = "compiles each size anew, a minute a size: time it with `fastrec bench MODEL`"
 
 
@@ -106,7 +107,7 @@ def matrix(
         raise ArgumentError("requests", "a positive integer", requests)
     config = RankerConfig.taobao() if config is None else config
     threads = threads or usable_cpus()
-    reasons = available_backends() | {"torch_compile": _ONE_SHAPE}
+    reasons = available_backends() | {"torch_compile": _ONE_SHAPE, "qnn": _ONE_CHIP}
     rows: list[dict[str, Any]] = []
     made = {name: model for name, model in variants(config, seed).items() if name in only}
     with tempfile.TemporaryDirectory(prefix="fastrec-matrix-") as folder:

@@ -26,7 +26,7 @@ HEADER = "engine.json"
 FORMAT = "fastrec-engine"
 VERSION = 1
 # Backends whose engines are folders; each has a module of its name with a `load`.
-FOLDERS = ("onnxruntime", "openvino", "tensorrt", "litert")
+FOLDERS = ("onnxruntime", "openvino", "tensorrt", "litert", "qnn")
 
 
 def write(path: str | Path, header: dict[str, Any], fill: Callable[[Path], None]) -> Path:

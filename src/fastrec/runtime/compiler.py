@@ -31,7 +31,10 @@ _EXTRA = {
     "openvino": "openvino",
     "tensorrt": "tensorrt",
     "litert": "litert",
+    "qnn": "qnn",
 }
+# Backends that "auto" leaves to those who ask for them.
+_BY_NAME = {"qnn": "prepares the model for one chip, in float16: ask for it by name"}
 
 
 def compile(
@@ -54,9 +57,9 @@ def compile(
         example_inputs: one batch (tensors or arrays) like those to come. Engines of onnxruntime and
             openvino keep every size but the batch; settings are chosen by measuring on it.
         backend: ``auto``, ``native``, ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino``,
-            ``litert``, ``tensorrt`` or ``cuda``. ``auto`` builds all that can run, discards those
-            whose answers differ from torch's and keeps the fastest on the examples; its
-            ``describe()`` says why.
+            ``litert``, ``tensorrt``, ``cuda`` or ``qnn``. ``auto`` builds all that can run,
+            discards those whose answers differ from torch's and keeps the fastest on the examples;
+            its ``describe()`` says why.
         threads: threads a call may use; None means all CPUs of this process.
         precision: ``fp32``, ``bf16``, ``int8``, or None for the model as it is. int8 here is the
             backend's own quantiser, for comparison; native runs what ``fastrec.quantize_`` made.
@@ -163,6 +166,9 @@ def _auto(
     for name in BACKENDS:
         if quantised is not None and name == "torch_compile":
             rows.append(choice(name, False, None, f"{quantised} runs on fastrec's kernels only"))
+            continue
+        if name in _BY_NAME:
+            rows.append(choice(name, False, None, _BY_NAME[name]))
             continue
         try:
             engine = _build(name, model, examples, options, reference)

@@ -20,6 +20,7 @@ BACKENDS = {
     "torch": "torch_eager",
     "cuda": "cuda",
     "tensorrt": "tensorrt",
+    "qnn": "qnn",
 }
 
 
