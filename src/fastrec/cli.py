@@ -26,12 +26,13 @@ def _mount() -> None:
     from fastrec.runtime.cuda.cli import tune
     from fastrec.search.cli import autotune
     from fastrec.serving.cli import serve
+    from fastrec.serving.simulate.cli import simulate
     from fastrec.train.cli import train
 
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
     commands = (
-        train, compress, autotune, table1, export, bench, tune, explain, serve, loadtest
+        train, compress, autotune, table1, export, bench, tune, explain, serve, loadtest, simulate
     )  # fmt: skip
     for command in commands:
         app.command()(command)

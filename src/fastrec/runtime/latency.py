@@ -34,6 +34,13 @@ class LatencyHistogram:
         if ns > self.worst_ns:
             self.worst_ns = ns
 
+    def merge(self, other: LatencyHistogram) -> None:
+        """Count what another one has counted too."""
+        total = np.frombuffer(self._counts, np.int64) + np.frombuffer(other._counts, np.int64)
+        self._counts = array("q", total.tobytes())
+        self.count += other.count
+        self.worst_ns = max(self.worst_ns, other.worst_ns)
+
     def percentile_ms(self, q: float) -> float:
         """The smallest bucket that ``q`` percent of the calls do not exceed: its middle, in ms.
 

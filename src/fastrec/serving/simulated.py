@@ -54,7 +54,7 @@ class SimulatedEngine(EngineHandle):
         assert not self.busy, "one call at a time"
         self.busy, self._done = True, done
         self.calls += 1
-        users, candidates = arrays[1].shape
+        users, candidates = arrays[-1].shape
         seconds = self.cost(users, users * candidates)
         if self.dead:
             self.clock.call_at(self.clock.now(), self._died)
@@ -78,7 +78,7 @@ class SimulatedEngine(EngineHandle):
             self._end(Ran({}, seconds, ValueError("made to fail")))
             return
         # Large simulations count requests; the scores are of no use to them.
-        scores = arrays[0] * 1000 + arrays[1] if self.compute else arrays[1]
+        scores = arrays[0] * 1000 + arrays[1] if self.compute else arrays[-1]
         self._end(Ran({"scores": scores}, seconds))
 
     def _end(self, ran: Ran) -> None:
@@ -93,16 +93,20 @@ def add_engines(
     costs: Sequence[Cost],
     *,
     name: str = "engine",
+    line: Cost | None = None,
     **options: Any,
 ) -> list[SimulatedEngine]:
-    """Engines whose latency models know the truth, as after warming."""
+    """Engines whose latency models know the truth (``line``, where costs scatter about it), as
+    after warming."""
     made = []
     for i, cost in enumerate(costs):
         engine = SimulatedEngine(f"{name}{i}", clock, cost, **options)
         model = LatencyModel()
+        known = line or cost
         for users in (1, 2, 4, 8):
             for candidates in (10, 50):
-                model.observe(users, users * candidates, cost(users, users * candidates), seed=True)
+                seconds = known(users, users * candidates)
+                model.observe(users, users * candidates, seconds, seed=True)
         scheduler.router.model = model.copy()
         scheduler.add_engine(engine, Slot(engine, model))
         made.append(engine)

@@ -144,10 +144,13 @@ class Batcher:
         queues: Queues,
         model: LatencyModel,
         now: float,
+        engines: int,
         too_late: Callable[[Part], bool],
     ) -> list[Part]:
         """Take the seed and what fits beside it, by the tiers' turns; no part is made late by those
-        that join it."""
+        that join it, and each of ``engines`` is left its share: what one call takes, the next idle
+        engine cannot."""
+        share = -(-queues.count // max(engines, 1))
         queues.take(seed)
         parts = [seed]
         padded = seed.key[0]
@@ -160,7 +163,7 @@ class Batcher:
         soonest = seed.ticket.deadline
         if in_time(soonest) > seed.users:
             room = min(room, int(in_time(soonest)) - seed.users)
-        if seed.solo or room <= 0:
+        if seed.solo or room <= 0 or share <= 1:
             return parts
         for part in queues.heads(seed.key):
             if too_late(part):
@@ -175,7 +178,7 @@ class Batcher:
             queues.take(part)
             parts.append(part)
             room -= part.users
-            if room <= 0:
+            if room <= 0 or len(parts) >= share:
                 break
         return parts
 

@@ -138,6 +138,14 @@ class Gate:
         slots = max(len(router.slots), 1)
         return now + (router.running_s(now) + ahead * self.gain) / slots + ticket.cost_s
 
+    def backlog_s(self, now: float) -> float:
+        """Seconds until all that is let in has at least begun."""
+        queues, router = self.queues, self.router
+        if not queues.count and router.idle():
+            return 0.0
+        queued = queues.express.queued_s + sum([q.queued_s for q in queues.tiers.values()])
+        return (router.running_s(now) + queued * self.gain) / max(len(router.slots), 1)
+
     def _drained_s(self) -> float:
         """Seconds until a quarter of the work in flight is done."""
         slots = max(len(self.router.slots), 1)

@@ -67,6 +67,11 @@ class LatencyModel:
         xy[1] = xy[1] * _DECAY + users * seconds
         xy[2] = xy[2] * _DECAY + rows * seconds
 
+    @property
+    def usual_rows(self) -> int:
+        """Rows of a user, on average."""
+        return round(self._xx[2] / self._xx[1]) if self._xx[1] else 1
+
     def copy(self) -> LatencyModel:
         """One that learns apart from this."""
         other = LatencyModel()

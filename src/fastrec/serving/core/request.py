@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,6 +85,21 @@ class Request:
     tier: str = ""
     tenant: str = ""
     id: str = ""
+
+
+class Load(NamedTuple):
+    """How busy a model version is.
+
+    Attributes:
+        in_flight: requests not answered yet.
+        latency_s: until a new one would be.
+        each_s: how much later each new one makes the next.
+    """
+
+    ready: bool
+    in_flight: int
+    latency_s: float = 0.0
+    each_s: float = 0.0
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from fastrec.serving.core.events import Event, Observer, RolloutChanged
 from fastrec.serving.core.guard import Guard, Signals
 from fastrec.serving.core.lanes import Ticket
 from fastrec.serving.core.pool import EnginePool
-from fastrec.serving.core.request import Kind, Rejected, Request, Response, Timings
+from fastrec.serving.core.request import Kind, Load, Rejected, Request, Response, Timings
 from fastrec.serving.core.rollout import Rollout
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.signature import Signature
@@ -364,6 +364,20 @@ class Runtime:
             )
             for name in names
         )
+
+    def load_of(self, model: str, version: str = "", users: int = 0, rows: int = 0) -> Load:
+        """How busy a version is ("" = the one with the largest weight).
+
+        Args:
+            users, rows: of the request that would follow; 0 = usual ones.
+
+        Raises:
+            Rejected: NOT_FOUND.
+        """
+        chosen = self._find(model, version)
+        if self._draining or chosen.scheduler is None or not chosen.ready():
+            return Load(False, 0)
+        return chosen.scheduler.load(users, rows)
 
     def models(self) -> list[ModelInfo]:
         """Every version, loading ones too."""

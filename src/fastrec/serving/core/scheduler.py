@@ -29,7 +29,7 @@ from fastrec.serving.core.lanes import (
     Queues,
     Ticket,
 )
-from fastrec.serving.core.request import TIMED_OUT, Kind, Rejected
+from fastrec.serving.core.request import TIMED_OUT, Kind, Load, Rejected
 from fastrec.serving.core.router import Router, Slot
 from fastrec.serving.core.signature import Signature
 from fastrec.serving.core.terms import TermsTable
@@ -169,6 +169,18 @@ class Scheduler:
         self._start([part], ticket.lane, slot, now)
         return True
 
+    def load(self, users: int = 0, rows: int = 0) -> Load:
+        """What a caller that has other hosts to choose from should know before it sends a request
+        of so many users and rows (0 = usual ones)."""
+        if not self.router.slots:
+            return Load(False, len(self.open))
+        model = self.router.model
+        users = users or 1
+        own_s = model.predict(users, rows or users * model.usual_rows)
+        latency_s = self.gate.backlog_s(self.clock.now()) + own_s
+        each_s = own_s * self.gate.gain / len(self.router.slots)
+        return Load(True, len(self.open), latency_s, each_s)
+
     # --- out, before the end
 
     def cancel(self, ticket: Ticket) -> None:
@@ -258,7 +270,10 @@ class Scheduler:
         if wait > now:
             self._wake_at(wait)
             return False
-        parts = self.batcher.fill(seed, queues, slot.model, now, lambda p: self._too_late(p, now))
+        engines = len(self.router.slots)
+        parts = self.batcher.fill(
+            seed, queues, slot.model, now, engines, lambda p: self._too_late(p, now)
+        )
         self._start(parts, STANDARD, slot, now)
         return True
 

@@ -21,6 +21,7 @@ from fastrec.serving.wire.cards import configuration, metadata
 from fastrec.serving.wire.door import EXTENSIONS, Door
 from fastrec.serving.wire.hints import from_values, of_parameters, with_headers
 from fastrec.serving.wire.messages import (
+    LOAD_SERVICE,
     SERVICE,
     DecodeError,
     InferRequest,
@@ -65,6 +66,11 @@ class InferenceService:
             elif name in probes:
                 found[name] = self._guarded(name, kind, probes[name], anyone=True)
         return found
+
+    def load_calls(self) -> dict[str, Call]:
+        """Those of ``fastrec.serving.Load``, as :meth:`calls`."""
+        kind, self._load_reply = methods(LOAD_SERVICE)["Probe"]
+        return {"Probe": self._guarded("Probe", kind, self._probe, anyone=False)}
 
     def _guarded(
         self, name: str, kind: Any, call: Callable[..., Awaitable[Any]], *, anyone: bool
@@ -147,6 +153,11 @@ class InferenceService:
         # Unknown models are not ready; as with Triton, that is no error.
         ready = self._door.runtime.ready(request.name, request.version)
         return self._replies["ModelReady"](ready=ready)
+
+    async def _probe(self, request: Any, _who: Any, _context: Any) -> Any:
+        users, rows = max(request.users, 0), max(request.rows, 0)
+        load = self._door.runtime.load_of(request.model, request.version, users, rows)
+        return self._load_reply(**load._asdict())
 
     async def _server_metadata(self, _request: Any, _who: Any, _context: Any) -> Any:
         return self._replies["ServerMetadata"](

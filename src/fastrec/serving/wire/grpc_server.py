@@ -14,11 +14,9 @@ import grpc
 from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Rejected
 from fastrec.serving.wire import services
-from fastrec.serving.wire.calls import InferenceService
+from fastrec.serving.wire.calls import Call, InferenceService
 from fastrec.serving.wire.door import Door
-from fastrec.serving.wire.messages import (
-    SERVICE,
-)
+from fastrec.serving.wire.messages import LOAD_SERVICE, SERVICE
 
 _MIB = 1 << 20
 
@@ -111,15 +109,11 @@ class GrpcServer:
             options=limits.options(reuse_port=reuse_port), maximum_concurrent_rpcs=limits.rpcs
         )
         self.health = services.Health(self._serving)
+        service = InferenceService(door)
         self._server.add_generic_rpc_handlers(
             (
-                grpc.method_handlers_generic_handler(
-                    SERVICE,
-                    {
-                        name: grpc.unary_unary_rpc_method_handler(call)
-                        for name, call in InferenceService(door).calls().items()
-                    },
-                ),
+                _handler(SERVICE, service.calls()),
+                _handler(LOAD_SERVICE, service.load_calls()),
                 self.health.handler(),
                 *services.reflection(),
             )
@@ -156,3 +150,8 @@ class GrpcServer:
         except Rejected:
             return None
         return self._door.runtime.ready(service)
+
+
+def _handler(service: str, calls: dict[str, Call]) -> grpc.GenericRpcHandler:
+    made = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+    return grpc.method_handlers_generic_handler(service, made)

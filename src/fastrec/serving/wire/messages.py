@@ -21,6 +21,7 @@ except ImportError as error:
 
 SCHEMA = Path(__file__).with_name("protos") / "schema.binpb"
 
+LOAD_SERVICE = "fastrec.serving.Load"
 SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 REFLECTION_SERVICES = (
@@ -61,6 +62,7 @@ InferResponse = message("inference.ModelInferResponse")
 
 __all__ = [
     "HEALTH_SERVICE",
+    "LOAD_SERVICE",
     "REFLECTION_SERVICES",
     "SERVICE",
     "DecodeError",

@@ -10,6 +10,7 @@ import grpc
 
 from fastrec.serving.wire.messages import (
     HEALTH_SERVICE,
+    LOAD_SERVICE,
     REFLECTION_SERVICES,
     SERVICE,
     message,
@@ -17,7 +18,7 @@ from fastrec.serving.wire.messages import (
     pool,
 )
 
-_LISTED = (SERVICE, HEALTH_SERVICE, REFLECTION_SERVICES[0])
+_LISTED = (SERVICE, LOAD_SERVICE, HEALTH_SERVICE, REFLECTION_SERVICES[0])
 _MOST_WATCHERS = 256
 _POLL_S = 1.0
 

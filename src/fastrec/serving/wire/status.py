@@ -17,7 +17,8 @@ are told not to while the server sheds load (``grpc-retry-pushback-ms: -1``).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -41,6 +42,18 @@ _CODES = {
     Kind.CANCELLED: (grpc.StatusCode.CANCELLED, 499),
     Kind.INTERNAL: (grpc.StatusCode.INTERNAL, 500),
 }
+# What a code means where nothing says more.
+_KINDS = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Kind.OVERLOAD,
+    grpc.StatusCode.UNAVAILABLE: Kind.NOT_READY,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Kind.EXPIRED,
+    grpc.StatusCode.NOT_FOUND: Kind.NOT_FOUND,
+    grpc.StatusCode.INVALID_ARGUMENT: Kind.INVALID,
+    grpc.StatusCode.UNAUTHENTICATED: Kind.INVALID,
+    grpc.StatusCode.PERMISSION_DENIED: Kind.INVALID,
+    grpc.StatusCode.CANCELLED: Kind.CANCELLED,
+}
+_REASONS = {kind.value for kind in Kind}
 _SHEDDING = {Kind.OVERLOAD, Kind.QUEUE_FULL, Kind.DEADLINE_INFEASIBLE, Kind.EXPIRED}
 
 _Status = message("google.rpc.Status")
@@ -91,6 +104,23 @@ class Answer(NamedTuple):
             trailers.append((PUSHBACK, str(math.ceil(self.retry_after_s * 1e3))))
         trailers.append((DETAILS, status.SerializeToString()))
         return tuple(trailers)
+
+
+def rejected(code: grpc.StatusCode, text: str | None, trailers: Iterable[Any] | None) -> Rejected:
+    """The refusal that a caller was told: :func:`answer` turned round. Servers that do not say
+    their reason (proxies, gRPC itself) are read by the code."""
+    kind, retry_s = _KINDS.get(code, Kind.INTERNAL), None
+    for key, value in trailers or ():
+        if key != DETAILS:
+            continue
+        for detail in _Status.FromString(value).details:
+            if detail.type_url.endswith("google.rpc.ErrorInfo"):
+                reason = _ErrorInfo.FromString(detail.value).reason.lower()
+                kind = Kind(reason) if reason in _REASONS else kind
+            elif detail.type_url.endswith("google.rpc.RetryInfo"):
+                delay = _RetryInfo.FromString(detail.value).retry_delay
+                retry_s = delay.seconds + delay.nanos / 1e9
+    return Rejected(kind, text or code.name, retry_s)
 
 
 def answer(error: BaseException) -> Answer:

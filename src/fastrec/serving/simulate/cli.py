@@ -1,0 +1,139 @@
+"""``fastrec simulate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastrec.errors import ArgumentError
+
+
+def simulate(
+    engine: Annotated[
+        Path | None, typer.Argument(help="An engine's file, measured here before.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="A measured profile (JSON), instead of an engine.")
+    ] = None,
+    save_profile: Annotated[Path | None, typer.Option(help="Where the profile goes.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The servers' configuration, JSON or TOML.")
+    ] = None,
+    slo_ms: Annotated[float | None, typer.Option(help="Latency goal.")] = None,
+    engines: Annotated[int, typer.Option(help="In the whole fleet.")] = 10_000,
+    host_engines: Annotated[int, typer.Option(help="Of one host.")] = 10,
+    cell_hosts: Annotated[int, typer.Option(help="Hosts that one caller knows.")] = 50,
+    cells: Annotated[int, typer.Option(help="Simulated cells of so many hosts.")] = 1,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second, whole fleet; several allowed.")
+    ] = None,
+    load: Annotated[
+        list[float] | None,
+        typer.Option(help="Rates as a share of what the engines could do one request a call."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="probes, random, round_robin, least; several allowed.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Virtual, counted.")] = 1.0,
+    warm_s: Annotated[float, typer.Option(help="Virtual, before counting.")] = 0.3,
+    round_trip_us: Annotated[float, typer.Option(help="Between caller and host.")] = 200.0,
+    door_us: Annotated[
+        float, typer.Option(help="A host's event loop for each request, before the scheduler.")
+    ] = 0.0,
+    candidates: Annotated[int, typer.Option(help="Of a request.")] = 50,
+    slow_share: Annotated[float, typer.Option(help="Share of hosts that are slower.")] = 0.0,
+    slow_factor: Annotated[float, typer.Option(help="By this factor.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Also run one host for real, and compare.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Report.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot, PNG.")] = None,
+) -> None:
+    """A fleet on paper: the scheduler that serves, in virtual time, with a measured engine."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastrec.runtime.machine import machine_card
+    from fastrec.serving.core.config import ServingConfig
+    from fastrec.serving.simulate import report
+    from fastrec.serving.simulate.check import check as run_check
+    from fastrec.serving.simulate.fleet import Fleet
+    from fastrec.serving.simulate.fleet import simulate as run
+
+    if (engine is None) == (profile is None):
+        raise ArgumentError("engine", "an engine's file, or --profile", "both or neither")
+    if rate and load:
+        raise ArgumentError("rate", "--rate or --load", "both")
+    console = Console(stderr=True)
+    measured = _profile(engine, profile, candidates)
+    if save_profile is not None:
+        measured.save(save_profile)
+    settings = (ServingConfig() if config is None else ServingConfig.load(config)).to_dict()
+    if slo_ms is not None:
+        settings["slo"]["latency_ms"] = slo_ms
+    servers = ServingConfig.from_dict(settings)
+    alone_s = measured.line(1, candidates) * measured.mean_scatter()
+    rates = list(rate or ([share * engines / alone_s for share in load] if load else [1e7]))
+    fleets = [
+        Fleet(
+            engines=engines, host_engines=host_engines, cell_hosts=cell_hosts, cells=cells,
+            rate=each, seconds=seconds, warm_s=warm_s, policy=rule, round_trip_us=round_trip_us,
+            door_us=door_us, candidates={candidates: 1.0}, slow_share=slow_share,
+            slow_factor=slow_factor, seed=seed,
+        )
+        for each in rates
+        for rule in policy or ["probes"]
+    ]  # fmt: skip
+    rows = []
+    with Progress(console=console) as progress:
+        for fleet in fleets:
+            task = progress.add_task(f"{fleet.policy}, {fleet.rate:,.0f}/s", total=1.0)
+            start = time.perf_counter()
+            told = partial(_tell, progress, task)
+            outcomes = run(fleet, measured, servers, progress=told)
+            rows.append(report.row(fleet, outcomes, time.perf_counter() - start))
+    whole: dict[str, Any] = {
+        "machine": machine_card(),
+        "statement": fleets[0].statement(),
+        "fleet": dataclasses.asdict(fleets[0]),
+        "goal_ms": servers.slo.latency_ms,
+        "profile": dataclasses.asdict(measured),
+        "rows": rows,
+        "check": run_check(fleets[0], measured, servers) if check else None,
+    }
+    out = Console()
+    out.print(whole["statement"], highlight=False)
+    out.print(report.table(rows), markup=False, highlight=False)
+    if check:
+        out.print_json(json.dumps(whole["check"]))
+    if json_file is not None:
+        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    if plot_file is not None:
+        report.plot(rows, servers.slo.latency_ms, plot_file)
+
+
+def _tell(progress: Any, task: Any, share: float) -> None:
+    progress.update(task, completed=share)
+
+
+def _profile(engine: Path | None, profile: Path | None, candidates: int) -> Any:
+    from fastrec.serving.simulate.profile import EngineProfile
+
+    if profile is not None:
+        return EngineProfile.load(profile)
+    assert engine is not None
+    from fastrec.runtime.artifact import load_engine
+
+    opened = load_engine(engine, threads=1)
+    try:
+        sizes = sorted({max(candidates // 2, 1), candidates})
+        return EngineProfile.measure(opened, candidates=sizes, source=f"{engine.name}, one thread")
+    finally:
+        opened.close()
