@@ -16,8 +16,8 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.models.encoder import EncoderConfig
 from fastrec.runtime import export
 from fastrec.runtime.backends import openvino
+from fastrec.runtime.backends._onnxruntime_session import open_session
 from fastrec.runtime.backends._openvino_rounding import round_before_quantising
-from fastrec.runtime.backends.onnxruntime import open_session
 from fastrec.runtime.model_spec import spec_of
 from fastrec.runtime.onnx_forms import DECOMPOSITIONS
 from fastrec.runtime.onnx_sparse_attention import sparse_attention

@@ -165,7 +165,7 @@ def verify_onnx(
     import onnx
     from google.protobuf.message import DecodeError
 
-    from fastrec.runtime.backends.onnxruntime import open_session
+    from fastrec.runtime.backends._onnxruntime_session import open_session
 
     try:
         proto = onnx.load(Path(path))

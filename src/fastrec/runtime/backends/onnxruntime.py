@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: fp32, and int8 by its own dynamic quantiser.
+"""ONNX Runtime: fp32, and int8 by its own dynamic quantiser; on the CPU or another provider.
 
 Measured on the canonical ranker: per-channel QInt8 weights of all supported operators, without
 reduce_range, are the fastest; static QDQ (u8 or s8 activations) is 8 to 20 % slower, so it is not
@@ -17,8 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrec.errors import ArtifactError, BackendError, MissingDependencyError
+from fastrec.errors import BackendError
 from fastrec.runtime import artifact
+from fastrec.runtime.backends._onnxruntime_session import (
+    PROVIDERS,
+    SessionSettings,
+    nodes_by_provider,
+    open_session,
+    provider_reason,
+)
 from fastrec.runtime.choose import choice
 from fastrec.runtime.engine import BuildOptions, Engine, closed_loop, missing, package_versions
 from fastrec.runtime.machine import int8_products_saturate
@@ -29,6 +36,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "int8")
 _MODEL = "model.onnx"
+# Two: memory patterns are laid out in the first, used from the second.
+_WARM_CALLS = 2
 
 
 def can_run() -> str | None:
@@ -43,59 +52,59 @@ def versions() -> dict[str, str]:
     return package_versions("onnxruntime", "onnx", "onnxscript", "torch")
 
 
-def open_session(path: str | Path, *, threads: int) -> Any:
-    """A CPU session with all graph optimisations on ``threads`` threads.
-
-    Raises:
-        MissingDependencyError: onnxruntime is not installed.
-        ArtifactError: the file is not a model that ONNX Runtime can read.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime", "onnx", "ONNX Runtime") from error
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    # Without VNNI its u8 x s8 products saturate in int16 (see machine.int8_products_saturate); this
-    # makes the weights u8, whose products do not. It changes nothing where there is VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (
-        state.Fail,
-        state.InvalidArgument,
-        state.InvalidGraph,
-        state.InvalidProtobuf,
-        state.NoSuchFile,
-        state.NotImplemented,
-    ) as error:
-        raise ArtifactError(f"ONNX Runtime cannot read {path}: {error}") from error
-
-
 class OnnxRuntimeEngine(Engine):
-    """A session fed with plain numpy arrays."""
+    """A session fed with plain numpy arrays, or through an IO binding."""
 
-    # Its workers spin for 40 ms after a run, measured.
-    spin_s = 0.05
-
-    def __init__(self, file: Path, scratch: Path | None, **about: Any) -> None:
+    def __init__(
+        self,
+        file: Path,
+        scratch: Path | None,
+        *,
+        settings: SessionSettings | None = None,
+        warm_shapes: Sequence[Sequence[int]] = (),
+        **about: Any,
+    ) -> None:
         super().__init__(**about)
         self._file = file
+        self._settings = settings or SessionSettings()
         if scratch is not None:
             # A folder of the engine's own, which goes when it goes.
             weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        self._session = open_session(file, threads=self.threads)
+        # Its workers spin for 40 ms after a run, measured.
+        self.spin_s = 0.05 if self._settings.spinning else 0.0
+        self._session = open_session(file, threads=self.threads, settings=self._settings)
         self._single: Any = None
+        self._output = self._session.get_outputs()[0].name
+        self._warm_shapes = [list(shape) for shape in warm_shapes]
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Calls that let the session lay out its memory, and a provider compile what it put off."""
+        if not self._warm_shapes:
+            return
+        zeros = [
+            np.zeros(shape, f.dtype)
+            for shape, f in zip(self._warm_shapes, self.spec.fields, strict=True)
+        ]
+        for _ in range(_WARM_CALLS):
+            self._run(zeros)
 
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
+        if self._settings.io_binding:
+            return self._run_bound(arrays)
         scores: np.ndarray = self._session.run(
             None, dict(zip(self.spec.names, arrays, strict=True))
         )[0]
+        return scores
+
+    def _run_bound(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """A binding a call: calls may come from several threads."""
+        binding = self._session.io_binding()
+        for name, array in zip(self.spec.names, arrays, strict=True):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output(self._output, "cpu")
+        self._session.run_with_iobinding(binding)
+        scores: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return scores
 
     def throughput(
@@ -103,10 +112,10 @@ class OnnxRuntimeEngine(Engine):
     ) -> float:
         """The better of one call on all threads at a time, and one single-threaded call each."""
         together = super().throughput(requests, seconds=seconds)
-        if self.threads == 1:
+        if self.threads == 1 or self._settings.provider != "cpu":
             return together
         if self._single is None:
-            self._single = open_session(self._file, threads=1)
+            self._single = open_session(self._file, threads=1, settings=self._settings)
         names = self.spec.names
 
         def call(*inputs: np.ndarray) -> None:
@@ -116,9 +125,12 @@ class OnnxRuntimeEngine(Engine):
 
     def save(self, path: str | Path) -> Path:
         """Write the ONNX model with its header; see :func:`fastrec.runtime.load_engine`."""
-        return artifact.write(
-            path, self._header(), lambda folder: _copy(self._file, folder / _MODEL)
-        )
+        header = self._header()
+        header["settings"] = {
+            "session": self._settings.to_dict(),
+            "warm_shapes": self._warm_shapes,
+        }
+        return artifact.write(path, header, lambda folder: _copy(self._file, folder / _MODEL))
 
     def close(self) -> None:
         """Free the session."""
@@ -135,12 +147,30 @@ def build(
 ) -> Engine:
     """Export to ONNX, quantise if asked, open a session.
 
-    Settings: ``free_sizes`` ("batch", or "all": history and candidates stay free too).
+    Settings: ``free_sizes`` ("batch", or "all": history and candidates stay free too), and those of
+    :class:`SessionSettings`: ``provider``, ``provider_options``, ``inter_op``, ``spinning`` and
+    ``io_binding`` ("on", "off"), ``cpu_nodes`` ("allow", "refuse").
     """
-    options.allow("free_sizes")
+    options.allow(
+        "free_sizes",
+        "provider",
+        "provider_options",
+        "spinning",
+        "inter_op",
+        "io_binding",
+        "cpu_nodes",
+    )
+    session = SessionSettings.of(options)
+    if (reason := provider_reason(session.provider)) is not None:
+        raise BackendError(f"provider {session.provider!r}: {reason}")
+    if options.precision == "int8" and session.provider != "cpu":
+        raise BackendError(
+            "onnxruntime: its dynamic quantiser is for the CPU provider; quantise with "
+            "fastrec.quantize_ and leave precision at None"
+        )
     scratch = Path(tempfile.mkdtemp(prefix="fastrec-onnx-"))
     try:
-        return _build_in(scratch, model, example_inputs, options)
+        return _build_in(scratch, model, example_inputs, options, session)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -151,6 +181,7 @@ def _build_in(
     model: torch.nn.Module,
     example_inputs: tuple[torch.Tensor, ...],
     options: BuildOptions,
+    session: SessionSettings,
 ) -> Engine:
     """Build with ``scratch`` for the files, which becomes the engine's."""
     from fastrec.runtime.model_spec import quantised_module
@@ -192,26 +223,50 @@ def _build_in(
         why = "dynamic, per-channel QInt8 weights: measured faster than static QDQ"
     if precision == "int8" and int8_products_saturate():
         why += "; no VNNI here, so weights as uint8 (session.x64quantprecision), exact but slower"
-    threads = f"intra_op_num_threads={options.threads}, inter_op 1, ORT_ENABLE_ALL"
-    return OnnxRuntimeEngine(
+    engine = OnnxRuntimeEngine(
         file,
         scratch,
+        settings=session,
+        warm_shapes=[tuple(t.shape) for t in example_inputs],
         backend="onnxruntime",
         precision=precision,
         threads=options.threads,
         spec=static_shapes(options.spec, example_inputs, free_sizes),
-        rows=[choice(threads, True, None, why)],
+        rows=[],
         versions=versions(),
     )
+    engine._rows = _rows(engine, why)
+    return engine
+
+
+def _rows(engine: OnnxRuntimeEngine, why: str) -> list[dict[str, Any]]:
+    """What the session was told, and who runs its nodes."""
+    session, idle = engine._settings, "spin" if engine._settings.spinning else "sleep"
+    threads = f"intra_op_num_threads={engine.threads}, inter_op {session.inter_op}"
+    rows = [choice(f"{threads}, ORT_ENABLE_ALL, idle workers {idle}", True, None, why)]
+    if session.provider != "cpu":
+        name, _, _ = PROVIDERS[session.provider]
+        counts = nodes_by_provider(engine._session)
+        others = {n: count for n, count in counts.items() if n != name}
+        said = f"it runs {counts.get(name, 0)} nodes" if counts else "as asked"
+        if others:
+            said += "; not supported there: " + ", ".join(f"{n} {c}" for n, c in others.items())
+        rows.append(choice(name, True, None, said))
+    binding = "inputs and output in the session's memory" if session.io_binding else "numpy arrays"
+    rows.append(choice("IO binding", session.io_binding, None, binding))
+    return rows
 
 
 def load(path: Path, header: dict[str, Any], threads: int | None) -> Engine:
     """Open a checked artifact; imports no torch."""
     if (reason := can_run()) is not None:
         raise BackendError(f"onnxruntime: {reason}")
+    settings = header.get("settings", {})
     return OnnxRuntimeEngine(
         path / _MODEL,
         None,
+        settings=SessionSettings.from_dict(settings.get("session", {})),
+        warm_shapes=settings.get("warm_shapes", ()),
         backend="onnxruntime",
         precision=header["precision"],
         threads=threads or header["threads"],
