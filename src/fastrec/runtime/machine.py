@@ -58,6 +58,15 @@ def machine_card() -> dict[str, Any]:
     }
 
 
+def cpu_identity() -> list[Any]:
+    """What compiled code and timings hold for: the CPU, its instruction sets and how many cores."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", "").split())
+    model = [info.get(key) for key in ("model name", "cpu family", "model", "stepping")]
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [platform.machine(), *model, [flag for flag in _FLAGS if flag in flags], affinity]
+
+
 def int8_products_saturate() -> bool:
     """Whether this is an x86 CPU without VNNI, where other runtimes multiply uint8 by int8 with
     ``vpmaddubsw``: it adds pairs of products in 16 bits, and 2 * 255 * 127 does not fit."""

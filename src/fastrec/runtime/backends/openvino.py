@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import queue
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastrec import env
 from fastrec.errors import BackendError, MissingDependencyError
 from fastrec.runtime import artifact
 from fastrec.runtime.backends._openvino_rounding import round_before_quantising
+from fastrec.runtime.cache import digest
 from fastrec.runtime.choose import choice, fastest
 from fastrec.runtime.engine import BuildOptions, Engine, missing, package_versions
 from fastrec.runtime.machine import int8_products_saturate
@@ -58,6 +61,14 @@ def _openvino() -> Any:
     return openvino
 
 
+def _cache_folder() -> Path:
+    """Where compiled models lie: a folder a CPU and version, so that none of another machine's is
+    ever read, whatever OpenVINO itself would make of it."""
+    from fastrec.runtime.machine import cpu_identity
+
+    return env.cache_dir() / "openvino" / digest([cpu_identity(), versions()["openvino"]])
+
+
 def int8_properties() -> dict[str, str]:
     """Properties for a model that ``fastrec.quantize_`` made, on this CPU.
 
@@ -67,6 +78,25 @@ def int8_properties() -> dict[str, str]:
     nncf's own models keep to 7-bit weights instead.
     """
     return {"LP_TRANSFORMS_MODE": "NO"} if int8_products_saturate() else {}
+
+
+class _Requests:
+    """Infer requests of one compiled model; a call takes one, and waits where all are taken."""
+
+    def __init__(self, compiled: Any, count: int) -> None:
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(compiled.create_infer_request())
+
+    def infer(self, arrays: list[np.ndarray]) -> np.ndarray:
+        request = self._free.get()
+        try:
+            result = request.infer(arrays, share_inputs=True, share_outputs=True)
+            # Shared memory is overwritten by the next call: the caller gets a copy, of few numbers.
+            scores: np.ndarray = result[0].copy()
+            return scores
+        finally:
+            self._free.put(request)
 
 
 class OpenVinoEngine(Engine):
@@ -83,10 +113,13 @@ class OpenVinoEngine(Engine):
         hint: str,
         static_shapes: Sequence[Sequence[int]],
         own_int8: bool = False,
+        mode: str = "latency",
+        cache: bool = False,
         **about: Any,
     ) -> None:
         super().__init__(**about)
         self._model = model
+        self._mode, self._cache = mode, cache
         self._own_int8 = own_int8
         self._shapes, self._hint = shapes, hint
         self._static_shapes = tuple([tuple(s) for s in static_shapes])
@@ -104,6 +137,8 @@ class OpenVinoEngine(Engine):
         if shapes is not None:
             model = model.clone()
             model.reshape(dict(zip(model.inputs, map(ov.PartialShape, shapes), strict=True)))
+        if self._cache:
+            config = {**config, "CACHE_DIR": str(_cache_folder())}
         try:
             return ov.Core().compile_model(
                 model,
@@ -118,20 +153,22 @@ class OpenVinoEngine(Engine):
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile the model: {error}") from error
 
-    def _request(self, shapes: Sequence[Sequence[int]] | None) -> Any:
-        compiled = self._compile(shapes, {"PERFORMANCE_HINT": "LATENCY"})
-        return compiled.create_infer_request()
+    def _request(self, shapes: Sequence[Sequence[int]] | None) -> _Requests:
+        if self._mode == "latency":
+            return _Requests(self._compile(shapes, {"PERFORMANCE_HINT": "LATENCY"}), 1)
+        compiled = self._compile(shapes, self._streams_config())
+        return _Requests(compiled, compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+
+    def _streams_config(self) -> dict[str, Any]:
+        return {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": self.threads}
 
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
-        request = self._static
-        if request is None or tuple([a.shape for a in arrays]) != self._static_shapes:
+        requests = self._static
+        if requests is None or tuple([a.shape for a in arrays]) != self._static_shapes:
             if self._dynamic is None:
                 self._dynamic = self._request(None)
-            request = self._dynamic
-        result = request.infer(arrays, share_inputs=True, share_outputs=True)
-        # Shared memory is overwritten by the next call: the caller gets a copy, of few numbers.
-        scores: np.ndarray = result[0].copy()
-        return scores
+            requests = self._dynamic
+        return requests.infer(arrays)
 
     def throughput(
         self, requests: Sequence[tuple[np.ndarray, ...]], *, seconds: float = 2.0
@@ -146,10 +183,7 @@ class OpenVinoEngine(Engine):
         static = self._shapes == "static" and all(
             tuple([a.shape for a in request]) == self._static_shapes for request in arrays
         )
-        compiled = self._compile(
-            self._static_shapes if static else None,
-            {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": self.threads},
-        )
+        compiled = self._compile(self._static_shapes if static else None, self._streams_config())
         queue = ov.AsyncInferQueue(compiled, self.threads)
         for request in arrays[:2]:
             queue.start_async(request, share_inputs=True)
@@ -170,6 +204,8 @@ class OpenVinoEngine(Engine):
             "hint": self._hint,
             "static_shapes": [list(s) for s in self._static_shapes],
             "own_int8": self._own_int8,
+            "mode": self._mode,
+            "cache": self._cache,
         }
         return artifact.write(
             path,
@@ -189,14 +225,18 @@ def build(
     """Convert, quantise if asked, compile the candidates and keep the fastest.
 
     Settings: ``shapes`` ("static" or "dynamic"), ``hint`` ("f32" or "bf16", the precision of what
-    is not int8), ``free_sizes`` ("batch", or "all": history and candidates stay free too).
+    is not int8), ``free_sizes`` ("batch", or "all": history and candidates stay free too), ``mode``
+    ("latency", or "throughput": a stream a thread, for callers on several threads), ``cache`` ("on"
+    keeps compiled models in the user's cache).
     """
     import torch
 
     from fastrec.runtime.model_spec import quantised_module
     from fastrec.runtime.onnx_export import static_shapes
 
-    options.allow("shapes", "hint", "free_sizes")
+    options.allow("shapes", "hint", "free_sizes", "mode", "cache")
+    mode = options.setting("mode", ("latency", "throughput"), "latency")
+    cache = options.setting("cache", ("on", "off"), "off") == "on"
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     shapes = options.setting("shapes", ("static", "dynamic"))
     hint = options.setting("hint", ("f32", "bf16"))
@@ -223,6 +263,8 @@ def build(
             hint=h,
             static_shapes=[tuple(t.shape) for t in example_inputs],
             own_int8=own is not None,
+            mode=mode,
+            cache=cache,
             backend="openvino",
             precision=precision,
             threads=options.threads,
@@ -241,14 +283,19 @@ def build(
     kept = engines[best]
     rows.append(
         choice(
-            f"LATENCY hint, INFERENCE_NUM_THREADS={options.threads}, share_inputs, share_outputs",
+            f"{mode.upper()} hint, INFERENCE_NUM_THREADS={options.threads}, share_inputs, "
+            "share_outputs",
             True,
             None,
             f"nncf.quantize, TRANSFORMER, {len(options.calibration) or 1} calibration batches"
             if options.precision == "int8"
-            else "as OpenVINO advises for one request at a time",
+            else "as OpenVINO advises for one request at a time"
+            if mode == "latency"
+            else "a stream a thread: calls from several threads run beside each other",
         )
     )
+    if cache:
+        rows.append(choice("model cache", True, None, "of this CPU and OpenVINO version alone"))
     if own is not None:
         why = "int8 of fastrec.quantize_, rounded as its kernels round"
         if int8_properties():
@@ -324,6 +371,8 @@ def load(path: Path, header: dict[str, Any], threads: int | None) -> Engine:
         hint=settings["hint"],
         static_shapes=settings["static_shapes"],
         own_int8=settings.get("own_int8", False),
+        mode=settings.get("mode", "latency"),
+        cache=settings.get("cache", False),
         backend="openvino",
         precision=header["precision"],
         threads=threads or header["threads"],
