@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +70,7 @@ def loadtest(
 
     from fastrec.report.loadtest import print_result, write_report
     from fastrec.serving.load import Plan, Retry, Sizes, Stage
+    from fastrec.serving.server import run
 
     if plan is not None:
         made = Plan.load(plan)
@@ -89,7 +89,7 @@ def loadtest(
     def note(rate: float, reached: float) -> None:
         console.print(f"{rate:8.1f} /s: {reached:.2%} in time", highlight=False)
 
-    result = asyncio.run(_measure(target, model, made, capacity, request, token, config, note))
+    result = run(_measure(target, model, made, capacity, request, token, config, note))
     print_result(result, Console())
     if json_out is not None:
         json_out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastrec import __version__
 from fastrec.errors import ArgumentError, MissingDependencyError
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastrec.serving")
 
 _LAG_PERIOD_S = 0.25
+_T = TypeVar("_T")
 PAGE = Path(__file__).parent / "observe" / "page.html"
 
 
@@ -255,14 +256,14 @@ class Server:
             self.metrics.loop_lag_s = max(0.0, time.monotonic() - due)
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
+def run(work: Coroutine[Any, Any, _T]) -> _T:
     """``asyncio.run``, on uvloop where that is installed: a request then costs less."""
     try:
         import uvloop
     except ImportError:
-        asyncio.run(work)
-    else:
-        uvloop.run(work)
+        return asyncio.run(work)
+    result: _T = uvloop.run(work)
+    return result
 
 
 class _Changes:

@@ -137,6 +137,10 @@ class Generator:
         self._at = [self._start + at for at in self._at]
         self.clock.call_at(self._at[0], self._due)
 
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self.clock.now() - self._start
+
     def close(self) -> None:
         """Send nothing more; answers still to come are not noted."""
         self._closed = True
@@ -184,13 +188,24 @@ class Generator:
             self._finished()
 
 
-async def run(plan: Plan, target: Target, clock: Clock) -> Generator:
+async def run(
+    plan: Plan,
+    target: Target,
+    clock: Clock,
+    begun: Callable[[Generator], None] | None = None,
+) -> Generator:
     """A plan against the real clock of the running loop; returns when every request has its last
-    answer, or the plan's patience is over."""
+    answer, or the plan's patience is over.
+
+    Args:
+        begun: called once it has started: to arrange what else is to happen.
+    """
     over = asyncio.Event()
     generator = Generator(plan, target, clock, over.set)
     before = time.process_time()
     generator.start()
+    if begun is not None:
+        begun(generator)
     try:
         await asyncio.wait_for(over.wait(), plan.seconds + plan.patience_s)
     except asyncio.TimeoutError:

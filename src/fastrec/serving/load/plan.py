@@ -62,7 +62,7 @@ class Mix:
         tenants: how many; 0 = none is named.
         skew: a tenant's share falls with its rank to this power (Zipf); 0 = all alike.
         priority: 1 is the highest, 0 = not said.
-        timeout_ms: sent with each request; None = the server's goal.
+        timeout_ms: sent with each request, and how long the client waits; None = the server's goal.
     """
 
     tier: str = ""

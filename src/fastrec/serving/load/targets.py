@@ -112,7 +112,7 @@ class GrpcTarget:
     Args:
         model: its name.
         connections: over which requests take turns; a server may bound the streams of each.
-        timeout_s: of gRPC: after it a request has failed with "timeout".
+        timeout_s: of gRPC, for requests that bring none: after it they have failed with "timeout".
         token: sent as a bearer token.
     """
 
@@ -213,7 +213,7 @@ class GrpcTarget:
         data = kinds[shot.variant % len(kinds)] + self._hints(shot)
         call = self._calls[shot.number % len(self._calls)]
         try:
-            await call(data, timeout=self._timeout, metadata=self._metadata)
+            await call(data, timeout=shot.timeout_s or self._timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             done(_refusal(error))
         else:
