@@ -22,3 +22,4 @@ def test_the_howto_runs() -> None:
         exec(compile(block, str(PAGE), "exec"), names)  # our own page
     assert names["pruned"].sparsity > 0.35
     assert names["report"].tables == ["items"]
+    assert names["tuned"].chosen.size_mb <= 0.15

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastrec
 from fastrec import Budget, autotune
-from fastrec.errors import ArgumentError, BackendError, BudgetError, DtypeError
+from fastrec.errors import ArgumentError, ArtifactError, BackendError, BudgetError, DtypeError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.search import AutotuneResult, Space
@@ -150,6 +150,9 @@ def test_a_second_call_goes_on_from_the_journal(found: tuple[AutotuneResult, Pat
         autotune(other, Budget(size_mb=0.001, batch=2, threads=1), evaluate=quality,
                  calibration=BATCHES, space=SPACE, out=out)  # fmt: skip
     assert (out / "journal.json.old").exists()
+    (out / "journal.json").write_text("{")
+    with pytest.raises(ArtifactError, match="journal"):
+        half_size(out=out)
 
 
 def test_fine_tuning_keeps_zeros_and_halves_the_trials() -> None:

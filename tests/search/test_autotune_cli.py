@@ -59,12 +59,16 @@ def run(folder: Path, out: Path, *options: object, model: str = "model") -> str:
 def test_search_and_go_on(folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ("--size-mb", 0.08, "--finetune-steps", 2, "--json", report)
+    options += ("--markdown", tmp_path / "report.md")
     shown = run(folder, tmp_path / "out", *options)
     assert "best" in shown
     first = json.loads(report.read_text())
     assert first["chosen"]["size_mb"] <= 0.08
     assert first["test"]["users"] == 60
     assert first["machine"]["cpu"]
+    page = (tmp_path / "report.md").read_text()
+    assert "**chosen**" in page
+    assert "## The cost model" in page
     best = fastrec.load(tmp_path / "out" / "best")
     assert sum(1 for _ in best.parameters()) < sum(1 for _ in Ranker(best.config).parameters())
     run(folder, tmp_path / "out", *options)

@@ -46,6 +46,9 @@ def autotune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of batches and negatives.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the front to this .png file.")] = None,
+    markdown_out: Annotated[
+        Path | None, typer.Option("--markdown", help="Write a report to this file.")
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write what was found to this file.")
     ] = None,
@@ -59,8 +62,10 @@ def autotune(
 
     from fastrec.compress.cli import load_trained
     from fastrec.data import SequenceDataset
+    from fastrec.runtime.compiler import cpus
     from fastrec.runtime.machine import machine_card
     from fastrec.search.budget import Budget
+    from fastrec.search.markdown import markdown
     from fastrec.search.search import autotune as search
 
     budget = Budget(latency_ms, size_mb, batch, threads)
@@ -99,8 +104,11 @@ def autotune(
     console.print(f"saved: {out / 'best'}")
     if plot is not None:
         result.plot(plot)
+    about = {"machine": machine_card(), "metric": metric, "test": tests}
+    report = about | {"threads": threads or cpus(), **result.to_dict()}
+    if markdown_out is not None:
+        markdown_out.write_text(markdown(report))
     if json_out is not None:
-        report = {"machine": machine_card(), "metric": metric, "test": tests, **result.to_dict()}
         json_out.write_text(json.dumps(report, indent=1) + "\n")
 
 
