@@ -468,20 +468,19 @@ def sweep(
     if all(limited):
         shares = [(share, 1 - share) for share in np.linspace(0.0, 1.0, 11)]
     worst = max((loss for loss in losses.values() if loss < math.inf), default=0.0) or 1.0
-    found: dict[tuple[tuple[str, Choice], ...], None] = {}
+    tables = []
+    for unit in units:
+        costs = np.array([table.cost(unit, choice) for choice in unit.choices]) / spent
+        tables.append((np.array([losses[unit.name, c.name] for c in unit.choices]), costs))
+    found: dict[tuple[int, ...], None] = {}
     for price in _WEIGHTS * worst:
-        for time_share, size_share in shares:
-
-            def bad(unit: Unit, choice: Choice) -> float:
-                us, size = table.cost(unit, choice)
-                cost = time_share * us / spent[0] + size_share * size / spent[1]  # noqa: B023
-                return losses[unit.name, choice.name] + price * cost  # noqa: B023
-
-            found[tuple((u.name, min(u.choices, key=lambda c: bad(u, c))) for u in units)] = None
+        for share in shares:
+            best = (int(np.argmin(lost + price * (costs @ share))) for lost, costs in tables)
+            found[tuple(best)] = None
     candidates = []
-    for pairs in found:
-        chosen = dict(pairs)
-        loss = sum(losses[name, choice.name] for name, choice in pairs)
+    for places in found:
+        chosen = {u.name: u.choices[place] for u, place in zip(units, places, strict=True)}
+        loss = sum(losses[name, choice.name] for name, choice in chosen.items())
         candidates.append(Candidate(chosen, table.predict(chosen), loss))
     candidates.sort(key=lambda c: (budget.use(c.cost), c.loss))
     front: list[Candidate] = []
