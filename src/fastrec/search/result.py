@@ -171,7 +171,11 @@ class AutotuneResult:
         for label, colour, points in groups:
             x, y = [getattr(p, name) for p in points], [p.quality for p in points]
             axis.scatter(x, y, s=28, color=colour, label=label, zorder=3)
-        front = self.front
+        # Of this cost alone: a point may be on the front by its other cost.
+        front: list[Point] = []
+        for point in sorted(self.points, key=lambda p: (getattr(p, name), -p.quality)):
+            if not front or point.quality > front[-1].quality:
+                front.append(point)
         axis.plot([getattr(p, name) for p in front], [p.quality for p in front], color="#0072B2",
                   linewidth=1, drawstyle="steps-post", label="front")  # fmt: skip
         best = self.chosen
