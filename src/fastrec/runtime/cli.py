@@ -19,12 +19,16 @@ def export(
     dynamic_batch: Annotated[
         bool, typer.Option(help="Leave batch, history and candidates free.")
     ] = True,
+    sparse: Annotated[
+        bool, typer.Option(help="Sparse initialisers for weights that are mostly zeros.")
+    ] = False,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write a report here.")] = None,
 ) -> None:
     """Export a checkpoint as ONNX: standard operators only, checked against torch."""
     from rich.console import Console
 
     from fastrec.compress import load
+    from fastrec.compress.artifact import read_manifest
     from fastrec.runtime.model_spec import spec_of
     from fastrec.runtime.onnx_export import OPSET, onnx_versions
     from fastrec.runtime.onnx_export import export as export_onnx
@@ -34,7 +38,15 @@ def export(
         loaded = load(model)
         sizes = {"B": 2, "m": candidates} | ({} if history is None else {"L": history})
         examples = spec_of(loaded, ()).sample(sizes)
-        export_onnx(loaded, out, examples, dynamic_batch=dynamic_batch)
+        recipe = read_manifest(model).get("recipe")
+        export_onnx(
+            loaded,
+            out,
+            examples,
+            dynamic_batch=dynamic_batch,
+            sparse=sparse,
+            metadata=None if recipe is None else {"recipe": json.dumps(recipe)},
+        )
     size_mb = out.stat().st_size / 1e6
     console.print(f"[green]{out}[/]: {size_mb:.1f} MB, opset {OPSET}, agrees with torch")
     if json_out is not None:

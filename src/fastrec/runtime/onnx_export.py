@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ from fastrec.runtime.measure import Tolerance, correctness_gate
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
 from fastrec.runtime.onnx_forms import DECOMPOSITIONS, with_qdq
 from fastrec.runtime.onnx_sharing import unshare_int8
+from fastrec.runtime.onnx_storage import external_data, make_sparse, write_files
 from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.trace import evaluated, first_line, quiet, traced
 
 # The highest that both current runtimes read in full; LayerNormalization is one operator from 17.
 OPSET = 18
 STANDARD_DOMAINS = ("", "ai.onnx")
-# protobuf's limit for one message, less room for the graph itself.
-_LARGEST_BYTES = 2**31 - 2**24
 
 
 def export(
@@ -33,6 +34,8 @@ def export(
     example_inputs: Sequence[Any],
     *,
     dynamic_batch: bool = True,
+    sparse: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model as ONNX (opset 18), checked against torch through ONNX Runtime.
 
@@ -50,25 +53,36 @@ def export(
         example_inputs: one batch like those to come.
         dynamic_batch: whether batch, history length and candidate count stay free (as far as the
             model's code allows it); else all sizes are the examples'.
+        sparse: store float weights of which less than a third are not zero as sparse initialisers
+            (a smaller file; runtimes widen them when they load it).
+        metadata: name -> text, kept among the model's properties (a recipe, a data set's name),
+            beside its producer, inputs with their meaning (``spec``, JSON) and free sizes.
+
+    Returns:
+        the path. Tensors of a model over 2 GB lie beside it, in ``<path>.data``.
 
     Raises:
+        ArgumentError: ``metadata`` is not text, or names a property that the export writes.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        BackendError: the model cannot be traced, an operator has no ONNX form, the file would
-            exceed 2 GB, or the export disagrees with torch.
+        BackendError: the model cannot be traced, an operator has no ONNX form, or the export
+            disagrees with torch.
     """
     tensors = as_tensors("example_inputs", example_inputs)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".onnx", dir=path.parent)
-    os.close(handle)
-    draft = Path(name)
+    # A folder of its own: a model over 2 GB is two files, of which one names the other.
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    draft = folder / path.name
+    free = None if dynamic_batch else ()
     try:
-        write_onnx(model, draft, tensors, free=None if dynamic_batch else ())
+        write_onnx(model, draft, tensors, free=free, sparse=sparse, metadata=metadata)
         verify_onnx(draft, model, tensors, dynamic_batch=dynamic_batch)
         draft.chmod(0o644)
+        if external_data(draft).exists():
+            os.replace(external_data(draft), external_data(path))
         os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return path
 
 
@@ -78,8 +92,10 @@ def write_onnx(
     example_inputs: tuple[torch.Tensor, ...],
     *,
     free: Sequence[str] | None = None,
+    sparse: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Export without the check; errors as :func:`export`.
+    """Export without the check; arguments and errors as :func:`export`.
 
     ``free`` names the sizes that stay free, of B, L and m; None means all that the model's export
     allows.
@@ -87,8 +103,6 @@ def write_onnx(
     for package in ("onnx", "onnxscript"):
         if missing(package):
             raise MissingDependencyError(package, "onnx", "ONNX export")
-    tensors = [*model.parameters(), *model.buffers()]
-    size = sum(t.numel() * t.element_size() for t in tensors)
     import onnx
 
     spec = spec_of(model, example_inputs)
@@ -114,22 +128,22 @@ def write_onnx(
     check_domains(proto)
     _name_sizes(proto, spec)
     unshare_int8(proto)
+    if sparse:
+        make_sparse(proto)
     import fastrec
 
-    onnx.helper.set_model_props(
-        proto,
-        {
-            "producer": f"fastrec {fastrec.__version__}",
-            "inputs": ", ".join(f"{f.name} {f.dtype} {list(f.dims)}" for f in spec.fields),
-            "free sizes": ", ".join(symbols),
-        },
-    )
-    if size > _LARGEST_BYTES:
-        raise BackendError(
-            f"the model holds {size / 1e9:.1f} GB: ONNX external data, needed over 2 GB, comes "
-            "with a later version"
-        )
-    onnx.save(proto, path)
+    properties = {
+        "producer": f"fastrec {fastrec.__version__}",
+        "inputs": ", ".join(f"{f.name} {f.dtype} {list(f.dims)}" for f in spec.fields),
+        "spec": json.dumps(spec.to_dict()),
+        "free sizes": ", ".join(symbols),
+    }
+    for name, text in (metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(text, str) or name in properties:
+            expected = f"text under other names than {', '.join(properties)}"
+            raise ArgumentError("metadata", expected, f"{name!r}: {type(text).__name__}")
+    onnx.helper.set_model_props(proto, {**properties, **(metadata or {})})
+    write_files(proto, path)
 
 
 def _name_sizes(proto: Any, spec: InputSpec) -> None:
@@ -168,8 +182,9 @@ def verify_onnx(
     from fastrec.runtime.backends._onnxruntime_session import open_session
 
     try:
-        proto = onnx.load(Path(path))
-        onnx.checker.check_model(proto)
+        # By its path: a model over 2 GB does not fit one message.
+        onnx.checker.check_model(str(path))
+        proto = onnx.load(Path(path), load_external_data=False)
     except (DecodeError, OSError, onnx.checker.ValidationError) as error:
         raise ArtifactError(f"{path} is not a valid ONNX model: {first_line(error)}") from error
     check_domains(proto)

@@ -2,7 +2,7 @@
 
 The file is written by ``fastrec.runtime.tflite``. Google's litert-torch needs other versions of
 torch and protobuf than the rest of fastrec, knows none of fastrec's layers and chooses int8 scales
-of its own; measured against it, the file written here is as fast (docs/engines/litert.md).
+of its own (docs/engines/litert.md).
 """
 
 from __future__ import annotations

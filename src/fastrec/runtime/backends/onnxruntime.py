@@ -139,7 +139,11 @@ class OnnxRuntimeEngine(Engine):
 
 
 def _copy(source: Path, target: Path) -> None:
+    from fastrec.runtime.onnx_storage import external_data
+
     shutil.copyfile(source, target)
+    if external_data(source).exists():
+        shutil.copyfile(external_data(source), external_data(target))
 
 
 def build(
