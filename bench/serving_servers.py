@@ -35,8 +35,6 @@ from fastrec.serving.core import (
     ServingConfig,
     Timings,
 )
-from fastrec.serving.wire.messages import SERVICE, InferRequest, InferResponse
-from fastrec.serving.wire.tensors import datatype, tensor_inputs, to_raw
 
 
 def tell(**values: Any) -> None:
@@ -144,74 +142,13 @@ async def release(server: Any, engine: str, settings: dict[str, Any]) -> None:
     )
 
 
-def ray_serve(engine: str, settings: dict[str, Any]) -> None:
-    """@serve.batch with settings["batch"], else Serve's defaults; its gRPC ingress."""
-    import ray
-    from ray import serve
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    serve.start(
-        grpc_options={"port": settings["port"], "grpc_servicer_functions": ["serving_servers:add"]}
-    )
-
-    @serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 1})
-    class Model:
-        def __init__(self) -> None:
-            self.engine = load_engine(engine, threads=1)
-            for users in (1, 2, 4, 8):
-                self.engine(*self.engine.spec.sample({"B": users, "m": 50}))
-
-        @serve.batch(**settings["batch"])
-        async def scores(self, requests: list[bytes]) -> list[Any]:
-            inputs = [tensor_inputs(InferRequest.FromString(data)) for data in requests]
-            joined = [np.concatenate([i[name] for i in inputs]) for name in self.engine.spec.names]
-            result = await asyncio.to_thread(self.engine, *joined)
-            replies = []
-            for row in result:
-                reply = InferResponse(model_name="ranker")
-                reply.outputs.add(
-                    name="scores", datatype=datatype(row.dtype), shape=(1, *row.shape)
-                )
-                reply.raw_output_contents.append(to_raw(row))
-                replies.append(_Bytes(bytes(reply.SerializeToString())))
-            return replies
-
-        async def ModelInfer(self, request: bytes) -> Any:
-            return await self.scores(request)
-
-    serve.run(Model.bind(), name="ranker", route_prefix="/")
-    tell(port=settings["port"])
-    sys.stdin.read()
-    serve.shutdown()
-    ray.shutdown()
-
-
-class _Bytes:
-    """What Serve asks of a reply."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def SerializeToString(self) -> bytes:
-        return self._data
-
-
-def add(servicer: Any, server: Any) -> None:
-    """For Serve's ``grpc_servicer_functions``."""
-    import grpc
-
-    handlers = {"ModelInfer": grpc.unary_unary_rpc_method_handler(servicer.ModelInfer)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-
-
 def main() -> None:
     kind, engine, text = sys.argv[1:]
     settings = json.loads(text)
     if kind == "ray":
-        # Replicas import this file by its name: functions of __main__ would be pickled.
-        import serving_servers
+        from serving_ray import serve
 
-        serving_servers.ray_serve(engine, settings)
+        serve(engine, settings)
     else:
         serving.run(plain(kind, engine, settings))
 
