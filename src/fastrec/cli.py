@@ -22,7 +22,7 @@ def _mount() -> None:
     from fastrec.info import explain, info
     from fastrec.report.cli import bench, table1
     from fastrec.report.load_cli import loadtest
-    from fastrec.runtime.cli import export
+    from fastrec.runtime.cli import export, screen
     from fastrec.runtime.cuda.cli import tune
     from fastrec.search.cli import autotune
     from fastrec.serving.cli import serve
@@ -32,7 +32,8 @@ def _mount() -> None:
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
     commands = (
-        train, compress, autotune, table1, export, bench, tune, explain, serve, loadtest, simulate
+        train, compress, autotune, table1, export, bench, tune, explain, serve, loadtest, simulate,
+        screen,
     )  # fmt: skip
     for command in commands:
         app.command()(command)

@@ -16,6 +16,7 @@ from fastrec.serving.core.config import (
     Pool,
     QueuePolicy,
     Quota,
+    Screening,
     ServingConfig,
     Tier,
 )
@@ -28,6 +29,7 @@ from fastrec.serving.core.events import (
     Observer,
     RequestDone,
     RolloutChanged,
+    Screened,
 )
 from fastrec.serving.core.request import Kind, Rejected, Request, Response, Timings
 from fastrec.serving.core.runtime import ModelInfo, Runtime
@@ -60,6 +62,8 @@ __all__ = [
     "Response",
     "RolloutChanged",
     "Runtime",
+    "Screened",
+    "Screening",
     "ServingConfig",
     "ServingError",
     "Tier",

@@ -30,11 +30,13 @@ class Batch:
         "users",
     )
 
-    def __init__(self, parts: list[Part], lane: str, model: LatencyModel, started: float) -> None:
+    def __init__(
+        self, parts: list[Part], lane: str, rows: int, model: LatencyModel, started: float
+    ) -> None:
         self.parts, self.lane, self.started = parts, lane, started
         self.padded = parts[0].key[0]
         self.users = sum([p.users for p in parts])
-        self.rows = self.users * self.padded
+        self.rows = self.users * rows  # of each user
         self.predicted_s = model.predict(self.users, self.rows)
         self.given_up = False
 
@@ -67,7 +69,7 @@ class Batcher:
             ticket.cost_s <= self.batch_s
             and ticket.rows <= self.config.max_rows
             and users <= self.most_users
-            and candidates <= self._most_width
+            and (candidates <= self._most_width or self.signature.keep)
         ):
             ticket.parts.append([self._part(ticket, arrays, users, candidates, model)])
             ticket.open_parts = ticket.pieces = 1
@@ -98,12 +100,13 @@ class Batcher:
     ) -> Part:
         padded = self.padded(candidates)
         key = self.signature.key(arrays, padded)
-        cost = model.predict(users, users * padded)
+        cost = model.predict(users, users * self.signature.deep(padded))
         return Part(ticket, arrays, users, candidates, key, cost)
 
     def _most_candidates(self, candidates: int, model: LatencyModel) -> int:
         """Of one user in one call."""
-        if not self.signature.separable:
+        if not self.signature.separable or candidates > self.signature.deep(candidates):
+            # Pieces would each be screened for themselves, and more be kept.
             return candidates
         most = self._most_width
         room = self.batch_s - model.beta - model.gamma
@@ -119,6 +122,7 @@ class Batcher:
         """Of one request in one call."""
         if not self.signature.joins:
             return users
+        candidates = self.signature.deep(candidates)
         most = min(self.most_users, max(self.config.max_rows // max(candidates, 1), 1))
         each = model.gamma + model.alpha * candidates
         if each > 0:
@@ -132,8 +136,9 @@ class Batcher:
         """Users of so many candidates that a call has room for."""
         if not self.config.enabled or not self.signature.joins:
             return 0
-        each = model.gamma + model.alpha * padded
-        most = min(self.most_users, self.config.max_rows // max(padded, 1))
+        rows = self.signature.deep(padded)
+        each = model.gamma + model.alpha * rows
+        most = min(self.most_users, self.config.max_rows // max(rows, 1))
         if each > 0:
             most = min(most, int((self.batch_s - model.beta) / each))
         return most
@@ -154,7 +159,7 @@ class Batcher:
         queues.take(seed)
         parts = [seed]
         padded = seed.key[0]
-        each = model.gamma + model.alpha * padded
+        each = model.gamma + model.alpha * self.signature.deep(padded)
         room = self._room(padded, model) - seed.users
 
         def in_time(deadline: float) -> float:
@@ -190,5 +195,5 @@ class Batcher:
         room = self._room(seed.key[0], slot.model)
         if queues.count >= room:
             return now
-        full_s = slot.model.predict(room, room * seed.key[0])
+        full_s = slot.model.predict(room, room * self.signature.deep(seed.key[0]))
         return min(seed.ticket.arrival + delay, seed.ticket.deadline - 1.5 * full_s)

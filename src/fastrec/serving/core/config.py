@@ -301,6 +301,29 @@ class Admission:
 
 
 @dataclass(frozen=True)
+class Screening:
+    """Cuts the candidates of large requests before the deep tower, for models that have a screen
+    beside their file (``fastrec.runtime.screening``).
+
+    Args:
+        keep: candidates of a user that are scored in full; 0 = all, no screening.
+        audit: share of screened calls that are scored whole too, to measure recall; these take as
+            long as without the screen.
+        audit_k: recall is about so many of the best candidates.
+    """
+
+    keep: int = 0
+    audit: float = 0.0
+    audit_k: int = 10
+
+    def __post_init__(self) -> None:
+        if self.keep:
+            _check("screening.keep", self.keep, 8)
+            _check("screening.audit_k", self.audit_k, 1, self.keep)
+        _check("screening.audit", self.audit, 0, 1)
+
+
+@dataclass(frozen=True)
 class Canary:
     """A grey release: how a new version's share grows, and what takes it back.
 
@@ -346,6 +369,7 @@ class ServingConfig:
     pool: Pool = Pool()
     admission: Admission = Admission()
     canary: Canary = Canary()
+    screening: Screening = Screening()
 
     def __post_init__(self) -> None:
         if not self.tiers:

@@ -56,11 +56,15 @@ Source = str | Path | EntryPoint | Callable[[], Callee]
 
 @dataclass(slots=True)
 class Ran:
-    """What a call came to: outputs by name, or the error; and the engine's own seconds."""
+    """What a call came to: outputs by name, or the error; and the engine's own seconds.
+
+    ``recall``: what an audit of the engine's screen found, where there was one in this call.
+    """
 
     outputs: dict[str, np.ndarray]
     seconds: float
     error: Exception | None = None
+    recall: float | None = None
 
 
 Done = Callable[[Ran], None]
@@ -107,7 +111,7 @@ def call(engine: Callee, arrays: Sequence[np.ndarray]) -> Ran:
         outputs = named(engine(*arrays))
     except Exception as error:
         return Ran({}, time.perf_counter() - start, error)
-    return Ran(outputs, time.perf_counter() - start)
+    return Ran(outputs, time.perf_counter() - start, None, getattr(engine, "recall", None))
 
 
 class EngineHandle(abc.ABC):

@@ -40,6 +40,16 @@ class BatchDone(NamedTuple):
     error: str
 
 
+class Screened(NamedTuple):
+    """A screened call was scored whole too: the share of the best candidates that the screen had
+    kept."""
+
+    at: float
+    model: str
+    version: str
+    recall: float
+
+
 class EngineChanged(NamedTuple):
     """An engine went from one state of the pool to another."""
 
@@ -73,7 +83,7 @@ class LimitChanged(NamedTuple):
     reason: str
 
 
-Event = RequestDone | BatchDone | EngineChanged | RolloutChanged | LimitChanged
+Event = RequestDone | BatchDone | Screened | EngineChanged | RolloutChanged | LimitChanged
 
 
 class Observer(Protocol):

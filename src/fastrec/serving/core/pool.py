@@ -31,6 +31,7 @@ from fastrec.serving.core.latency import LatencyModel
 from fastrec.serving.core.process import ProcessEngine
 from fastrec.serving.core.router import Slot
 from fastrec.serving.core.scheduler import Scheduler
+from fastrec.serving.core.screened import screened_source
 from fastrec.serving.core.signature import Arrays, Outputs, Signature
 
 _LOG = logging.getLogger("fastrec.serving")
@@ -83,7 +84,8 @@ class EnginePool:
         engines: int | None = None,
         kind: str | None = None,
     ) -> None:
-        self.name, self.version, self.source = name, version, source
+        self.name, self.version = name, version
+        self.source, self._scored = screened_source(source, config.screening, config.pool.threads)
         self.config, self.clock, self._emit = config, clock, emit
         self.wanted = config.pool.engines if engines is None else engines
         self.kind = config.pool.kind if kind is None else kind
@@ -139,7 +141,9 @@ class EnginePool:
         await instance.handle.open()
         self._change(instance, State.WARMING, "")
         if self.signature is None:
-            signature = Signature(instance.handle.spec, self.config.batching.candidate_symbol)
+            signature = Signature(
+                instance.handle.spec, self.config.batching.candidate_symbol, self._scored
+            )
             await _examine(signature, instance.handle)
             self.signature = signature
         await self._warm(instance, self.signature)
@@ -157,7 +161,7 @@ class EnginePool:
                     if ran.error is not None:
                         raise ran.error
                     best = min(best, ran.seconds)
-                rows = size[0] * size[1]
+                rows = size[0] * signature.deep(size[1])
                 for _ in range(8):
                     instance.model.observe(size[0], rows, best, seed=True)
                 if best > 2 * cap_s and not self.config.pool.warm_users:

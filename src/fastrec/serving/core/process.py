@@ -80,6 +80,7 @@ class _Remote:
     def __init__(self, source: str | Path | EntryPoint, threads: int | None, name: str) -> None:
         ours, theirs = socket.socketpair()
         self._peer, self.name = ours, name
+        self.recall: float | None = None
         command = [sys.executable, "-m", "fastrec.serving.core.worker", str(theirs.fileno())]
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -104,6 +105,7 @@ class _Remote:
         header, arrays = self._exchange({}, inputs)
         if "error" in header:
             raise ServingError(header["error"])
+        self.recall = header["recall"]
         return dict(zip(header["names"], arrays, strict=True))
 
     def _exchange(

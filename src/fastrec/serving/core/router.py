@@ -44,7 +44,11 @@ class Slot:
 class Router:
     """The engines of one model version."""
 
-    def __init__(self, config: Pool, clock: Clock) -> None:
+    def __init__(
+        self, config: Pool, clock: Clock, deep: Callable[[int], int] = lambda candidates: candidates
+    ) -> None:
+        # How many of so many candidates are scored in full.
+        self.deep = deep
         self.config, self._clock = config, clock
         self.slots: list[Slot] = []
         self.out: list[Slot] = []
@@ -92,7 +96,7 @@ class Router:
         best = self.fastest(idle, seed.avoid)
         if len(self.slots) == len(idle):
             return best
-        users, rows = seed.users, seed.users * seed.key[0]
+        users, rows = seed.users, seed.users * self.deep(seed.key[0])
         mine = best.model.predict(users, rows)
         soonest, speed = float("inf"), 0.0
         for slot in self.slots:

@@ -16,7 +16,7 @@ from fastrec.serving.core.batcher import Batch, Batcher
 from fastrec.serving.core.clock import Clock, Timer
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.engines import EngineDied, EngineHandle, Ran
-from fastrec.serving.core.events import BatchDone, Event, LimitChanged, RequestDone
+from fastrec.serving.core.events import BatchDone, Event, LimitChanged, RequestDone, Screened
 from fastrec.serving.core.expiry import Expiries
 from fastrec.serving.core.gate import Gate
 from fastrec.serving.core.lanes import (
@@ -77,7 +77,7 @@ class Scheduler:
             t.express for t in config.tiers.values()
         )
         self.queues = Queues({tier: t.weight for tier, t in config.tiers.items()})
-        self.router = Router(config.pool, clock)
+        self.router = Router(config.pool, clock, signature.deep)
         self.batcher = Batcher(config.batching, signature, self.batch_s)
         self.gate = Gate(
             name,
@@ -135,7 +135,7 @@ class Scheduler:
             raise Rejected(Kind.INVALID, wrong)
         ticket.terms, ticket.tier, ticket.priority = terms, terms.tier, terms.priority
         ticket.users, ticket.candidates = users, candidates = self.signature.size(arrays)
-        ticket.rows = users * candidates
+        ticket.rows = users * self.signature.deep(candidates)
         ticket.cost_s = self.router.model.predict(users, ticket.rows)
         deadline = request.deadline if terms.own_deadline else None
         ticket.deadline = now + terms.timeout_s if deadline is None else deadline
@@ -315,7 +315,8 @@ class Scheduler:
         return self._is_late(part, now) and self._timed_out(part.ticket)
 
     def _start(self, parts: list[Part], lane: str, slot: Slot, now: float) -> None:
-        batch = Batch(parts, lane, slot.model, now)
+        rows = self.signature.deep(parts[0].key[0])
+        batch = Batch(parts, lane, rows, slot.model, now)
         name, rows = slot.handle.name, batch.rows
         for part in parts:
             ticket = part.ticket
@@ -352,6 +353,8 @@ class Scheduler:
             )
         )
         if error is None:
+            if ran.recall is not None:
+                self._emit(Screened(now, self.name, self.version, ran.recall))
             self._learn(slot, batch, seconds, now)
             self._answered(batch, ran)
         elif isinstance(error, EngineDied):

@@ -27,10 +27,11 @@ class Signature:
     Attributes:
         joins: whether several requests can share a call.
         separable: whether candidates can be split and padded.
+        keep: candidates of a user that are scored in full, behind a screen; 0 = all.
     """
 
-    def __init__(self, spec: InputSpec, candidate_symbol: str) -> None:
-        self.spec = spec
+    def __init__(self, spec: InputSpec, candidate_symbol: str, keep: int = 0) -> None:
+        self.spec, self.keep = spec, keep
         self.names = spec.names
         self.joins = bool(spec.fields) and all(f.dims and f.dims[0] == _USERS for f in spec.fields)
         self._axis = [
@@ -55,6 +56,10 @@ class Signature:
         if self._counts is None:
             return users, 1
         return users, arrays[self._counts[0]].shape[self._counts[1]]
+
+    def deep(self, candidates: int) -> int:
+        """How many of so many candidates are scored in full: what calls are counted in."""
+        return min(candidates, self.keep) if self.keep else candidates
 
     def most(self, symbol: str) -> int | None:
         """The spec's upper limit of users (``"B"``) or candidates."""

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
             if ran.error is not None:
                 send(peer, {"error": f"{type(ran.error).__name__}: {ran.error}"})
             else:
-                send(peer, {"names": list(ran.outputs)}, list(ran.outputs.values()))
+                header = {"names": list(ran.outputs), "recall": ran.recall}
+                send(peer, header, list(ran.outputs.values()))
     except (EOFError, OSError):
         return 0
 

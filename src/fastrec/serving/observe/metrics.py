@@ -61,6 +61,20 @@ class Metrics:
             r.engine_errors,
         )
         yield _counter(
+            "fastrec_screen_audits",
+            "Screened calls that were scored whole too.",
+            ("model", "version"),
+            {key: audits for key, (audits, _) in r.screens.items()},
+        )
+        screens = GaugeMetricFamily(
+            "fastrec_screen_recall_ratio",
+            "Share of the best candidates that the screen kept, over all audits.",
+            labels=("model", "version"),
+        )
+        for key, (audits, total) in list(r.screens.items()):
+            screens.add_metric(key, total / audits)
+        yield screens
+        yield _counter(
             "fastrec_rollout_actions", "Steps of grey releases.", ("model", "action"), r.rollouts
         )
         states = GaugeMetricFamily(

@@ -20,6 +20,7 @@ from fastrec.serving.core.events import (
     LimitChanged,
     RequestDone,
     RolloutChanged,
+    Screened,
 )
 
 _EDGES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
@@ -106,6 +107,8 @@ class Recorder:
         self.batch_rows: dict[tuple[str, str, str], Histogram] = {}
         self.engine_errors: dict[tuple[str, str], int] = defaultdict(int)
         self.engines: dict[tuple[str, str, str], str] = {}
+        # Audits of screens, and the sum of their recalls.
+        self.screens: dict[tuple[str, str], tuple[int, float]] = {}
         self.weights: dict[tuple[str, str], float] = {}
         self.rollouts: dict[tuple[str, str], int] = defaultdict(int)
         self.limit_s, self.guard = 0.0, 1.0
@@ -131,6 +134,9 @@ class Recorder:
             self.rollouts[event.model, event.action] += 1
             text = f"{event.model} {event.version}: {event.action}, weight {event.weight:g}"
             self._note("rollout", text, event.reason)
+        elif isinstance(event, Screened):
+            audits, total = self.screens.get((event.model, event.version), (0, 0.0))
+            self.screens[event.model, event.version] = (audits + 1, total + event.recall)
         elif isinstance(event, LimitChanged):
             self.limit_s, self.guard = event.limit_s, event.guard
 

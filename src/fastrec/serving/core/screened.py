@@ -1,0 +1,47 @@
+"""Engines behind a screen, where one lies beside their file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastrec.runtime.artifact import load_engine
+from fastrec.runtime.screening import SUFFIX, Screen, Screened
+from fastrec.serving.core.config import Screening
+from fastrec.serving.core.engines import EntryPoint, Source
+
+
+def screened_source(source: Source, config: Screening, threads: int | None) -> tuple[Source, int]:
+    """What to open instead of ``source``, and how many candidates it scores in full (0 = all):
+    sources other than files, and files without a screen, stay what they are."""
+    if not config.keep or not isinstance(source, str | Path):
+        return source, 0
+    screen = Path(f"{os.fspath(source)}{SUFFIX}")
+    if not screen.is_file():
+        return source, 0
+    options = {
+        "path": os.fspath(source),
+        "screen": str(screen),
+        "threads": threads,
+        "keep": config.keep,
+        "audit": config.audit,
+        "audit_k": config.audit_k,
+    }
+    return EntryPoint("fastrec.serving.core.screened:open_screened", options), config.keep
+
+
+def open_screened(
+    path: str, screen: str, threads: int | None, keep: int, audit: float, audit_k: int
+) -> Screened:
+    """The engine at ``path`` behind its screen.
+
+    Raises:
+        ArtifactError: either file is damaged.
+        ArgumentError: the screen is another engine's.
+    """
+    engine = load_engine(path, threads=threads)
+    try:
+        return Screened(engine, Screen.load(screen), keep, audit=audit, audit_k=audit_k)
+    except BaseException:
+        engine.close()
+        raise
