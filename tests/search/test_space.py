@@ -16,7 +16,15 @@ from fastrec.errors import ArgumentError, DtypeError
 from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import GroupedLinear, LowRankLinear, SparseInt8Linear, WindowSparseAttention
 from fastrec.search import Choice, Space, fit_costs
-from fastrec.search.costs import CostTable, Measured, Setting, Variant, carried_out, variants_of
+from fastrec.search.costs import (
+    CostTable,
+    Measured,
+    Setting,
+    Variant,
+    _behind,
+    carried_out,
+    variants_of,
+)
 from fastrec.search.fit import non_negative
 from fastrec.search.search import pick, sweep
 from fastrec.search.space import Unit, restructured
@@ -79,6 +87,13 @@ def test_variants_show_every_choice() -> None:
     seen = {(u, c) for variant in variants_of(units) for u, c in variant.items()}
     assert seen == {(u.name, c) for u in units for c in u.choices}
     assert variants_of(units)[0] == {u.name: Choice() for u in units}
+
+
+def test_an_activation_is_a_cost_of_the_layer_before_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4), nn.ReLU())
+    assert _behind(nn.ModuleDict({"ffn": model}), ["ffn.0"]) == {"ffn.1": "ffn.0"}
+    assert _behind(model, ["0"]) == {"1": "0"}
+    assert _behind(model, []) == {}
 
 
 @pytest.mark.parametrize(

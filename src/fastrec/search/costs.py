@@ -156,9 +156,13 @@ def measure_variant(
     assert isinstance(engine, PlanEngine)
     rows = engine.profile(setting.inputs, calls=PROFILED_CALLS)
     us: dict[str, float] = {}
+    behind = _behind(model, [u.name for u in units])
     for row in rows:
         # Layers of one input are one product: each has its share by its bytes.
-        owners = [_owner(name, [u.name for u in units]) for name in row["module"].split(", ")]
+        owners = [
+            behind.get(name) or _owner(name, [u.name for u in units])
+            for name in row["module"].split(", ")
+        ]
         whole = sum(size.get(owner, 1) for owner in owners)
         for owner in owners:
             us[owner] = us.get(owner, 0.0) + row["us"] * size.get(owner, 1) / whole
@@ -203,6 +207,26 @@ def _owner(module: str, names: Iterable[str]) -> str:
     """The innermost named layer that a step's module is or lies in; "" for none."""
     inside = [n for n in names if module == n or module.startswith(f"{n}.")]
     return max(inside, key=len, default="")
+
+
+def _behind(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Activation in an nn.Sequential -> the named layer before it, whose cost it is: some kernels
+    take it in, others leave it a step of its own (GELU behind a grouped layer: ten times as
+    long as the layer)."""
+    found: dict[str, str] = {}
+    for parent, module in model.named_modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        last = ""
+        for key, child in module.named_children():
+            name = f"{parent}.{key}".lstrip(".")
+            if name in names:
+                last = name
+            elif any(True for _ in child.parameters()):
+                last = ""
+            elif last:
+                found[name] = last
+    return found
 
 
 def _bytes_by_layer(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
