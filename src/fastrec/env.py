@@ -4,7 +4,8 @@
 |---|---|
 | ``FASTREC_FORCE_ISA`` | newest instruction set CPU kernels may use; unknown ones raise |
 | ``FASTREC_FORCE_BACKEND`` | kernel backend where the caller names none; raises if it can't run |
-| ``FASTREC_CACHE_DIR`` | where tuned launch configurations are kept; default ``~/.cache/fastrec`` |
+| ``FASTREC_CACHE_DIR`` | tuned launches, choices of ``backend="auto"``, compiled models; default
+  ``~/.cache/fastrec`` |
 | ``TRITON_INTERPRET`` | Triton's own: kernels run in its interpreter, on CPU tensors |
 | ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA``, ``FASTREC_CUDA_ARCHS`` | only setup.py reads them |
 """

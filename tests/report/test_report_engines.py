@@ -24,8 +24,9 @@ from fastrec.report.measuring import (
     time_engines,
 )
 from fastrec.report.networks import count_parameters, float_twin
-from fastrec.report.schema import VARIANTS
+from fastrec.report.schema import GPU_ENGINES, VARIANTS
 from fastrec.report.settings import Table1Settings
+from fastrec.runtime import available_backends
 
 INPUTS = (np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 12),)
 
@@ -209,8 +210,21 @@ def test_every_variant_meets_every_engine_asked_for(variant: str) -> None:
         "openvino",
     }
     assert len({s.name for s in specs}) == len(specs)
+    gpu = specs_of(variant, Table1Settings(engines=GPU_ENGINES))
+    assert {s.engine for s in gpu} == set(GPU_ENGINES)
     only = specs_of(variant, Table1Settings(engines=("native",)))
     assert [s.engine for s in only] == ["native"]
+
+
+def test_an_engine_without_its_machine_is_a_row_with_a_reason(tmp_path: Path) -> None:
+    if available_backends()["tensorrt"] is None:
+        pytest.skip("TensorRT runs here")
+    spec = specs_of("baseline", Table1Settings(engines=("tensorrt",)))[0]
+    shop = workshop(tmp_path)
+    shop.networks = {"baseline": nn.Identity()}
+    built = shop.built(spec, 2, (2,))
+    assert not built.usable
+    assert "tensorrt" in str(built.why)
 
 
 def test_float_twin_of_int8_layers() -> None:

@@ -32,7 +32,8 @@ class ConfigName(str, Enum):
 
 _JSON = typer.Option("--json", metavar="FILE", help="Also write the report as JSON here.")
 _ENGINES = typer.Option(
-    metavar="A,B", help="native, torch, torch_compile, onnxruntime, openvino; default all."
+    metavar="A,B",
+    help="native, torch, torch_compile, onnxruntime, openvino (the default); cuda, tensorrt; all.",
 )
 
 
@@ -129,10 +130,12 @@ def table1(
     """Make the paper's Table I on this machine: train, compress, check, measure, report."""
     from rich.console import Console
 
+    from fastrec.report.schema import KNOWN_ENGINES
     from fastrec.report.settings import Table1Settings
     from fastrec.report.table import table1 as run
     from fastrec.report.terminal import render_terminal
 
+    names = _names(engines)
     settings = Table1Settings.make(
         preset.value,
         data=data,
@@ -142,7 +145,7 @@ def table1(
         steps=steps,
         recipe_steps=recipe_steps,
         seconds_per_engine=seconds_per_engine,
-        engines=_names(engines),
+        engines=KNOWN_ENGINES if names == ("all",) else names,
         batches=_sizes("--batches", batches),
         users=users,
         threads=threads,

@@ -63,6 +63,9 @@ def specs_of(variant: str, settings: Table1Settings) -> list[Spec]:
             Spec("onnxruntime", "fp32", variant, "fp32"),
             Spec("openvino", "fp32", variant, "fp32"),
             Spec("openvino", "bf16", variant, "bf16"),
+            Spec("cuda", "fp32", variant, None),
+            Spec("tensorrt", "fp32", variant, "fp32"),
+            Spec("tensorrt", "fp16", variant, "fp16"),
         ]
     elif variant == "distilled":
         specs = [
@@ -71,6 +74,8 @@ def specs_of(variant: str, settings: Table1Settings) -> list[Spec]:
             Spec("torch_compile", "bf16", variant, "bf16"),
             Spec("onnxruntime", "fp32", "distilled_fp32", "fp32", "no bf16 on its CPU provider"),
             Spec("openvino", "bf16", "distilled_fp32", "bf16"),
+            Spec("cuda", "bf16", "distilled_fp32", "bf16"),
+            Spec("tensorrt", "fp16", "distilled_fp32", "fp16"),
         ]
     else:
         network = "baseline" if variant == "quantized" else "pruned"
@@ -82,6 +87,8 @@ def specs_of(variant: str, settings: Table1Settings) -> list[Spec]:
             Spec("torch_compile", "bf16", network, "bf16", no_int8),
             Spec("onnxruntime", "int8", network, "int8", OWN_TOOLS),
             Spec("openvino", "int8", network, "int8", f"{OWN_TOOLS} on the same calibration data"),
+            Spec("cuda", "int8", variant, None, "made by fastrec.quantize_"),
+            Spec("tensorrt", "int8", variant, None, "made by fastrec.quantize_"),
         ]
         if settings.quick:  # one compilation more than its minutes allow
             specs = [s for s in specs if (s.engine, s.precision) != ("torch_compile", "bf16")]

@@ -17,7 +17,10 @@ FORMAT = "fastrec-table1"
 FORMAT_VERSION = 1
 VARIANTS = ("baseline", "quantized", "pruned", "pruned_quantized", "distilled")
 ENGINES = ("native", "torch", "torch_compile", "onnxruntime", "openvino")
-PRECISIONS = ("fp32", "bf16", "int8")
+GPU_ENGINES = ("cuda", "tensorrt")
+"""Asked for by name; a row without a GPU says why it is empty."""
+KNOWN_ENGINES = (*ENGINES, *GPU_ENGINES)
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 PERCENTILES = ("p50", "p95", "p99")
 
 ACCURACY = ("hit_rate_1", "hit_rate_5", "hit_rate_10", "ndcg_10", "mrr", "hit_rate_50", "ndcg_50")
@@ -112,7 +115,7 @@ def validate(table: Mapping[str, Any]) -> None:
             raise ArtifactError(f"{where}: no {', '.join(missing)}")
         for name, allowed in (
             ("variant", VARIANTS),
-            ("engine", ENGINES),
+            ("engine", KNOWN_ENGINES),
             ("precision", PRECISIONS),
         ):
             if row[name] not in allowed:

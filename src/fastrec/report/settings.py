@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrec.errors import ArgumentError
-from fastrec.report.schema import ENGINES
+from fastrec.report.schema import ENGINES, KNOWN_ENGINES
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
@@ -40,7 +40,7 @@ class Table1Settings:
         recipe_steps: one number for every stage of compression (fine-tuning a round, QAT,
             distillation); None = the preset's recipe.
         seconds_per_engine: timing budget of an engine at one batch size.
-        engines: which of ``native``, ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino``.
+        engines: which of :data:`fastrec.report.schema.KNOWN_ENGINES`; those of a GPU only by name.
         batches: batch sizes timed.
         throughput_batches: batch sizes of which the best throughput is kept.
         threads: threads of every engine.
@@ -103,8 +103,8 @@ class Table1Settings:
             value = getattr(self, name)
             if value is not None and not Path(value).exists():
                 raise ArgumentError(name, "an existing file or folder", str(value))
-        if not self.engines or set(self.engines) - set(ENGINES):
-            raise ArgumentError("engines", f"names among {', '.join(ENGINES)}", self.engines)
+        if not self.engines or set(self.engines) - set(KNOWN_ENGINES):
+            raise ArgumentError("engines", f"names among {', '.join(KNOWN_ENGINES)}", self.engines)
         for name in ("batches", "throughput_batches"):
             sizes = getattr(self, name)
             if not sizes or any(not isinstance(b, int) or b < 1 for b in sizes):

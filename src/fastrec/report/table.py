@@ -27,6 +27,7 @@ from fastrec.report.schema import (
     ACCURACY,
     FORMAT,
     FORMAT_VERSION,
+    GPU_ENGINES,
     NULLABLE,
     VARIANTS,
     Row,
@@ -261,6 +262,7 @@ def _rows(
                 quality = accuracy.row_fields(facts["accuracy"], against, settings.seed)
             for batch in settings.batches:
                 row = Row(variant, spec.engine, spec.precision, batch, settings.threads)
+                row.device = "cuda" if spec.engine in GPU_ENGINES else "cpu"
                 every, kept = counts[spec.network]
                 row.params_m, row.nonzero_params_m = every / 1e6, kept / 1e6
                 _fill_speed(row, facts, peaks[_rss_key(spec)])

@@ -42,6 +42,25 @@ def fastest(
     return best, rows
 
 
+def contest(
+    engines: Mapping[str, Callable[..., Any]],
+    inputs: tuple[Any, ...],
+    *,
+    seconds: float = 10.0,
+    near: float = 1.3,
+) -> tuple[str, dict[str, Samples]]:
+    """The fastest engine, and what each took: all in a few rounds, then those within ``near`` times
+    the best in many, because two engines a few per cent apart are not told apart by few."""
+    taken = interleaved(engines, [inputs], rounds=8, calls=4, seconds_budget=seconds / 2)
+    least = min(samples.best_round_ms for samples in taken.values())
+    close = {n: e for n, e in engines.items() if taken[n].best_round_ms <= near * least}
+    if len(close) > 1:
+        taken |= interleaved(
+            close, [inputs], rounds=40, calls=4, warm_s=0.005, seconds_budget=seconds / 2
+        )
+    return min(close, key=lambda name: taken[name].quiet_ms), taken
+
+
 def choice(name: str, chosen: bool, samples: Samples | None, why: str) -> dict[str, Any]:
     """A row of ``describe()`` about one candidate setting."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,10 +20,11 @@ from fastrec.errors import (
 )
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import inference
-from fastrec.runtime.choose import choice
+from fastrec.runtime.choose import choice, contest
 from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine, missing
-from fastrec.runtime.measure import Tolerance, correctness_gate, interleaved
+from fastrec.runtime.measure import Tolerance, correctness_gate
 from fastrec.runtime.model_spec import Dims, as_tensors, quantised_module, spec_of
+from fastrec.runtime.remember import choice_file, recall, remember
 from fastrec.runtime.trace import evaluated
 
 FALLBACKS = ("torch", "error")
@@ -56,10 +58,10 @@ def compile(
         model: a torch model with one tensor output; it is not changed.
         example_inputs: one batch (tensors or arrays) like those to come. Engines of onnxruntime and
             openvino keep every size but the batch; settings are chosen by measuring on it.
-        backend: ``auto``, ``native``, ``torch``, ``torch_compile``, ``onnxruntime``, ``openvino``,
-            ``litert``, ``tensorrt``, ``cuda`` or ``qnn``. ``auto`` builds all that can run,
-            discards those whose answers differ from torch's and keeps the fastest on the examples;
-            its ``describe()`` says why.
+        backend: ``auto``, or one of :data:`fastrec.runtime.BACKENDS`. ``auto`` builds all that can
+            run, discards those whose answers differ from torch's and keeps the fastest on the
+            examples; its ``describe()`` says why. The choice is remembered for this machine, model,
+            size and versions; ``settings={"measure": "again"}`` makes it anew.
         threads: threads a call may use; None means all CPUs of this process.
         precision: ``fp32``, ``bf16``, ``int8``, or None for the model as it is. int8 here is the
             backend's own quantiser, for comparison; native runs what ``fastrec.quantize_`` made.
@@ -160,6 +162,36 @@ def _auto(
     options: BuildOptions,
     reference: np.ndarray,
 ) -> Engine:
+    """The engine remembered for these, or the fastest of all, which is then remembered."""
+    measure = options.setting("measure", ("once", "again"), "once")
+    options.settings.pop("measure", None)
+    file, holds_for = choice_file(model, examples, options)
+    lost: list[dict[str, Any]] = []
+    found = recall(file, holds_for) if measure == "once" else None
+    if found is not None:
+        name = found["backend"]
+        try:
+            engine = _agreeing(name, model, examples, options, reference)
+        except FastrecError as error:  # it was right before: measure again, and say why
+            lost = [choice(f"{name}, remembered", False, None, str(error))]
+        else:
+            why = f"measured {found['date']} on this machine, for this model, size and versions"
+            engine._rows = [choice("auto", True, None, why), *found["rows"], *engine._rows]
+            return engine
+    engine, rows = _measured(model, examples, options, reference)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    remember(file, holds_for, engine.backend, rows, date)
+    engine._rows = [*rows, *lost, *engine._rows]
+    return engine
+
+
+def _measured(
+    model: nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    options: BuildOptions,
+    reference: np.ndarray,
+) -> tuple[Engine, list[dict[str, Any]]]:
+    """Build all that can run, drop what disagrees with torch, time the rest; rows that say so."""
     engines: dict[str, Engine] = {}
     rows: list[dict[str, Any]] = []
     quantised = quantised_module(model)
@@ -171,28 +203,37 @@ def _auto(
             rows.append(choice(name, False, None, _BY_NAME[name]))
             continue
         try:
-            engine = _build(name, model, examples, options, reference)
+            engines[name] = _agreeing(name, model, examples, options, reference)
         except FastrecError as error:
             rows.append(choice(name, False, None, str(error)))
-            continue
-        gate = correctness_gate(
-            reference, engine(*examples).numpy(), Tolerance.for_precision(engine.precision)
-        )
-        if gate.passed:
-            engines[name] = engine
-        else:
-            rows.append(choice(name, False, None, f"disagrees with torch: {gate.reason}"))
-            engine.close()
     if not engines:
         reasons = "; ".join(f"{row['setting']}: {row['why']}" for row in rows)
         raise BackendError(f"no backend can run this model: {reasons}")
-    taken = interleaved(engines, [examples], rounds=8, calls=4, seconds_budget=10)
-    best = min(engines, key=lambda name: taken[name].best_round_ms)
+    best, taken = contest(engines, examples)
     why = f"measured on the example inputs, B={len(examples[0])}, checked against torch"
     rows = [choice(name, name == best, taken[name], why) for name in engines] + rows
     for name, engine in engines.items():
         if name != best:
             engine.close()
-    chosen = engines[best]
-    chosen._rows = [*rows, *chosen._rows]
-    return chosen
+    return engines[best], rows
+
+
+def _agreeing(
+    name: str,
+    model: nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    options: BuildOptions,
+    reference: np.ndarray,
+) -> Engine:
+    """The backend's engine, whatever its precision as close to torch as that precision allows.
+
+    Raises:
+        FastrecError: it cannot be built, or its answers differ too much.
+    """
+    engine = _build(name, model, examples, options, reference)
+    tolerance = Tolerance.for_precision(engine.precision)
+    gate = correctness_gate(reference, engine(*examples).numpy(), tolerance)
+    if not gate.passed:
+        engine.close()
+    gate.require(f"backend {name!r}")
+    return engine

@@ -72,6 +72,12 @@ class Samples:
         """Median of the quietest round: the steadiest figure on a shared machine."""
         return float(np.median(self.ns, axis=1).min()) / 1e6
 
+    @property
+    def quiet_ms(self) -> float:
+        """Lower quartile of the rounds' medians: steadier than the quietest round where engines are
+        compared, because one lucky round does not decide."""
+        return float(np.percentile(np.median(self.ns, axis=1), 25)) / 1e6
+
     def to_dict(self) -> dict[str, float | int]:
         """Plain JSON types: p50, p95, p99, mean and best_round in milliseconds, n and rounds."""
         return {
