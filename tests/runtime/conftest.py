@@ -12,6 +12,12 @@ from fastrec.runtime.model_spec import spec_of
 M = 16
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    """A cache of the test's own: no choice or plan of another test or user."""
+    monkeypatch.setenv("FASTREC_CACHE_DIR", str(tmp_path / "fastrec-cache"))
+
+
 @pytest.fixture(scope="session")
 def ranker() -> Ranker:
     config = RankerConfig(

@@ -67,6 +67,7 @@ def choice_file(
         "backends": able,
         "model": model_hash(model),
         "inputs": [[str(t.dtype), list(t.shape)] for t in examples],
+        "accepted": options.spec.to_dict(),
         "threads": options.threads,
         "precision": options.precision,
         "settings": {name: repr(value) for name, value in sorted(options.settings.items())},
