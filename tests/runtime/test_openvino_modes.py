@@ -72,7 +72,32 @@ def test_no_cache_unless_asked(ranker, request_of, tmp_path, monkeypatch):
     assert not blobs(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"mode": "fast"}, {"cache": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"mode": "fast"}, {"cache": True}, {"rounding": "up"}], ids=str
+)
 def test_bad_settings(ranker, request_of, settings):
     with pytest.raises(ArgumentError, match="settings"):
         compiled(ranker, request_of(1), **settings)
+
+
+def test_rounding_as_openvino_does(ranker, request_of):
+    import copy
+
+    import torch
+
+    from fastrec.runtime.measure import Tolerance, correctness_gate
+    from fastrec.runtime.model_spec import spec_of
+
+    model, spec = copy.deepcopy(ranker), spec_of(ranker, ())
+    drawn = tuple(map(torch.from_numpy, spec.sample({"B": 4, "m": 16})))
+    fastrec.quantize_(model, fastrec.Int8(), calibration=[drawn])
+    request = request_of(2, 3)
+    with torch.inference_mode():
+        wanted = model(*map(torch.from_numpy, request)).numpy()
+    operations = {}
+    for rounding in ("exact", "fast"):
+        with compiled(model, request_of(2), rounding=rounding) as engine:
+            correctness_gate(wanted, engine(*request), Tolerance(noise=0.1)).require(rounding)
+            kinds = [op.get_type_name() for op in engine._model.get_ordered_ops()]
+            operations[rounding] = kinds.count("Round")
+    assert operations["fast"] == 0 < operations["exact"]

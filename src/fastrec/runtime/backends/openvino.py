@@ -227,20 +227,22 @@ def build(
     Settings: ``shapes`` ("static" or "dynamic"), ``hint`` ("f32" or "bf16", the precision of what
     is not int8), ``free_sizes`` ("batch", or "all": history and candidates stay free too), ``mode``
     ("latency", or "throughput": a stream a thread, for callers on several threads), ``cache`` ("on"
-    keeps compiled models in the user's cache).
+    keeps compiled models in the user's cache), ``rounding`` ("exact", or "fast": OpenVINO's own,
+    for what ``fastrec.quantize_`` made).
     """
     import torch
 
     from fastrec.runtime.model_spec import quantised_module
     from fastrec.runtime.onnx_export import static_shapes
 
-    options.allow("shapes", "hint", "free_sizes", "mode", "cache")
+    options.allow("shapes", "hint", "free_sizes", "mode", "cache", "rounding")
+    exact = options.setting("rounding", ("exact", "fast"), "exact") == "exact"
     mode = options.setting("mode", ("latency", "throughput"), "latency")
     cache = options.setting("cache", ("on", "off"), "off") == "on"
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     shapes = options.setting("shapes", ("static", "dynamic"))
     hint = options.setting("hint", ("f32", "bf16"))
-    converted = _convert(model, example_inputs, free_sizes)
+    converted = _convert(model, example_inputs, free_sizes, exact)
     own = quantised_module(model)
     if own is not None and options.precision is not None:
         raise BackendError(
@@ -298,6 +300,8 @@ def build(
         rows.append(choice("model cache", True, None, "of this CPU and OpenVINO version alone"))
     if own is not None:
         why = "int8 of fastrec.quantize_, rounded as its kernels round"
+        if not exact:
+            why = "int8 of fastrec.quantize_, rounded as OpenVINO does: more turned integers"
         if int8_properties():
             why += (
                 "; no VNNI here, where OpenVINO's int8 saturates: its integers in float32 products"
@@ -308,7 +312,10 @@ def build(
 
 
 def _convert(
-    model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], free_sizes: str
+    model: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    free_sizes: str,
+    exact: bool = True,
 ) -> Any:
     """ov.Model of a torch model, its batch free, and all other sizes as in the example or free."""
     ov = _openvino()
@@ -326,7 +333,8 @@ def _convert(
             write_onnx(model, file, example_inputs, free=("B",) if free_sizes == "batch" else None)
             # convert_model would first fuse scales, and with them roundings, into FakeQuantize.
             converted = ov.Core().read_model(file)
-            round_before_quantising(converted)
+            if exact:
+                round_before_quantising(converted)
             return converted
     if len(example_inputs[0]) == 1:
         example_inputs = tuple(torch.cat((t, t)) for t in example_inputs)
