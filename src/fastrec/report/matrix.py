@@ -301,6 +301,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "takes once built) and further requests; `same top 10`: users whose ten best of 50 are",
         "the same set. `ms`: one user, 100 events, 50 candidates, the quietest of up to 12",
         "interleaved rounds. Goals: fp32 error <= 1e-4; int8 the same top 10 in >= 99.5 %.",
+        "Against the engines' own quantisers: [engines.md](engines.md).",
         "",
         f"{card['cpu']}, {', '.join(card['isa'])}; {report['threads']} threads; "
         + ", ".join(f"{k} {v}" for k, v in card["packages"].items())
