@@ -211,7 +211,11 @@ def _measured(
         raise BackendError(f"no backend can run this model: {reasons}")
     best, taken = contest(engines, examples)
     why = f"measured on the example inputs, B={len(examples[0])}, checked against torch"
-    rows = [choice(name, name == best, taken[name], why) for name in engines] + rows
+    rows = [
+        # The figure that the choice was made by.
+        choice(name, name == best, taken[name], why) | {"p50_ms": round(taken[name].quiet_ms, 4)}
+        for name in engines
+    ] + rows
     for name, engine in engines.items():
         if name != best:
             engine.close()
