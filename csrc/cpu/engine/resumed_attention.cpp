@@ -77,15 +77,17 @@ Status run_resumed_attention(const Step& step, const Tensor* operands) {
   const attention::Kernel& kernel = attention::select();
   float* const out = operands[6].as<float>();
   const int64_t most = past_k.sizes[2] + rows;
+  const int64_t position_lines = (most + 7) / 8;  // of a cache line
   const int64_t own_floats = kernel.scratch_floats(most, dims);
   for (int64_t pair = 0; pair < batch * heads; ++pair) {
     const int64_t b = pair / heads, h = pair % heads;
     const int64_t length = past.as<int64_t>()[b * past.strides[0]];
     const Head keys = head_of(past_k, k, b, h, length), values = head_of(past_v, v, b, h, length);
-    float* const memory = scratch<float>(own_floats + 2 * most * dims + 2 * most);
+    auto* const positions =
+        scratch<int64_t>(position_lines * 8 + (own_floats + 2 * most * dims + 1) / 2);
+    float* const memory = reinterpret_cast<float*>(positions + position_lines * 8);
     float* const key_rows = memory + own_floats;
     float* const value_rows = key_rows + most * dims;
-    auto* const positions = reinterpret_cast<int64_t*>(value_rows + most * dims);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t count = seen(pattern, h, length + i, positions);
       // Without a pattern the next query sees the same rows and one more.
