@@ -341,7 +341,13 @@ def test_the_search_for_the_capacity(true):
 # --- a real server
 
 
-def test_a_server_over_loopback(running):
+# So that a busy machine has no request refused.
+PATIENT = ServingConfig(SLO(5000.0))
+
+
+def test_a_server_over_loopback(start, engine_path):
+    running = start(engine_path, PATIENT)
+
     async def load():
         made = plan(60.0, 2.0, sizes=Sizes(users=2, candidates=3, tail=1.0, most=9), slo_ms=5000.0)
         async with GrpcTarget(running.grpc, "ranker") as target:
@@ -353,9 +359,7 @@ def test_a_server_over_loopback(running):
 
     result = asyncio.run(load())
     assert result["all"]["offered"] > 60
-    # On a busy machine the server may refuse some: its own goal is 50 ms.
-    assert set(result["all"]["refused"]) <= {"overload", "expired", "deadline_infeasible"}
-    assert result["all"]["answered"] > 0
+    assert result["all"]["answered"] == result["all"]["offered"]
     assert result["all"]["latency_ms"]["p50"] > 0
     assert result["generator"]["cpu_s"] > 0
 
@@ -390,10 +394,15 @@ def test_who_cannot_be_reached_is_named():
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_the_command_writes_a_report(running, engine_path, tmp_path, inside):
+def test_the_command_writes_a_report(start, engine_path, tmp_path, inside):
     if not app.registered_commands:
         _mount()
-    arguments = ["loadtest", str(engine_path) if inside else running.grpc, "--model", "ranker"]
+    if inside:
+        (tmp_path / "config.json").write_text(json.dumps({"slo": {"latency_ms": 5000.0}}))
+        arguments = ["loadtest", str(engine_path), "--config", str(tmp_path / "config.json")]
+    else:
+        arguments = ["loadtest", start(engine_path, PATIENT).grpc]
+    arguments += ["--model", "ranker"]
     arguments += ["--profile", "20:0.5,20-60:0.5", "--candidates", "4", "--slo-ms", "5000"]
     arguments += ["--timeout-ms", "5000"]
     arguments += ["--out", str(tmp_path), "--json", str(tmp_path / "figures.json")]
@@ -402,10 +411,7 @@ def test_the_command_writes_a_report(running, engine_path, tmp_path, inside):
     assert "goodput" in done.output
     assert "20 to 60 /s" in done.output
     figures = json.loads((tmp_path / "figures.json").read_text())
-    # On a busy machine the server may refuse some: its own goal is 50 ms.
-    refused = sum(figures["all"]["refused"].values())
-    assert figures["all"]["answered"] + refused == figures["all"]["offered"]
-    assert figures["all"]["answered"] > 0
+    assert figures["all"]["answered"] == figures["all"]["offered"] > 0
     assert len(figures["stages"]) == 2
     assert figures["machine"]["cores_online"]
     page = (tmp_path / "loadtest.html").read_text()

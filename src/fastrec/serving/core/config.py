@@ -6,30 +6,11 @@ quota, an express lane for priority 1, batches that end within a quarter of the 
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import sys
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from fastrec.errors import ConfigError
-
-
-def _check(
-    name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
-) -> None:
-    """``value`` is a number in low..high (above low where ``above``)."""
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-    if not fine or value > high or value < low or (above and value == low):
-        wanted = f"a number above {low:g}" if above else f"a number from {low:g}"
-        raise ConfigError(
-            f"{name}: expected {wanted}{f' to {high:g}' if high < math.inf else ''}, got {value!r}"
-        )
+from fastrec.serving.core.values import FromValues, check
 
 
 @dataclass(frozen=True)
@@ -40,8 +21,8 @@ class SLO:
     target: float = 0.99
 
     def __post_init__(self) -> None:
-        _check("slo.latency_ms", self.latency_ms, 0, above=True)
-        _check("slo.target", self.target, 0, 1)
+        check("slo.latency_ms", self.latency_ms, 0, above=True)
+        check("slo.target", self.target, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -52,8 +33,8 @@ class Quota:
     burst_us: float
 
     def __post_init__(self) -> None:
-        _check("quota.engine_us_per_s", self.engine_us_per_s, 0, above=True)
-        _check("quota.burst_us", self.burst_us, 0, above=True)
+        check("quota.engine_us_per_s", self.engine_us_per_s, 0, above=True)
+        check("quota.burst_us", self.burst_us, 0, above=True)
 
 
 @dataclass(frozen=True)
@@ -76,10 +57,10 @@ class Tier:
     max_tenants: int = 10_000
 
     def __post_init__(self) -> None:
-        _check("tier.weight", self.weight, 0, above=True)
-        _check("tier.max_tenants", self.max_tenants, 1)
+        check("tier.weight", self.weight, 0, above=True)
+        check("tier.max_tenants", self.max_tenants, 1)
         if self.latency_ms is not None:
-            _check("tier.latency_ms", self.latency_ms, 0, above=True)
+            check("tier.latency_ms", self.latency_ms, 0, above=True)
 
 
 @dataclass(frozen=True)
@@ -99,8 +80,8 @@ class QueuePolicy:
     allow_timeout_override: bool = True
 
     def __post_init__(self) -> None:
-        _check("queue_policy.max_queue_size", self.max_queue_size, 0)
-        _check("queue_policy.default_timeout_us", self.default_timeout_us, 0)
+        check("queue_policy.max_queue_size", self.max_queue_size, 0)
+        check("queue_policy.default_timeout_us", self.default_timeout_us, 0)
         if self.timeout_action not in ("REJECT", "DELAY"):
             raise ConfigError(
                 "queue_policy.timeout_action: expected REJECT or DELAY, "
@@ -144,17 +125,17 @@ class Lanes:
     hold_until: int = 0
 
     def __post_init__(self) -> None:
-        _check("lanes.priority_levels", self.priority_levels, 1)
-        _check("lanes.default_priority", self.default_priority, 1, self.priority_levels)
-        _check("lanes.express_share", self.express_share, 0, 1)
-        _check("lanes.max_queued", self.max_queued, 1)
-        _check("lanes.max_queued_bytes", self.max_queued_bytes, 1)
-        _check("lanes.hold_until", self.hold_until, 0)
+        check("lanes.priority_levels", self.priority_levels, 1)
+        check("lanes.default_priority", self.default_priority, 1, self.priority_levels)
+        check("lanes.express_share", self.express_share, 0, 1)
+        check("lanes.max_queued", self.max_queued, 1)
+        check("lanes.max_queued_bytes", self.max_queued_bytes, 1)
+        check("lanes.hold_until", self.hold_until, 0)
         for name in ("reserved_slots", "priority_step_ms", "age_ms"):
             if getattr(self, name) is not None:
-                _check(f"lanes.{name}", getattr(self, name), 0)
+                check(f"lanes.{name}", getattr(self, name), 0)
         for level in (*self.express_priorities, *self.policies):
-            _check("lanes: priority level", level, 1, self.priority_levels)
+            check("lanes: priority level", level, 1, self.priority_levels)
 
 
 @dataclass(frozen=True)
@@ -184,11 +165,11 @@ class Batching:
     pad_to: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("batching.max_rows", self.max_rows, 1)
-        _check("batching.max_delay_ms", self.max_delay_ms, 0)
+        check("batching.max_rows", self.max_rows, 1)
+        check("batching.max_delay_ms", self.max_delay_ms, 0)
         for name in ("max_users", "max_batch_ms"):
             if getattr(self, name) is not None:
-                _check(f"batching.{name}", getattr(self, name), 0, above=True)
+                check(f"batching.{name}", getattr(self, name), 0, above=True)
         if any(not isinstance(n, int) or n < 1 for n in self.pad_to) or (
             sorted(set(self.pad_to)) != list(self.pad_to)
         ):
@@ -239,15 +220,15 @@ class Pool:
         if self.kind not in ("thread", "process", "inline"):
             raise ConfigError(f"pool.kind: expected thread, process or inline, got {self.kind!r}")
         for name in ("engines", "warm_calls", "max_tries", "eject_errors"):
-            _check(f"pool.{name}", getattr(self, name), 1)
-        _check("pool.spares", self.spares, 0)
+            check(f"pool.{name}", getattr(self, name), 1)
+        check("pool.spares", self.spares, 0)
         for name in ("stall_factor", "eject_slowdown"):
-            _check(f"pool.{name}", getattr(self, name), 1, above=True)
+            check(f"pool.{name}", getattr(self, name), 1, above=True)
         for name in ("start_timeout_s", "stall_floor_ms", "eject_ms"):
-            _check(f"pool.{name}", getattr(self, name), 0, above=True)
-        _check("pool.max_ejected", self.max_ejected, 0, 1)
+            check(f"pool.{name}", getattr(self, name), 0, above=True)
+        check("pool.max_ejected", self.max_ejected, 0, 1)
         if self.threads is not None:
-            _check("pool.threads", self.threads, 1)
+            check("pool.threads", self.threads, 1)
 
 
 @dataclass(frozen=True)
@@ -288,16 +269,16 @@ class Admission:
     lag_low_ms: float = 5.0
 
     def __post_init__(self) -> None:
-        _check("admission.tolerance", self.tolerance, 1)
-        _check("admission.window", self.window, 1)
-        _check("admission.long_window", self.long_window, 1)
-        _check("admission.smoothing", self.smoothing, 0, 1, above=True)
-        _check("admission.margin", self.margin, 0)
-        _check("admission.guard_period_ms", self.guard_period_ms, 0, above=True)
+        check("admission.tolerance", self.tolerance, 1)
+        check("admission.window", self.window, 1)
+        check("admission.long_window", self.long_window, 1)
+        check("admission.smoothing", self.smoothing, 0, 1, above=True)
+        check("admission.margin", self.margin, 0)
+        check("admission.guard_period_ms", self.guard_period_ms, 0, above=True)
         for name in ("throttled", "memory", "lag"):
             unit = "_ms" if name == "lag" else ""
             low, high = (getattr(self, f"{name}_{end}{unit}") for end in ("low", "high"))
-            _check(f"admission.{name}_low{unit}", low, 0, high)
+            check(f"admission.{name}_low{unit}", low, 0, high)
 
 
 @dataclass(frozen=True)
@@ -318,9 +299,9 @@ class Screening:
 
     def __post_init__(self) -> None:
         if self.keep:
-            _check("screening.keep", self.keep, 8)
-            _check("screening.audit_k", self.audit_k, 1, self.keep)
-        _check("screening.audit", self.audit, 0, 1)
+            check("screening.keep", self.keep, 8)
+            check("screening.audit_k", self.audit_k, 1, self.keep)
+        check("screening.audit", self.audit, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -349,16 +330,16 @@ class Canary:
                 f"canary.steps: expected rising shares that end with 1, got {self.steps}"
             )
         for step in self.steps:
-            _check("canary.steps", step, 0, 1, above=True)
-        _check("canary.window_s", self.window_s, 0, above=True)
-        _check("canary.min_requests", self.min_requests, 1)
-        _check("canary.max_error_rate", self.max_error_rate, 0, 1)
-        _check("canary.max_slowdown", self.max_slowdown, 1)
-        _check("canary.good_windows", self.good_windows, 1)
+            check("canary.steps", step, 0, 1, above=True)
+        check("canary.window_s", self.window_s, 0, above=True)
+        check("canary.min_requests", self.min_requests, 1)
+        check("canary.max_error_rate", self.max_error_rate, 0, 1)
+        check("canary.max_slowdown", self.max_slowdown, 1)
+        check("canary.good_windows", self.good_windows, 1)
 
 
 @dataclass(frozen=True)
-class ServingConfig:
+class ServingConfig(FromValues):
     """All of it. ``tiers`` by name; requests that name none are of ``default_tier``."""
 
     slo: SLO = SLO()
@@ -381,94 +362,7 @@ class ServingConfig:
                 f"default_tier: expected one of {sorted(self.tiers)}, got {self.default_tier!r}"
             )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ServingConfig:
-        """From plain JSON types; absent keys take their defaults.
-
-        Raises:
-            ConfigError: an unknown key or a wrong value, and where it stands.
-        """
-        made = _build(cls, values, "")
-        assert isinstance(made, cls)
-        return made
-
-    @classmethod
-    def load(cls, path: str | Path) -> ServingConfig:
-        """From a ``.json`` or ``.toml`` file.
-
-        Raises:
-            ConfigError: it cannot be read, is neither, or holds an unknown key or wrong value.
-        """
-        path = Path(path)
-        try:
-            text = path.read_text()
-            values = _toml(text) if path.suffix == ".toml" else json.loads(text)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        return cls.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` reverses it."""
-        plain = json.loads(json.dumps(dataclasses.asdict(self)))
-        assert isinstance(plain, dict)
-        return plain
-
     def latency_s(self, tier: str) -> float:
         """The latency goal of a tier, in seconds."""
         own = self.tiers[tier].latency_ms
         return (self.slo.latency_ms if own is None else own) / 1e3
-
-
-def _toml(text: str) -> Any:
-    if sys.version_info < (3, 11):
-        raise ConfigError("TOML needs Python 3.11; JSON is read by all")
-    import importlib
-
-    return importlib.import_module("tomllib").loads(text)
-
-
-def _build(wanted: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type ``wanted``."""
-    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where or 'configuration'}: expected a table, got {value!r}")
-        hints = typing.get_type_hints(wanted)
-        names = {f.name for f in dataclasses.fields(wanted)}
-        if unknown := sorted(set(value) - names):
-            raise ConfigError(f"{_at(where, unknown[0])}: expected one of {sorted(names)}, got it")
-        parts = {key: _build(hints[key], part, _at(where, key)) for key, part in value.items()}
-        try:
-            return wanted(**parts)
-        except TypeError as error:
-            raise ConfigError(f"{where or 'configuration'}: {error}") from error
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _build(next(a for a in args if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return tuple(_build(args[0], part, where) for part in value)
-    if origin is not None:  # Mapping
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected a table, got {value!r}")
-        try:
-            keys = [args[0](key) for key in value]
-        except ValueError as error:
-            raise ConfigError(
-                f"{where}: expected keys that are integers, got {list(value)}"
-            ) from error
-        built = [_build(args[1], part, _at(where, key)) for key, part in value.items()]
-        return dict(zip(keys, built, strict=True))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{where}: expected {wanted.__name__}, got {value!r}")
-    return value
-
-
-def _at(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)

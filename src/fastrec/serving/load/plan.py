@@ -6,17 +6,13 @@ latencies count from the moment a request was meant to be sent.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastrec.errors import ConfigError
-from fastrec.serving.core.config import _build, _check
+from fastrec.serving.core.values import FromValues, check
 
 ARRIVALS = ("poisson", "bursts", "uniform")
 _RATIO = 1.25
@@ -31,10 +27,10 @@ class Stage:
     to: float | None = None
 
     def __post_init__(self) -> None:
-        _check("stage.seconds", self.seconds, 0, above=True)
-        _check("stage.rate", self.rate, 0)
+        check("stage.seconds", self.seconds, 0, above=True)
+        check("stage.rate", self.rate, 0)
         if self.to is not None:
-            _check("stage.to", self.to, 0)
+            check("stage.to", self.to, 0)
 
 
 @dataclass(frozen=True)
@@ -47,9 +43,9 @@ class Bursts:
     length_s: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("bursts.share", self.share, 0, 0.9, above=True)
-        _check("bursts.factor", self.factor, 1, 1 / self.share)
-        _check("bursts.length_s", self.length_s, 0, above=True)
+        check("bursts.share", self.share, 0, 0.9, above=True)
+        check("bursts.factor", self.factor, 1, 1 / self.share)
+        check("bursts.length_s", self.length_s, 0, above=True)
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,12 @@ class Mix:
     timeout_ms: float | None = None
 
     def __post_init__(self) -> None:
-        _check("mix.share", self.share, 0, above=True)
-        _check("mix.tenants", self.tenants, 0)
-        _check("mix.skew", self.skew, 0)
-        _check("mix.priority", self.priority, 0)
+        check("mix.share", self.share, 0, above=True)
+        check("mix.tenants", self.tenants, 0)
+        check("mix.skew", self.skew, 0)
+        check("mix.priority", self.priority, 0)
         if self.timeout_ms is not None:
-            _check("mix.timeout_ms", self.timeout_ms, 0, above=True)
+            check("mix.timeout_ms", self.timeout_ms, 0, above=True)
 
 
 @dataclass(frozen=True)
@@ -99,11 +95,11 @@ class Sizes:
     most: int = 1000
 
     def __post_init__(self) -> None:
-        _check("sizes.users", self.users, 1)
-        _check("sizes.candidates", self.candidates, 1)
-        _check("sizes.most", self.most, self.candidates)
+        check("sizes.users", self.users, 1)
+        check("sizes.candidates", self.candidates, 1)
+        check("sizes.most", self.most, self.candidates)
         if self.tail is not None:
-            _check("sizes.tail", self.tail, 0, above=True)
+            check("sizes.tail", self.tail, 0, above=True)
 
     def ladder(self) -> tuple[int, ...]:
         """The candidate counts that occur, rising."""
@@ -132,13 +128,13 @@ class Retry:
     obey: bool = True
 
     def __post_init__(self) -> None:
-        _check("retry.tries", self.tries, 1)
-        _check("retry.backoff_ms", self.backoff_ms, 0)
-        _check("retry.factor", self.factor, 1)
+        check("retry.tries", self.tries, 1)
+        check("retry.backoff_ms", self.backoff_ms, 0)
+        check("retry.factor", self.factor, 1)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(FromValues):
     """A whole test. ``slo_ms``: answers within it are good; ``patience_s``: how long the last
     answers are waited for."""
 
@@ -161,39 +157,13 @@ class Plan:
         tiers = [m.tier for m in self.mix]
         if len(set(tiers)) < len(tiers):
             raise ConfigError(f"mix: expected every tier once, got {tiers}")
-        _check("slo_ms", self.slo_ms, 0, above=True)
-        _check("patience_s", self.patience_s, 0)
+        check("slo_ms", self.slo_ms, 0, above=True)
+        check("patience_s", self.patience_s, 0)
 
     @property
     def seconds(self) -> float:
         """Of all stages."""
         return sum(stage.seconds for stage in self.stages)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """From plain JSON types; absent keys take their defaults.
-
-        Raises:
-            ConfigError: an unknown key or a wrong value, and where it stands.
-        """
-        made = _build(cls, values, "")
-        assert isinstance(made, cls)
-        return made
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """From a JSON file.
-
-        Raises:
-            ConfigError: it cannot be read, or holds an unknown key or a wrong value.
-        """
-        try:
-            values = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        return cls.from_dict(values)
 
 
 @dataclass(frozen=True)
