@@ -9,13 +9,15 @@ folder appears under its name only once it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,24 @@ FORMAT = "fastrec-engine"
 VERSION = 1
 # Backends whose engines are folders; each has a module of its name with a `load`.
 FOLDERS = ("onnxruntime", "openvino", "tensorrt", "litert", "qnn")
+
+
+@contextlib.contextmanager
+def building(backend: str) -> Iterator[Path]:
+    """A folder for the files of an engine that is being built: gone if that fails, else the
+    engine's own (:func:`keeps`)."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"fastrec-{backend}-"))
+    try:
+        yield scratch
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def keeps(engine: Engine, scratch: Path | None) -> None:
+    """The folder goes when the engine goes; None: the files are not the engine's."""
+    if scratch is not None:
+        weakref.finalize(engine, shutil.rmtree, scratch, ignore_errors=True)
 
 
 def write(path: str | Path, header: dict[str, Any], fill: Callable[[Path], None]) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastrec.errors import ArgumentError, DtypeError, ShapeError
+from fastrec.errors import ArgumentError, BackendError, DtypeError, ShapeError
 from fastrec.models import RankerConfig, SASRecConfig
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.spec import InputField, InputSpec
@@ -117,3 +117,18 @@ def quantised_module(model: nn.Module) -> str | None:
         if isinstance(module, QUANTISED):
             return f"{name} ({type(module).__name__})"
     return None
+
+
+def precision_of(model: nn.Module, wanted: str | None, backend: str) -> tuple[str, str | None]:
+    """What a backend runs the model in where ``wanted`` is asked for, and the quantised module that
+    decides it, or None.
+
+    Raises:
+        BackendError: a precision is asked for, and the model is quantised already.
+    """
+    own = quantised_module(model)
+    if own is not None and wanted is not None:
+        raise BackendError(
+            f"{backend}: {own} is quantised already: leave precision at None to run its own int8"
+        )
+    return wanted or ("fp32" if own is None else "int8"), own

@@ -178,15 +178,23 @@ def provider_reason(provider: str) -> str | None:
         return "onnxruntime is not installed: pip install 'fastrec[onnx]'"
     import onnxruntime as ort
 
-    name, package, plugin = PROVIDERS[provider]
-    if name in ort.get_available_providers():
-        return None
-    if plugin is None or missing(plugin):
+    name, package, _ = PROVIDERS[provider]
+    plugin = _plugin(provider)
+    if plugin is None:
+        if name in ort.get_available_providers():
+            return None
         return f"this ONNX Runtime has no {name}: pip install {package}; {_installed(ort)}"
     if not _plugin_devices(ort, plugin):
         found = sorted({str(d.device.type).split(".")[-1] for d in ort.get_ep_devices()})
         return f"{plugin} finds no device that it supports among {', '.join(found)}"
     return None
+
+
+def _plugin(provider: str) -> str | None:
+    """The module of a provider that is a package of its own, where it is installed. It goes first:
+    once loaded it is listed beside those built in, and cannot be opened as they are."""
+    plugin = PROVIDERS[provider][2]
+    return None if plugin is None or missing(plugin) else plugin
 
 
 def _full(settings: SessionSettings) -> str:
@@ -213,10 +221,10 @@ def _providers(
     """The providers of a session; None where a plugin's devices were added to the options."""
     if (reason := provider_reason(settings.provider)) is not None:
         raise BackendError(f"provider {settings.provider!r}: {reason}")
-    name, _, plugin = PROVIDERS[settings.provider]
+    name = PROVIDERS[settings.provider][0]
+    plugin = _plugin(settings.provider)
     chosen = {**_defaults(settings.provider, threads), **settings.provider_options}
-    if name not in ort.get_available_providers():
-        assert plugin is not None
+    if plugin is not None:
         options.add_provider_for_devices(_plugin_devices(ort, plugin), chosen)
         return None
     wanted = [(name, chosen)]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import threading
-import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +110,7 @@ class LiteRtEngine(Engine):
     ) -> None:
         super().__init__(**about)
         self._file = file
-        if scratch is not None:
-            # A folder of the engine's own, which goes when it goes.
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        artifact.keeps(self, scratch)
         self._shapes = shapes
         # One call at a time: an interpreter's memory belongs to the call that runs in it.
         self._lock = threading.Lock()
@@ -162,12 +158,8 @@ def build(
     :func:`fastrec.runtime.tflite.convert.to_tflite`.
     """
     options.allow("free_sizes", "int8")
-    scratch = Path(tempfile.mkdtemp(prefix="fastrec-litert-"))
-    try:
+    with artifact.building("litert") as scratch:
         return _build_in(scratch, model, example_inputs, options)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _build_in(
@@ -179,18 +171,13 @@ def _build_in(
     """Build with ``scratch`` for the files, which becomes the engine's."""
     import onnx
 
-    from fastrec.runtime.model_spec import quantised_module
+    from fastrec.runtime.model_spec import precision_of
     from fastrec.runtime.onnx_export import static_shapes, write_onnx
     from fastrec.runtime.tflite.convert import to_tflite
 
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     form = options.setting("int8", INT8_FORMS, "kernels")
-    own = quantised_module(model)
-    if own is not None and options.precision is not None:
-        raise BackendError(
-            f"litert: {own} is quantised already: leave precision at None to run its own int8"
-        )
-    precision = options.precision or ("fp32" if own is None else "int8")
+    precision, own = precision_of(model, options.precision, "litert")
     exported = scratch / "model.onnx"
     write_onnx(model, exported, example_inputs, free=("B",) if free_sizes == "batch" else None)
     shapes = [tuple(t.shape) for t in example_inputs]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +65,7 @@ class OnnxRuntimeEngine(Engine):
         super().__init__(**about)
         self._file = file
         self._settings = settings or SessionSettings()
-        if scratch is not None:
-            # A folder of the engine's own, which goes when it goes.
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        artifact.keeps(self, scratch)
         # Its workers spin for 40 ms after a run, measured.
         self.spin_s = 0.05 if self._settings.spinning else 0.0
         self._session = open_session(file, threads=self.threads, settings=self._settings)
@@ -172,12 +168,8 @@ def build(
             "onnxruntime: its dynamic quantiser is for the CPU provider; quantise with "
             "fastrec.quantize_ and leave precision at None"
         )
-    scratch = Path(tempfile.mkdtemp(prefix="fastrec-onnx-"))
-    try:
+    with artifact.building("onnxruntime") as scratch:
         return _build_in(scratch, model, example_inputs, options, session)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _build_in(
@@ -188,19 +180,14 @@ def _build_in(
     session: SessionSettings,
 ) -> Engine:
     """Build with ``scratch`` for the files, which becomes the engine's."""
-    from fastrec.runtime.model_spec import quantised_module
+    from fastrec.runtime.model_spec import precision_of
     from fastrec.runtime.onnx_export import static_shapes, write_onnx
     from fastrec.runtime.trace import quiet
 
+    precision, own = precision_of(model, options.precision, "onnxruntime")
     file = scratch / _MODEL
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     write_onnx(model, file, example_inputs, free=("B",) if free_sizes == "batch" else None)
-    own = quantised_module(model)
-    if own is not None and options.precision is not None:
-        raise BackendError(
-            f"onnxruntime: {own} is quantised already: leave precision at None to run its own int8"
-        )
-    precision = options.precision or ("fp32" if own is None else "int8")
     why = "fp32, every graph optimisation"
     if own is not None:
         why = "int8 of fastrec.quantize_ as QDQ, its own scales"

@@ -232,7 +232,7 @@ def build(
     """
     import torch
 
-    from fastrec.runtime.model_spec import quantised_module
+    from fastrec.runtime.model_spec import precision_of
     from fastrec.runtime.onnx_export import static_shapes
 
     options.allow("shapes", "hint", "free_sizes", "mode", "cache", "rounding")
@@ -242,13 +242,8 @@ def build(
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     shapes = options.setting("shapes", ("static", "dynamic"))
     hint = options.setting("hint", ("f32", "bf16"))
+    precision, own = precision_of(model, options.precision, "openvino")
     converted = _convert(model, example_inputs, free_sizes, exact)
-    own = quantised_module(model)
-    if own is not None and options.precision is not None:
-        raise BackendError(
-            f"openvino: {own} is quantised already: leave precision at None to run its own int8"
-        )
-    precision = options.precision or ("fp32" if own is None else "int8")
     if options.precision == "int8":
         calibration = options.calibration or [tuple(t.numpy() for t in example_inputs)]
         converted = _quantise(converted, calibration)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import tempfile
-import weakref
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,9 +115,7 @@ class QnnEngine(Engine):
     ) -> None:
         super().__init__(**about)
         self._file, self._settings = file, settings
-        if scratch is not None:
-            # A folder of the engine's own, which goes when it goes.
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        artifact.keeps(self, scratch)
         self._session: Any = _session(file, settings, threads=self.threads)
 
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
@@ -156,12 +152,8 @@ def build(
     for name, value in settings.items():
         if not (isinstance(value, str) and value.isdigit()):
             raise ArgumentError(f"settings[{name!r}]", "a number of Qualcomm's as text", value)
-    scratch = Path(tempfile.mkdtemp(prefix="fastrec-qnn-"))
-    try:
+    with artifact.building("qnn") as scratch:
         return _build_in(scratch, model, example_inputs, options, settings)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _build_in(
