@@ -25,15 +25,19 @@ LONG = (8, 8, 8192, 64), AttentionPattern(64)
 SHORT = (64, 4, 100, 32), AttentionPattern(16)
 
 
+def _attends(sheet: Sheet, pattern: AttentionPattern, length: int) -> dict[str, Attend]:
+    return {
+        "fastrec, Triton": functools.partial(_ours, pattern=pattern),
+        "SDPA flash": _flash(),
+        "FlexAttention, compiled": _flex(sheet, pattern, length),
+    }
+
+
 def long(sheet: Sheet) -> None:
     """B=8, H=8, L=8,192, D=64, window 64 + log2: forward, then forward and backward."""
     shape, pattern = LONG
     here = sheet.pick(shape, (1, 2, 200, 16))
-    attends = {
-        "fastrec, Triton": functools.partial(_ours, pattern=pattern),
-        "SDPA flash": _flash(),
-        "FlexAttention, compiled": _flex(sheet, pattern, here[2]),
-    }
+    attends = _attends(sheet, pattern, here[2])
     _forward(sheet, shape, here, pattern, attends)
     _backward(sheet, shape, here, pattern, attends)
 
@@ -55,11 +59,7 @@ def short(sheet: Sheet) -> None:
     """B=64, H=4, L=100, D=32: attention alone."""
     shape, pattern = SHORT
     here = sheet.pick(shape, (2, 2, 33, 16))
-    attends = {
-        "fastrec, Triton": functools.partial(_ours, pattern=pattern),
-        "SDPA flash": _flash(),
-        "FlexAttention, compiled": _flex(sheet, pattern, here[2]),
-    }
+    attends = _attends(sheet, pattern, here[2])
     _forward(sheet, shape, here, pattern, attends)
 
 

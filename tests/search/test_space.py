@@ -26,7 +26,7 @@ from fastrec.search.costs import (
     variants_of,
 )
 from fastrec.search.fit import non_negative
-from fastrec.search.search import pick, sweep
+from fastrec.search.front import pick, sweep
 from fastrec.search.space import Unit, restructured
 
 CONFIG = RankerConfig(n_items=1200, n_categories=20, history_length=8, d=32, ffn=64, tower=(128,))
