@@ -178,6 +178,64 @@ def test_masked_codec_costs_what_the_formula_says() -> None:
     assert encode({"i": torch.full((2000,), -1)})[1]["i"]["codec"] == "raw"
 
 
+def test_single_zeros_and_int8_codes_cost_about_their_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.randn(1000, 128, generator=generator) * 12).round().clamp(-31, 31)
+    stored, entries = encode({"t": codes.to(torch.int8)})
+    assert entries["t"] == {"dtype": "int8", "shape": [1000, 128], "codec": "raw", "huffman": [""]}
+    share = torch.bincount(codes.long().flatten() + 31) / codes.numel()
+    entropy = -(share * share.clamp_min(1e-9).log2()).sum() / 8  # bytes a code
+    assert entropy < stored["t"].numel() / codes.numel() < 1.02 * entropy
+    codes[torch.rand(codes.shape, generator=generator) < 0.75] = 0
+    stored, entries = encode({"t": codes.to(torch.int8)})
+    assert (entries["t"]["codec"], entries["t"]["group"]) == ("masked", 1)
+    assert entries["t"]["huffman"] == ["", "#mask"]
+    assert torch.equal(decode(stored, entries)["t"], codes.to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"shape": [1000, 127]}, "does not hold just"),
+        ({"shape": [1000, 129]}, "does not hold just"),
+        ({"shape": [10**9, 10**9]}, "cannot hold"),
+        ({"dtype": "float32"}, "not a coded tensor of bytes"),
+        ({"huffman": [""], "codec": "masked", "group": 3}, "groups of 3 do not fit"),
+        ({"huffman": "no"}, "bad list"),
+        ({"huffman": []}, "expected torch.int8"),
+    ],
+)
+def test_a_forged_entry_of_a_coded_tensor_is_refused(entry: dict[str, Any], message: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.randn(1000, 128, generator=generator) * 12).to(torch.int8)
+    stored, entries = encode({"t": codes})
+    with pytest.raises(ArtifactError, match=message):
+        decode(stored, {"t": entries["t"] | entry})
+
+
+def test_a_stream_that_is_none_is_refused() -> None:
+    stored, entries = encode({"t": torch.randint(-9, 9, (1000, 8), dtype=torch.int8)})
+    for stream in (stored["t"][:-9], torch.cat((stored["t"], stored["t"][:1]))):
+        with pytest.raises(ArtifactError, match="does not hold just"):
+            decode({"t": stream}, entries)
+    with pytest.raises(ArtifactError, match="not a deflate stream"):
+        decode({"t": torch.full_like(stored["t"], 255)}, entries)
+
+
+def test_an_artifact_of_the_first_version_is_read(tmp_path: Path) -> None:
+    model = Own().eval()
+    with torch.no_grad():
+        model.table.weight[:, :8] = 0
+    path = save(model, tmp_path / "old")
+    manifest = json.loads((path / "model.json").read_text())
+    del manifest["sha256"]
+    manifest["version"] = 1
+    assert manifest["tensors"]["table.weight"].pop("group") == 4
+    text = json.dumps(manifest | {"sha256": _own_hash(manifest)})
+    (path / "model.json").write_text(text)
+    same(model, load(path, Own()))
+
+
 def test_pruned_quantised_bytes_follow_the_formula(tmp_path: Path) -> None:
     """What the canonical model's goal (<= 20 % of fp32) rests on, at a size that is quick."""
     torch.manual_seed(0)
@@ -240,7 +298,7 @@ def forged(artifact: Path, tmp_path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "version 2; this fastrec"),
+        (lambda m: m.update(version=3), "version 3; this fastrec"),
         (lambda m: m.update(format="other"), "not a fastrec model"),
         (lambda m: m.update(model="os.system"), "unknown model class"),
         (lambda m: m["config"].update(n_items=-1), "bad config"),

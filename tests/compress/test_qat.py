@@ -194,3 +194,23 @@ def test_bad_calls_leave_the_model_untouched() -> None:
     with pytest.raises(ArgumentError, match="NaN"):
         quantize_(model, QAT("convert"))
     assert isinstance(model.net[0], FakeQuantLinear)
+
+
+def test_fewer_levels_bound_the_codes_and_survive_conversion() -> None:
+    net = Net()
+    prune_(net, BlockPruning(sparsity=0.4, rounds=1, embedding_block=(1, 1)))
+    static = copy.deepcopy(net)
+    quantize_(net, QAT("prepare", levels=15))
+    train(net)
+    expected = net.eval()(ids())
+    quantize_(net, QAT("convert"))
+    torch.testing.assert_close(net(ids()), expected, rtol=0.02, atol=0.02)
+    quantize_(static, Int8(levels=15), calibration=[ids()])
+    for model in (net, static):
+        assert model.table.weight.abs().max() == model.net[0].values.abs().max() == 15
+        assert (model.table.weight == 0).float().mean() >= 0.4
+    for bad in (0, 128, 3.5, True):
+        with pytest.raises(ArgumentError, match="levels"):
+            QAT("prepare", levels=bad)
+    with pytest.raises(ArgumentError, match="levels"):
+        Int8Embedding.from_float(nn.Embedding(3, 4), levels=128)

@@ -47,7 +47,8 @@ from fastrec.nn import (
 )
 
 FORMAT = "fastrec-model"
-VERSION = 1
+VERSION = 2  # 1 had neither masks of single elements nor Huffman codes
+READABLE = (1, VERSION)
 MANIFEST, TENSORS = "model.json", "model.safetensors"
 
 PathLike = str | os.PathLike[str]
@@ -154,9 +155,9 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{file}: not a fastrec model")
     version = manifest.get("version")
-    if version != VERSION:
+    if version not in READABLE:
         raise ArtifactError(
-            f"{file}: version {version!r}; this fastrec {__version__} reads version {VERSION}"
+            f"{file}: version {version!r}; this fastrec {__version__} reads versions {READABLE}"
         )
     expected = manifest.pop("sha256", None)
     if expected != _own_hash(manifest):

@@ -26,11 +26,11 @@ from fastrec.nn.separable_projection import depthwise_rows
 WEIGHT_LEVELS = 127  # symmetric s8: -127 .. 127, so that -w is representable whenever w is
 
 
-def row_scales(weight: Tensor) -> Tensor:
-    """Symmetric s8 scale of each row, f32 [N]: absmax / 127, which is (max - min) / (2^8 - 2) of
-    the symmetric range [-absmax, absmax]; 1 for a row of zeros."""
+def row_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
+    """Symmetric s8 scale of each row, f32 [N]: absmax / levels; with 127 that is
+    (max - min) / (2^8 - 2) of the symmetric range [-absmax, absmax]; 1 for a row of zeros."""
     peak = torch.linalg.vector_norm(weight.detach().float(), torch.inf, 1)
-    return torch.where(peak > 0, peak / WEIGHT_LEVELS, torch.ones_like(peak))
+    return torch.where(peak > 0, peak / levels, torch.ones_like(peak))
 
 
 def zero_mask(weight: Tensor) -> Tensor | None:
@@ -50,6 +50,7 @@ class FakeQuant(nn.Module):
     """
 
     averaging: float
+    levels: int  # the largest code of a weight
     x_min: Tensor
     x_max: Tensor
     dropped: Tensor | None
@@ -58,7 +59,7 @@ class FakeQuant(nn.Module):
 
     def _adopt(self, layer: nn.Module, averaging: float) -> None:
         """Share the parameters of ``layer``, so that optimisers made before stay valid."""
-        self.averaging = averaging
+        self.averaging, self.levels = averaging, WEIGHT_LEVELS
         for name, parameter in layer.named_parameters(recurse=False):
             setattr(self, name, parameter)
         weight = weight_of(self)
@@ -106,7 +107,7 @@ class FakeQuant(nn.Module):
         """The fake-quantised weight, in its shape, and the scales [N] of its rows of outputs."""
         weight = self.kept_weight()
         rows = weight.flatten(0, -2)
-        scale = row_scales(rows)
+        scale = row_scales(rows, self.levels)
         dropped = None if self.dropped is None else self.dropped.flatten(0, -2)
         return round_weight(rows.float(), scale, dropped).view(weight.shape), scale
 
@@ -189,14 +190,18 @@ class FakeQuantSeparableProjection(FakeQuant, SeparableProjection):
         return y if lengths is None else valid_rows(y, lengths)
 
 
-def fake_quant_twin(layer: nn.Module, averaging: float) -> FakeQuant:
+def fake_quant_twin(layer: nn.Module, averaging: float, levels: int = WEIGHT_LEVELS) -> FakeQuant:
     """The twin of one of ``layers.KINDS``."""
+    twin: FakeQuant
     if isinstance(layer, GroupedLinear):
-        return FakeQuantGroupedLinear.twin_of(layer, averaging)
-    if isinstance(layer, SeparableProjection):
-        return FakeQuantSeparableProjection.twin_of(layer, averaging)
-    assert isinstance(layer, nn.Linear)
-    return FakeQuantLinear.twin_of(layer, averaging)
+        twin = FakeQuantGroupedLinear.twin_of(layer, averaging)
+    elif isinstance(layer, SeparableProjection):
+        twin = FakeQuantSeparableProjection.twin_of(layer, averaging)
+    else:
+        assert isinstance(layer, nn.Linear)
+        twin = FakeQuantLinear.twin_of(layer, averaging)
+    twin.levels = levels
+    return twin
 
 
 class FakeQuantEmbedding(nn.Embedding):
@@ -207,15 +212,16 @@ class FakeQuantEmbedding(nn.Embedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta")
+        self.levels = WEIGHT_LEVELS
         self.register_buffer("kept", None, persistent=False)
 
     @classmethod
-    def from_float(cls, table: nn.Embedding) -> FakeQuantEmbedding:
+    def from_float(cls, table: nn.Embedding, levels: int = WEIGHT_LEVELS) -> FakeQuantEmbedding:
         """The twin of ``table``; it shares the parameter."""
         twin = cls(table.num_embeddings, table.embedding_dim, table.padding_idx)
         twin.weight, twin.sparse = table.weight, table.sparse
         twin.scale_grad_by_freq = table.scale_grad_by_freq
-        twin.kept = zero_mask(table.weight)
+        twin.kept, twin.levels = zero_mask(table.weight), levels
         return twin.train(table.training)
 
     def kept_weight(self) -> Tensor:
@@ -236,7 +242,7 @@ class FakeQuantEmbedding(nn.Embedding):
         if self.kept is not None:
             rows = rows.masked_fill(~self.kept[ids], 0.0)
         peak = rows.detach().abs().amax(-1, keepdim=True)
-        scale = torch.where(peak > 0, peak / WEIGHT_LEVELS, torch.ones_like(peak))
+        scale = torch.where(peak > 0, peak / self.levels, torch.ones_like(peak))
         rounded = (rows.detach() / scale).round() * scale
         # Straight through: absmax sets the scale, so nothing is ever outside of the range.
         return rows + (rounded - rows.detach())

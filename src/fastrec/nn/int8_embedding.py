@@ -33,19 +33,25 @@ class Int8Embedding(nn.Module):
         self._runs_compiled = False
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding) -> Int8Embedding:
-        """Quantises a float table, scale = max |row| / 127; exact zeros stay zeros.
+    def from_float(cls, embedding: nn.Embedding, levels: int = 127) -> Int8Embedding:
+        """Quantises a float table, scale = max |row| / levels; exact zeros stay zeros.
+
+        Args:
+            embedding: the float table.
+            levels: the largest code, 1 to 127; see :class:`fastrec.Int8`.
 
         Raises:
-            ArgumentError: the table holds a NaN or an infinity.
+            ArgumentError: the table holds a NaN or an infinity; ``levels`` out of range.
         """
+        if not 1 <= levels <= 127:
+            raise ArgumentError("levels", "1 to 127", levels)
         table = embedding.weight.detach().float().cpu()
         if not bool(torch.isfinite(table).all()):
             raise ArgumentError("embedding", "finite weights", "a NaN or an infinity")
-        scale = table.abs().amax(1) / 127
+        scale = table.abs().amax(1) / levels
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         module = cls(embedding.num_embeddings, embedding.embedding_dim)
-        module.weight = torch.round(table / scale[:, None]).clamp(-127, 127).to(torch.int8)
+        module.weight = torch.round(table / scale[:, None]).clamp(-levels, levels).to(torch.int8)
         module.scale = scale
         return module
 
