@@ -34,10 +34,19 @@ from fastrec.runtime import load_engine
 from fastrec.runtime.machine import machine_card
 from fastrec.runtime.spec import InputSpec
 from fastrec.serving.core import LoopClock
-from fastrec.serving.load import Generator, Mix, Plan, Retry, Sizes, Stage, find_capacity, summary
+from fastrec.serving.load import (
+    Generator,
+    Mix,
+    Plan,
+    Retry,
+    Sizes,
+    Stage,
+    find_capacity,
+    run_precisely,
+    summary,
+)
 from fastrec.serving.load import run as run_plan
 from fastrec.serving.load.targets import GrpcTarget, requests_of
-from fastrec.serving.server import run
 from serving_report import FACTORS, write
 
 SLO_MS = 50.0
@@ -347,7 +356,7 @@ def main() -> None:
             continue
         print(name, flush=True)
         start = time.monotonic()
-        result = run(PIECES[name](bench))
+        result = run_precisely(PIECES[name](bench))
         result["machine"], result["took_s"] = machine_card(), time.monotonic() - start
         path.write_text(json.dumps(result, indent=1) + "\n")
     done = {name: bench.part(name) for name in PIECES if (parts / f"{name}.json").exists()}

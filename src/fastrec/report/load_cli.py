@@ -69,8 +69,7 @@ def loadtest(
     from rich.console import Console
 
     from fastrec.report.loadtest import print_result, write_report
-    from fastrec.serving.load import Plan, Retry, Sizes, Stage
-    from fastrec.serving.server import run
+    from fastrec.serving.load import Plan, Retry, Sizes, Stage, run_precisely
 
     if plan is not None:
         made = Plan.load(plan)
@@ -89,7 +88,7 @@ def loadtest(
     def note(rate: float, reached: float) -> None:
         console.print(f"{rate:8.1f} /s: {reached:.2%} in time", highlight=False)
 
-    result = run(_measure(target, model, made, capacity, request, token, config, note))
+    result = run_precisely(_measure(target, model, made, capacity, request, token, config, note))
     print_result(result, Console())
     if json_out is not None:
         json_out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

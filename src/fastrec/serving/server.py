@@ -24,14 +24,16 @@ try:
     from fastrec.serving.repository import ModelRepository
     from fastrec.serving.wire.auth import Auth
     from fastrec.serving.wire.door import Door
-    from fastrec.serving.wire.grpc_server import GrpcServer, Limits, Tls
+    from fastrec.serving.wire.grpc_server import GrpcServer, Limits
     from fastrec.serving.wire.http import HttpLimits, HttpServer
     from fastrec.serving.wire.rest import Rest
+    from fastrec.serving.wire.tls import Tls
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] not in (
         "grpc",
         "google",
         "h11",
+        "hpack",
         "prometheus_client",
     ):
         raise

@@ -20,7 +20,8 @@ pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
 
 from fastrec.serving.wire.auth import Auth
 from fastrec.serving.wire.door import Door
-from fastrec.serving.wire.grpc_server import GrpcServer, Limits, Tls
+from fastrec.serving.wire.grpc_server import GrpcServer, Limits
+from fastrec.serving.wire.tls import Tls
 
 SPEC = InputSpec(
     (

@@ -14,9 +14,9 @@ from wire_client import arrays, inputs, tritonclient
 from fastrec.errors import ArgumentError
 from fastrec.serving.wire.auth import ANYONE, Auth, Identity, new_token, settle
 from fastrec.serving.wire.door import is_loopback
-from fastrec.serving.wire.grpc_server import Tls
 from fastrec.serving.wire.hints import Hints
 from fastrec.serving.wire.status import Refused
+from fastrec.serving.wire.tls import Tls
 
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
 

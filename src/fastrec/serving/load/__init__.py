@@ -6,6 +6,7 @@ from fastrec.serving.load.capacity import find_capacity
 from fastrec.serving.load.generator import Answer, Generator, Log, Shot, Target, run
 from fastrec.serving.load.plan import Bursts, Mix, Plan, Retry, Schedule, Sizes, Stage, draw
 from fastrec.serving.load.results import summary
+from fastrec.serving.load.runner import run_precisely
 
 __all__ = [
     "Answer",
@@ -23,5 +24,6 @@ __all__ = [
     "draw",
     "find_capacity",
     "run",
+    "run_precisely",
     "summary",
 ]

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over grpc.aio.
+"""The Open Inference Protocol over gRPC.
 
 Memory is bounded by the message size, the streams a connection may open and the age a connection
 may reach, which also ends clients that never finish a message.
@@ -7,48 +7,16 @@ may reach, which also ends clients that never finish a message.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
-from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Rejected
 from fastrec.serving.wire import services
 from fastrec.serving.wire.calls import Call, InferenceService
 from fastrec.serving.wire.door import Door
+from fastrec.serving.wire.grpc_host import GrpcHost
 from fastrec.serving.wire.messages import LOAD_SERVICE, SERVICE
-
-_MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Files in PEM form.
-
-    Args:
-        key, certificate: the server's.
-        client_authority: certificates that client certificates must be signed by; None = clients
-            need none.
-    """
-
-    key: Path
-    certificate: Path
-    client_authority: Path | None = None
-
-    def read(self) -> tuple[bytes, bytes, bytes | None]:
-        """The contents.
-
-        Raises:
-            ArgumentError: a file cannot be read.
-        """
-        try:
-            authority = self.client_authority
-            signed_by = None if authority is None else authority.read_bytes()
-            return self.key.read_bytes(), self.certificate.read_bytes(), signed_by
-        except OSError as error:
-            raise ArgumentError(
-                "tls", "readable PEM files", f"{error.filename}: {error}"
-            ) from error
+from fastrec.serving.wire.tls import Tls
 
 
 @dataclass(frozen=True)
@@ -61,31 +29,18 @@ class Limits:
         connection_age_s: connections are asked to go after this time, so that clients behind a load
             balancer spread over new servers; 30 s later they are closed.
         rpcs: concurrent requests in all; more are refused with RESOURCE_EXHAUSTED.
+        connections: more are closed at once.
     """
 
     message_mib: int = 16
     streams: int = 1024
     connection_age_s: float = 300.0
     rpcs: int = 16_384
-
-    def options(self, *, reuse_port: bool) -> list[tuple[str, int]]:
-        """As grpc's channel arguments."""
-        return [
-            ("grpc.max_receive_message_length", self.message_mib * _MIB),
-            ("grpc.max_send_message_length", self.message_mib * _MIB),
-            ("grpc.max_concurrent_streams", self.streams),
-            ("grpc.max_metadata_size", 16 << 10),
-            ("grpc.max_connection_age_ms", round(self.connection_age_s * 1e3)),
-            ("grpc.max_connection_age_grace_ms", 30_000),
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ("grpc.so_reuseport", int(reuse_port)),
-        ]
+    connections: int = 4096
 
 
 class GrpcServer:
-    """A grpc.aio server in front of a door.
+    """A gRPC server in front of a door.
 
     Args:
         door: what answers.
@@ -103,43 +58,31 @@ class GrpcServer:
         limits: Limits | None = None,
         reuse_port: bool = False,
     ) -> None:
-        limits = limits or Limits()
         self._door = door
-        self._server = grpc.aio.server(
-            options=limits.options(reuse_port=reuse_port), maximum_concurrent_rpcs=limits.rpcs
-        )
         self.health = services.Health(self._serving)
         service = InferenceService(door)
-        self._server.add_generic_rpc_handlers(
+        self._host = GrpcHost(
             (
                 _handler(SERVICE, service.calls()),
                 _handler(LOAD_SERVICE, service.load_calls()),
                 self.health.handler(),
                 *services.reflection(),
-            )
+            ),
+            address,
+            limits or Limits(),
+            tls=tls,
+            reuse_port=reuse_port,
         )
-        try:
-            if tls is None:
-                self.port = self._server.add_insecure_port(address)
-            else:
-                key, certificate, authority = tls.read()
-                self.port = self._server.add_secure_port(
-                    address,
-                    grpc.ssl_server_credentials(
-                        [(key, certificate)], authority, authority is not None
-                    ),
-                )
-        except RuntimeError as error:
-            raise ArgumentError("address", "one that can be listened at", address) from error
+        self.port = self._host.port
 
     async def start(self) -> None:
         """Listen."""
-        await self._server.start()
+        await self._host.start()
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new requests, give those in flight ``grace_s``, close."""
         self.health.close()
-        await self._server.stop(grace_s)
+        await self._host.stop(grace_s)
 
     def _serving(self, service: str) -> bool | None:
         """Whether a service of the health protocol serves; None for an unknown one."""

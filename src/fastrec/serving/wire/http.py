@@ -17,7 +17,7 @@ from http import HTTPStatus
 import h11
 
 from fastrec.errors import ArgumentError
-from fastrec.serving.wire.grpc_server import Tls
+from fastrec.serving.wire.tls import Tls, names_of
 
 _CHUNK = 1 << 16
 _HEAD_BYTES = 16 << 10
@@ -87,7 +87,7 @@ class HttpServer:
                 self._accept,
                 self._host.strip("[]"),
                 self.port,
-                ssl=None if self._tls is None else _context(self._tls),
+                ssl=None if self._tls is None else self._tls.context(),
                 limit=_CHUNK,
                 reuse_port=self._reuse_port or None,
             )
@@ -186,7 +186,7 @@ class HttpServer:
                     {k.decode("latin-1"): v.decode("latin-1") for k, v in head.headers},
                     bytes(body),
                     _peer(writer),
-                    _names(writer),
+                    names_of(writer.get_extra_info("peercert")),
                 )
             else:  # ConnectionClosed, PAUSED
                 return None
@@ -227,28 +227,3 @@ def _peer(writer: asyncio.StreamWriter) -> str:
         return ""
     kind = "ipv6" if ":" in address[0] else "ipv4"
     return f"{kind}:[{address[0]}]:{address[1]}"
-
-
-def _names(writer: asyncio.StreamWriter) -> tuple[str, ...]:
-    certificate = writer.get_extra_info("peercert") or {}
-    names = [
-        value
-        for part in certificate.get("subject", ())
-        for key, value in part
-        if key == "commonName"
-    ]
-    names += [value for _, value in certificate.get("subjectAltName", ())]
-    return tuple(names)
-
-
-def _context(tls: Tls) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.client_authority is not None:
-            context.load_verify_locations(tls.client_authority)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ArgumentError("tls", "readable PEM files that belong together", str(error)) from error
-    return context
