@@ -1,5 +1,6 @@
-"""Builds the compiled CPU kernels (csrc/cpu) as ``fastrec._native`` and, where nvcc is, the CUDA
-kernels (csrc/cuda) as ``fastrec._native_cuda``.
+"""Builds the compiled CPU kernels (csrc/cpu) as ``fastrec._native``, some of them as custom ops for
+ONNX Runtime too (csrc/onnxruntime), and, where nvcc is, the CUDA kernels (csrc/cuda) as
+``fastrec._native_cuda``.
 
 Needs setuptools, pybind11 and a C++20 compiler; never torch, and nothing is downloaded.
 
@@ -26,6 +27,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 CUDA = ROOT / "csrc/cuda"
+CPU = ROOT / "csrc/cpu"
+CUSTOM_OPS = ROOT / "csrc/onnxruntime"
 
 
 def tri_state(name: str) -> str:
@@ -41,21 +44,36 @@ def within_root(paths: "list[Path]") -> "list[str]":
 
 def cpu_extension(*, required: bool) -> Pybind11Extension:
     # The C++ tests are programs of their own (make sanitize).
-    sources = [p for p in (ROOT / "csrc/cpu").rglob("*.cpp") if p.parent.name != "tests"]
+    sources = [p for p in CPU.rglob("*.cpp") if p.parent.name != "tests"]
+    return extension("fastrec._native", sources, [CPU], required=required)
+
+
+def extension(
+    name: str, sources: "list[Path]", folders: "list[Path]", *, required: bool
+) -> Pybind11Extension:
     flags = ["-O3", "-Wall", "-Wextra", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
     if os.uname().machine == "x86_64":
         # One baseline for every file; code for a newer ISA sits in `#pragma GCC target` regions.
         flags.append("-march=x86-64")
     return Pybind11Extension(
-        "fastrec._native",
+        name,
         within_root(sources),
-        depends=within_root(list((ROOT / "csrc/cpu").rglob("*.h"))),
-        include_dirs=[str(ROOT / "csrc/cpu")],
+        depends=within_root([path for folder in folders for path in folder.rglob("*.h")]),
+        include_dirs=[str(folder) for folder in folders],
         cxx_std=20,
         extra_compile_args=flags + os.environ.get("FASTREC_EXTRA_CXXFLAGS", "").split(),
         extra_link_args=["-pthread", *os.environ.get("FASTREC_EXTRA_LDFLAGS", "").split()],
         optional=not required,
     )
+
+
+def custom_ops_extension(*, required: bool) -> Pybind11Extension:
+    """A library for ONNX Runtime, no module: the kernels that its ops run, without Python."""
+    kernels = [CPU / "cpu_features.cpp"]
+    for op in ("sparse_int8_linear", "window_sparse_attention"):
+        kernels += [path for path in (CPU / op).glob("*.cpp") if path.name != "bind.cpp"]
+    sources = [*kernels, *CUSTOM_OPS.glob("*.cpp")]
+    return extension("fastrec._onnxruntime_ops", sources, [CPU, CUSTOM_OPS], required=required)
 
 
 def nvcc() -> "str | None":
@@ -116,7 +134,25 @@ def run(command: "list[str]") -> None:
 
 
 class BuildExt(build_ext):
-    """Hands CUDA's extension to nvcc."""
+    """Hands CUDA's extension to nvcc; compiles what two extensions share once."""
+
+    def build_extensions(self) -> None:
+        every = self.extensions
+        after = [ext for ext in every if ext.name == "fastrec._onnxruntime_ops"]
+        self.extensions = [ext for ext in every if ext not in after]
+        super().build_extensions()  # several at once, where asked to
+        self.extensions = after
+        for ext in after:
+            self.reuse_objects(ext)
+        super().build_extensions()
+        self.extensions = every
+
+    def reuse_objects(self, ext: Extension) -> None:
+        for source in [s for s in ext.sources if s.startswith("csrc/cpu/")]:
+            (compiled,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+            if os.path.exists(compiled):
+                ext.sources.remove(source)
+                ext.extra_objects.append(compiled)
 
     def build_extension(self, ext: Extension) -> None:
         if isinstance(ext, CudaExtension):
@@ -142,6 +178,8 @@ build_cpu, build_cuda = tri_state("FASTREC_BUILD_CPU"), tri_state("FASTREC_BUILD
 ext_modules: "list[Extension]" = []
 if build_cpu != "0":
     ext_modules.append(cpu_extension(required=build_cpu == "1"))
+    if sys.platform == "linux":
+        ext_modules.append(custom_ops_extension(required=build_cpu == "1"))
 if build_cuda == "1" or (build_cuda == "" and nvcc()):
     ext_modules.append(CudaExtension(nvcc(), required=build_cuda == "1"))
 ParallelCompile("MAX_JOBS", default=os.cpu_count() or 1).install()

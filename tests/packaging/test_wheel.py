@@ -34,7 +34,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the compiled part is missing: {reason}")
     base = tmp_path_factory.mktemp("build")
     (base / "lib/fastrec").mkdir(parents=True)
-    for part in (ROOT / "src/fastrec").glob("_native.*.so"):
+    parts = ("_native.*.so", "_onnxruntime_ops.*.so")
+    for part in [path for name in parts for path in (ROOT / "src/fastrec").glob(name)]:
         shutil.copy2(part, base / "lib/fastrec")
     build = ["build", f"--build-base={base}", f"--build-platlib={base / 'lib'}"]
     subprocess.run(
@@ -51,7 +52,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.startswith("fastrec-")} == {"fastrec"}
-    assert any(name.startswith("fastrec/_native.") and name.endswith(".so") for name in names)
+    for part in ("_native", "_onnxruntime_ops"):
+        assert any(name.startswith(f"fastrec/{part}.") and name.endswith(".so") for name in names)
     (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
     lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
     base = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]

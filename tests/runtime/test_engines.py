@@ -136,13 +136,44 @@ def test_torch_compile_agrees(request_of):
         assert "freezing" in engine.describe()[0]["setting"]
 
 
-@pytest.mark.slow
-def test_native_runs_a_bf16_model_as_it_is(ranker, request_of):
-    inputs = tuple(map(torch.from_numpy, request_of(2)))
-    student = copy.deepcopy(ranker).to(torch.bfloat16)
-    engine = compile_engine(student, inputs, "native", 1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_native_runs_a_16_bit_model_as_one_plan(ranker, request_of, dtype, tmp_path):
+    inputs = tuple(map(torch.from_numpy, request_of(5)))
+    student = copy.deepcopy(ranker).to(dtype)
+    engine = compile_engine(student, inputs, "native", 2, fallback="error")
+    assert engine.precision == {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     with torch.inference_mode():
-        assert torch.equal(engine(*inputs), student(*inputs))
+        exact = copy.deepcopy(student).float()(*inputs)
+        torchs = student(*inputs).float()
+    # Activations stay float32 between layers: no further off than torch, which rounds them all.
+    assert (engine(*inputs) - exact).abs().max() <= (torchs - exact).abs().max()
+    engine.save(tmp_path / "student.fastrec")
+    loaded = fastrec.runtime.load_engine(tmp_path / "student.fastrec")
+    assert loaded.precision == engine.precision
+    np.testing.assert_array_equal(loaded(*request_of(5)), engine(*inputs).numpy())
+
+
+def test_a_cpu_without_bf16_products_runs_a_bf16_model_in_float32(ranker, request_of):
+    inputs = tuple(map(torch.from_numpy, request_of(3)))
+    student = copy.deepcopy(ranker).to(torch.bfloat16)
+    with fastrec.kernels.force_isa("scalar"):
+        engine = compile_engine(student, inputs, "native", 1, fallback="error")
+        twin = compile_engine(copy.deepcopy(student).float(), inputs, "native", 1)
+        assert torch.equal(engine(*inputs), twin(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "message"),
+    [
+        (torch.bfloat16, "fp32", "this one is bf16"),
+        (torch.float32, "bf16", "model.to\\(torch.bfloat16\\) makes it so"),
+        (torch.float32, "fp16", "model.half\\(\\) makes it so"),
+    ],
+)
+def test_native_changes_no_precision(ranker, request_of, dtype, asked, message):
+    model = copy.deepcopy(ranker).to(dtype)
+    with pytest.raises(BackendError, match=message):
+        compile_engine(model, request_of(1), "native", 1, precision=asked)
 
 
 @pytest.mark.parametrize(("precision", "batch"), [("fp32", 3), ("bf16", 1)])

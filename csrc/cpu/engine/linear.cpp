@@ -1,4 +1,6 @@
 // linear: y = x W^T + b in fp32, on the micro-kernel of grouped_linear with one group.
+// linear_bf16: the same for a weight that bfloat16 holds exactly. Where the CPU multiplies bf16, x
+// is rounded to it too; sums stay fp32. Elsewhere it is linear.
 //
 // operands  x [.., K] f32 contiguous; W [N, K] f32, a constant; b [N] f32 if integers[0]; result
 //           f32 [.., N] contiguous
@@ -6,11 +8,13 @@
 //
 // The weight is packed into panels once, when the plan is made; few outputs use it as it lies.
 #include <algorithm>
+#include <bit>
 #include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "activation_quantize/activation_quantize.h"
+#include "element.h"
 #include "engine/steps.h"
 #include "grouped_linear/grouped_linear.h"
 #include "parallel.h"
@@ -85,6 +89,31 @@ std::shared_ptr<void> prepare_linear(const Step& step, const Tensor* operands) {
   return packed;
 }
 
+std::shared_ptr<void> prepare_linear_bf16(const Step& step, const Tensor* operands) {
+  const Tensor& weight = operands[1];
+  const grouped::Kernel& kernel = grouped::select(grouped::Dtype::bf16);
+  const int64_t count = weight.count();
+  const float* const values = weight.as<float>();
+  const bool exact = std::all_of(values, values + count, [](float value) {
+    return (std::bit_cast<uint32_t>(value) & 0xffff) == 0;
+  });
+  if (kernel.unit_inputs == 1 || !exact) return prepare_linear(step, operands);
+  if (weight.sizes[0] < 1 || weight.sizes[1] < 1)
+    throw std::invalid_argument("linear_bf16: a weight without outputs or inputs");
+  auto packed = std::make_shared<Packed>();
+  packed->kernel = &kernel;
+  std::vector<uint16_t> halves(count);
+  std::transform(values, values + count, halves.begin(), to_bf16);
+  const int64_t outputs = weight.sizes[0], inputs = weight.sizes[1];
+  packed->memory.resize(grouped::panel_floats(kernel, 1, outputs, inputs));
+  packed->panels = grouped::pack(kernel, halves.data(), grouped::Dtype::bf16, nullptr, 1, outputs,
+                                 inputs, true, packed->memory.data());
+  // The bias may be no bf16: it begins the fp32 sums as it is.
+  float* const start = packed->memory.data() + (packed->panels.start - packed->panels.values);
+  if (step.integers[0]) std::copy_n(operands[2].as<float>(), outputs, start);
+  return packed;
+}
+
 Status run_linear(const Step& step, const Tensor* operands) {
   const Packed& packed = *static_cast<const Packed*>(step.prepared.get());
   const grouped::Kernel& kernel = *packed.kernel;
@@ -101,7 +130,8 @@ Status run_linear(const Step& step, const Tensor* operands) {
     return {};
   }
   const int64_t tiles = (rows + grouped::kTileRows - 1) / grouped::kTileRows;
-  const int64_t row_lines = (inputs + grouped::kLine - 1) / grouped::kLine;
+  const int64_t line_inputs = grouped::kLine * kernel.unit_inputs;
+  const int64_t row_lines = (inputs + line_inputs - 1) / line_inputs;
   Line* const memory = scratch<Line>(rows * row_lines);
   const auto row0 = [&](int64_t tile) { return grouped::tile_row0(tile, rows, tiles); };
   const auto height = [&](int64_t tile) { return static_cast<int>(row0(tile + 1) - row0(tile)); };

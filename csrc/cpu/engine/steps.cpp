@@ -18,6 +18,7 @@ const Kind* find_kind(const std::string& name) {
       {"gather", run_gather, nullptr},
       {"layer_norm", run_layer_norm, nullptr},
       {"linear", run_linear, prepare_linear},
+      {"linear_bf16", run_linear, prepare_linear_bf16},
       {"linear_int8", run_linear_int8, prepare_linear_int8},
       {"map", run_map, check_map},
   };

@@ -13,6 +13,7 @@ Status run_gather(const Step& step, const Tensor* operands);
 Status run_layer_norm(const Step& step, const Tensor* operands);
 Status run_linear(const Step& step, const Tensor* operands);
 std::shared_ptr<void> prepare_linear(const Step& step, const Tensor* operands);
+std::shared_ptr<void> prepare_linear_bf16(const Step& step, const Tensor* operands);
 Status run_linear_int8(const Step& step, const Tensor* operands);
 std::shared_ptr<void> prepare_linear_int8(const Step& step, const Tensor* operands);
 Status run_causal_attention(const Step& step, const Tensor* operands);

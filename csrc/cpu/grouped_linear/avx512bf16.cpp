@@ -15,9 +15,31 @@ namespace {
 
 constexpr int kPairLine = 2 * kLine;  // bf16 a line
 
-FASTREC_AVX512BF16 void load(const void* from, Dtype, int64_t row_stride, int64_t element,
+// Rows of floats, rounded to nearest even.
+FASTREC_AVX512BF16 void load_floats(const float* from, int64_t row_stride, int64_t depth, int rows,
+                                    float* to, int64_t row_step, int64_t line_step) {
+  for (int r = 0; r < rows; ++r) {
+    const float* const row = from + r * row_stride;
+    float* line = to + r * row_step;
+    for (int64_t k = 0; k < depth; k += kPairLine, line += line_step) {
+      const int64_t left = depth - k;
+      const uint32_t lanes = left >= kPairLine ? ~0u : (1u << left) - 1;
+      const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), row + k);
+      const __m512 high =
+          _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes >> kLine), row + k + kLine);
+      _mm512_storeu_si512(line, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+// Floats lie next to each other: strided ones are loaded as bf16 alone.
+FASTREC_AVX512BF16 void load(const void* from, Dtype dtype, int64_t row_stride, int64_t element,
                              int64_t depth, int rows, float* to, int64_t row_step,
                              int64_t line_step) {
+  if (dtype == Dtype::f32) {
+    load_floats(static_cast<const float*>(from), row_stride, depth, rows, to, row_step, line_step);
+    return;
+  }
   for (int r = 0; r < rows; ++r) {
     const uint16_t* const row = static_cast<const uint16_t*>(from) + r * row_stride;
     float* line = to + r * row_step;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "element.h"
 #include "engine/steps.h"
 #include "engine_plans.h"
 
@@ -400,6 +401,35 @@ void compare_linear(int64_t rows, int64_t outputs, int64_t inputs, bool bias, in
   });
 }
 
+// The weight's numbers are bf16; x is rounded to it where the CPU multiplies such.
+void compare_linear_bf16(int64_t rows, int64_t outputs, int64_t inputs, int64_t activation) {
+  const auto rounded = [](std::vector<float> values) {
+    for (float& value : values) value = from_bf16(to_bf16(value));
+    return values;
+  };
+  Random random(29);
+  // Rounded too, so that there is one right answer.
+  const auto x = rounded(random.floats(rows * inputs)),
+             w = rounded(random.floats(outputs * inputs)), b = random.floats(outputs);
+  const auto run_at = [&](const char* kind, Place place) {
+    const Buffer<float> xs(x, place), ws(w, place), bs(b, place);
+    Buffer<float> out(static_cast<size_t>(rows * outputs), place);
+    const std::vector<Tensor> operands = {tensor(xs.data(), Dtype::f32, {rows, inputs}),
+                                          tensor(ws.data(), Dtype::f32, {outputs, inputs}),
+                                          tensor(bs.data(), Dtype::f32, {outputs}),
+                                          tensor(out.data(), Dtype::f32, {rows, outputs})};
+    CHECK(run_step(kind, operands, {1, activation}).fault == Fault::none);
+    return out.values();
+  };
+  std::vector<float> expected;
+  as_scalar([&] { expected = run_at("linear", Place::heap); });
+  for_every_setting(named("linear_bf16", {rows, outputs, inputs, activation}), [&](Place place) {
+    // As for `linear`, between two orders of adding.
+    const double bound = 2e-5 + static_cast<double>(inputs) * 0x1p-23;
+    CHECK(worst_error(run_at("linear_bf16", place), expected, bound, 2e-6) <= 1);
+  });
+}
+
 }  // namespace
 
 TEST(step_masked_attention) {
@@ -460,6 +490,14 @@ TEST(step_linear_of_few_outputs) {
       for (const int64_t rows : {0, 1, 15, 16, 17, 50})
         compare_linear(rows, outputs, inputs, (rows + inputs) % 2, (rows + outputs) % 3);
   compare_linear(700, 3, 300, true, 1);  // on threads
+}
+
+TEST(step_linear_bf16) {
+  for (const int64_t outputs : {1, 5, 31, 33, 64})
+    for (const int64_t inputs : {1, 15, 31, 32, 33, 65, 300})
+      for (const int64_t rows : {0, 1, 11, 13, 50})
+        compare_linear_bf16(rows, outputs, inputs, (rows + outputs) % 3);
+  compare_linear_bf16(700, 40, 300, 1);  // on threads
 }
 
 TEST(step_grouped_linear) {

@@ -149,6 +149,8 @@ def _build(
     tolerance = Tolerance()  # re-quantised: whether that is good enough is the caller's to judge
     if engine.precision == "fp32":
         tolerance = Tolerance.for_precision("fp32")
+    elif options.precision is None and engine.precision != "int8":
+        tolerance = Tolerance.for_precision(engine.precision)  # a model in 16 bits
     elif options.precision is None:
         # The same int8 model: a float's last bit may turn a rounding, by one step of 255.
         tolerance = Tolerance(noise=0.1)

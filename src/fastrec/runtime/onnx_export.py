@@ -17,9 +17,11 @@ from fastrec.errors import ArgumentError, ArtifactError, BackendError, MissingDe
 from fastrec.runtime.engine import missing, package_versions
 from fastrec.runtime.measure import Tolerance, correctness_gate
 from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
-from fastrec.runtime.onnx_forms import DECOMPOSITIONS, with_qdq
+from fastrec.runtime.onnx_custom_forms import CUSTOM_DECOMPOSITIONS, CustomLinear
+from fastrec.runtime.onnx_forms import DECOMPOSITIONS, QdqLinear, with_int8_forms
 from fastrec.runtime.onnx_sharing import unshare_int8
 from fastrec.runtime.onnx_storage import external_data, make_sparse, write_files
+from fastrec.runtime.ort_custom_ops import DOMAIN, OPERATORS, uses_custom_ops
 from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.trace import evaluated, first_line, quiet, traced
 
@@ -35,6 +37,7 @@ def export(
     *,
     dynamic_batch: bool = True,
     sparse: bool = False,
+    custom_ops: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model as ONNX (opset 18), checked against torch through ONNX Runtime.
@@ -55,6 +58,9 @@ def export(
             model's code allows it); else all sizes are the examples'.
         sparse: store float weights of which less than a third are not zero as sparse initialisers
             (a smaller file; runtimes widen them when they load it).
+        custom_ops: write int8 layers and sparse attention as operators of
+            :mod:`fastrec.runtime.ort_custom_ops`, for ONNX Runtime alone: pruned groups are then
+            neither stored nor multiplied. Checked through that library.
         metadata: name -> text, kept among the model's properties (a recipe, a data set's name),
             beside its producer, inputs with their meaning (``spec``, JSON) and free sizes.
 
@@ -64,8 +70,8 @@ def export(
     Raises:
         ArgumentError: ``metadata`` is not text, or names a property that the export writes.
         MissingDependencyError: onnx, onnxscript or onnxruntime is not installed.
-        BackendError: the model cannot be traced, an operator has no ONNX form, or the export
-            disagrees with torch.
+        BackendError: the model cannot be traced, an operator has no ONNX form, the export disagrees
+            with torch, or the library of custom ops was not built.
     """
     tensors = as_tensors("example_inputs", example_inputs)
     path = Path(path)
@@ -75,7 +81,15 @@ def export(
     draft = folder / path.name
     free = None if dynamic_batch else ()
     try:
-        write_onnx(model, draft, tensors, free=free, sparse=sparse, metadata=metadata)
+        write_onnx(
+            model,
+            draft,
+            tensors,
+            free=free,
+            sparse=sparse,
+            custom_ops=custom_ops,
+            metadata=metadata,
+        )
         verify_onnx(draft, model, tensors, dynamic_batch=dynamic_batch)
         draft.chmod(0o644)
         if external_data(draft).exists():
@@ -93,6 +107,7 @@ def write_onnx(
     *,
     free: Sequence[str] | None = None,
     sparse: bool = False,
+    custom_ops: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Export without the check; arguments and errors as :func:`export`.
@@ -108,11 +123,13 @@ def write_onnx(
     spec = spec_of(model, example_inputs)
     if free is not None:
         spec = spec.fixed_to([tuple(t.shape) for t in example_inputs], keep=tuple(free))
-    graph, symbols = traced(with_qdq(evaluated(model)), example_inputs, spec)
+    form = CustomLinear if custom_ops else QdqLinear
+    graph, symbols = traced(with_int8_forms(evaluated(model), form), example_inputs, spec)
+    decompositions = {**DECOMPOSITIONS, **(CUSTOM_DECOMPOSITIONS if custom_ops else {})}
     with quiet():
         try:
             program = torch.onnx.export(
-                graph.run_decompositions(DECOMPOSITIONS),
+                graph.run_decompositions(decompositions),
                 (),
                 None,
                 dynamo=True,
@@ -125,7 +142,7 @@ def write_onnx(
             raise BackendError(f"no ONNX form of this model: {first_line(error)}") from error
         assert program is not None
         proto = program.model_proto
-    check_domains(proto)
+    check_domains(proto, custom_ops=custom_ops)
     _name_sizes(proto, spec)
     unshare_int8(proto)
     if sparse:
@@ -179,7 +196,7 @@ def verify_onnx(
     import onnx
     from google.protobuf.message import DecodeError
 
-    from fastrec.runtime.backends._onnxruntime_session import open_session
+    from fastrec.runtime.backends._onnxruntime_session import SessionSettings, open_session
 
     try:
         # By its path: a model over 2 GB does not fit one message.
@@ -187,8 +204,9 @@ def verify_onnx(
         proto = onnx.load(Path(path), load_external_data=False)
     except (DecodeError, OSError, onnx.checker.ValidationError) as error:
         raise ArtifactError(f"{path} is not a valid ONNX model: {first_line(error)}") from error
-    check_domains(proto)
-    session = open_session(path, threads=1)
+    custom_ops = uses_custom_ops(proto.graph.node)
+    check_domains(proto, custom_ops=custom_ops)
+    session = open_session(path, threads=1, settings=SessionSettings(custom_ops=custom_ops))
     tensors = as_tensors("example_inputs", example_inputs)
     spec = spec_of(model, tensors)
     given = spec.sizes([tuple(t.shape) for t in tensors])
@@ -211,10 +229,16 @@ def _trials(session: Any, given: dict[str, int]) -> list[dict[str, int]]:
     return [given | {"B": 1}, given | {"B": 3}, given | smaller | {"B": 2}]
 
 
-def check_domains(proto: Any) -> None:
-    """Raise BackendError unless every operator is of a standard domain and the opset is >= 17."""
+def check_domains(proto: Any, *, custom_ops: bool = False) -> None:
+    """Raise BackendError unless every operator is of a standard domain, or one of ours where
+    ``custom_ops`` is, and the opset is >= 17."""
     nodes = [*proto.graph.node, *(n for f in proto.functions for n in f.node)]
-    custom = sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in STANDARD_DOMAINS})
+    ours = {(DOMAIN, name) for name in OPERATORS} if custom_ops else set()
+    custom = sorted(
+        f"{domain}::{kind}"
+        for domain, kind in {(n.domain, n.op_type) for n in nodes} - ours
+        if domain not in STANDARD_DOMAINS
+    )
     if custom:
         raise BackendError(f"not standard ONNX operators: {', '.join(custom)}")
     opset = max((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), default=0)

@@ -89,15 +89,17 @@ def needs_forms(model: nn.Module) -> bool:
     return any(isinstance(module, _OURS) for module in model.modules())
 
 
-def with_qdq(model: nn.Module) -> nn.Module:
-    """The model with its int8 layers as :class:`QdqLinear`; a copy that shares the other tensors,
-    or the model itself where it has none."""
+def with_int8_forms(
+    model: nn.Module, form: Callable[[SparseInt8Linear], nn.Module] = QdqLinear
+) -> nn.Module:
+    """The model with its int8 layers in a form that can be exported; a copy that shares the other
+    tensors, or the model itself where it has none."""
     if not any(isinstance(module, SparseInt8Linear) for module in model.modules()):
         return model
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         if isinstance(module, SparseInt8Linear):
-            memo[id(module)] = QdqLinear(module)
+            memo[id(module)] = form(module)
     copied: nn.Module = copy.deepcopy(model, memo)
     return copied
 

@@ -39,7 +39,7 @@ def sparse_attention(
         [B, H, L, D].
     """
     length, heads = q.shape[2], q.shape[1]
-    most = _most(length)
+    most = most_of(length)
     size = max(min(pattern.window, most - 1), 1)
     spans = 2 if pattern.causal else 3
     rows: Any
@@ -96,7 +96,7 @@ def sparse_attention(
     return out[:, :, :length]
 
 
-def _most(length: Any) -> int:
+def most_of(length: Any) -> int:
     """The largest value of a size that may be free."""
     if isinstance(length, int):
         return length

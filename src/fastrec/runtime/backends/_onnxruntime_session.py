@@ -16,6 +16,7 @@ from typing import Any
 
 from fastrec import env
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, MissingDependencyError
+from fastrec.runtime import ort_custom_ops
 from fastrec.runtime.engine import BuildOptions, missing, package_versions
 
 CPU = "CPUExecutionProvider"
@@ -46,6 +47,7 @@ class SessionSettings:
         inter_op: operators that may run at once; more than 1 makes a session parallel.
         io_binding: whether inputs and outputs are bound to the session's memory, which saves copies
             on devices of their own.
+        custom_ops: whether the session knows the operators of ``fastrec.runtime.ort_custom_ops``.
         cpu_nodes: whether nodes that the provider cannot run may run on the CPU; ``describe()``
             counts them.
     """
@@ -56,6 +58,7 @@ class SessionSettings:
     inter_op: int = 1
     io_binding: bool = False
     cpu_nodes: bool = True
+    custom_ops: bool = False
 
     @classmethod
     def of(cls, options: BuildOptions) -> SessionSettings:
@@ -82,6 +85,7 @@ class SessionSettings:
             inter_op=inter_op,
             io_binding=options.setting("io_binding", switches, binding) == "on",
             cpu_nodes=options.setting("cpu_nodes", ("allow", "refuse"), "allow") == "allow",
+            custom_ops=options.setting("custom_ops", switches, "off") == "on",
         )
 
     @classmethod
@@ -136,6 +140,8 @@ def open_session(path: str | Path, *, threads: int, settings: SessionSettings | 
         entries["session.disable_cpu_ep_fallback"] = str(int(not settings.cpu_nodes))
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
+    if settings.custom_ops:
+        ort_custom_ops.register(options)
     unreadable = (
         state.InvalidArgument,
         state.InvalidGraph,

@@ -1,8 +1,8 @@
 """fastrec's own kernels: the whole model as one native call, or op by op within torch's forward.
 
 The plan (``fastrec.runtime.plan``) runs without Python or torch; a model that holds an op it lacks,
-or another dtype than float32 and int8, runs op by op, and ``describe()`` says which op it was. Both
-are measured, and so are torch's share of the threads and its attention where torch takes part.
+runs op by op, and ``describe()`` says which op it was. Both are measured, and so are torch's share
+of the threads and its attention where torch takes part. Models in 16 bits: see ``plan.half``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from fastrec.runtime.choose import choice, fastest
 from fastrec.runtime.engine import BuildOptions, Engine
 from fastrec.runtime.model_spec import quantised_module
 from fastrec.runtime.plan.engine import PlanEngine
+from fastrec.runtime.plan.half import half_of, multiply_bf16, widened
 from fastrec.runtime.plan.lower import lower, plan_spec
 from fastrec.runtime.plan.passes import optimise
 from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.threads import with_torch_threads
 from fastrec.runtime.trace import evaluated
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 PLAN = "one plan"
 
 
@@ -61,14 +62,7 @@ def build(
     options.allow("executor", "torch_threads", "max_batch")
     largest = _largest_batch(options)
     executor = options.setting("executor", ("plan", "torch"))
-    quantised = quantised_module(model)
-    if options.precision == "int8" and quantised is None:
-        raise BackendError(
-            "native runs a model as it is, and this one holds no int8 module: call "
-            "fastrec.quantize_(model, fastrec.Int8(), calibration=...) first"
-        )
-    if options.precision == "fp32" and quantised is not None:
-        raise BackendError(f"native runs a model as it is, and {quantised} is int8")
+    precision = _precision(model, options.precision)
     plan, refusal = (
         (None, None) if executor == "torch" else _planned(model, example_inputs, options, largest)
     )
@@ -105,12 +99,38 @@ def build(
         forwards[attention],
         torch_threads=torch_threads,
         backend="native",
-        precision="fp32" if quantised is None else "int8",
+        precision=precision,
         threads=options.threads,
         spec=_up_to(options.spec, largest),
         rows=[*_module_rows(models[attention], example_inputs), *rows],
         versions=versions(),
     )
+
+
+def _precision(model: nn.Module, wanted: str | None) -> str:
+    """What the model is.
+
+    Raises:
+        BackendError: something else is asked for.
+    """
+    quantised = quantised_module(model)
+    if quantised is not None:
+        own, is_so = "int8", f"{quantised} is int8"
+    else:
+        own = half_of(model) or "fp32"
+        is_so = f"this one is {own}"
+    if wanted in (None, own):
+        return own
+    if wanted == "int8":
+        raise BackendError(
+            "native runs a model as it is, and this one holds no int8 module: call "
+            "fastrec.quantize_(model, fastrec.Int8(), calibration=...) first"
+        )
+    remedy = {
+        "bf16": ": model.to(torch.bfloat16) makes it so",
+        "fp16": ": model.half() makes it so",
+    }
+    raise BackendError(f"native runs a model as it is, and {is_so}{remedy.get(str(wanted), '')}")
 
 
 def _largest_batch(options: BuildOptions) -> int | None:
@@ -136,15 +156,20 @@ def _planned(
     """The model as one plan, or why it can't be."""
     if (reason := reason_missing()) is not None:
         return None, BackendError(reason)
+    precision = _precision(model, options.precision)
     try:
-        plan = lower(model, example_inputs, options.spec)
+        plan = lower(
+            model if precision in ("fp32", "int8") else widened(model), example_inputs, options.spec
+        )
     except BackendError as error:
         return None, error
     optimise(plan)
+    if precision == "bf16":
+        multiply_bf16(plan)
     engine = PlanEngine(
         plan,
         backend="native",
-        precision="fp32" if quantised_module(model) is None else "int8",
+        precision=precision,
         threads=options.threads,
         spec=_up_to(plan_spec(options.spec, plan, example_inputs), largest),
         rows=[],

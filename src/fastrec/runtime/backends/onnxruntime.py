@@ -149,7 +149,7 @@ def build(
 
     Settings: ``free_sizes`` ("batch", or "all": history and candidates stay free too), and those of
     :class:`SessionSettings`: ``provider``, ``provider_options``, ``inter_op``, ``spinning`` and
-    ``io_binding`` ("on", "off"), ``cpu_nodes`` ("allow", "refuse").
+    ``io_binding`` and ``custom_ops`` ("on", "off"), ``cpu_nodes`` ("allow", "refuse").
     """
     options.allow(
         "free_sizes",
@@ -159,6 +159,7 @@ def build(
         "inter_op",
         "io_binding",
         "cpu_nodes",
+        "custom_ops",
     )
     session = SessionSettings.of(options)
     if (reason := provider_reason(session.provider)) is not None:
@@ -187,10 +188,18 @@ def _build_in(
     precision, own = precision_of(model, options.precision, "onnxruntime")
     file = scratch / _MODEL
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
-    write_onnx(model, file, example_inputs, free=("B",) if free_sizes == "batch" else None)
+    write_onnx(
+        model,
+        file,
+        example_inputs,
+        free=("B",) if free_sizes == "batch" else None,
+        custom_ops=session.custom_ops,
+    )
     why = "fp32, every graph optimisation"
     if own is not None:
         why = "int8 of fastrec.quantize_ as QDQ, its own scales"
+        if session.custom_ops:
+            why = "int8 of fastrec.quantize_ on fastrec's kernels, as custom ops"
     if options.precision == "int8":
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -14,6 +14,7 @@ _BY_ROW_OF_MANY = (
     "grouped_linear",
     "layer_norm",
     "linear",
+    "linear_bf16",
     "linear_int8",
     "masked_attention",
     "matmul",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ _KERNELS = {
     "attention": "padded_attention",
     "layer_norm": "layer_norm_quantize",
     "linear": "grouped_linear",
+    "linear_bf16": "grouped_linear",
     "matmul": "grouped_linear",
     "causal_attention": "window_sparse_attention",
     "masked_attention": "padded_attention",
@@ -131,6 +132,11 @@ def _linear(step: Step, request: Request, moved: Cost) -> Cost:
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32", 1.0)
 
 
+def _linear_bf16(step: Step, request: Request, moved: Cost) -> Cost:
+    peak = "bf16" if _isa_of("grouped_linear", step) == "avx512bf16" else "fp32"
+    return replace(_linear(step, request, moved), peak=peak)
+
+
 def _linear_int8(step: Step, request: Request, moved: Cost) -> Cost:
     outputs, inputs = step.integers[:2]
     values = step.inputs[1].buffer.data
@@ -210,6 +216,7 @@ _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
     "grouped_linear": _grouped_linear,
     "layer_norm": _moves,
     "linear": _linear,
+    "linear_bf16": _linear_bf16,
     "linear_int8": _linear_int8,
     "map": _moves,
     "masked_attention": _masked_attention,
@@ -226,12 +233,12 @@ def _row(step: Step, of: Cost, best: float, median: float) -> dict[str, Any]:
     shown = op if step.kind in _SHOWN else step.kind
     if step.kind == "gather" and len(step.inputs) == 3:
         op = shown = "int8_embedding"
-    kernel_isa = getattr(getattr(kernels._compiled.native(), op, None), "kernel_isa", None)
+    isa = _isa_of(op, step)
     constants = {v.buffer for v in step.inputs if v.buffer.data is not None}
     return {
         "module": step.module,
         "op": shown,
-        "kernel": f"cpu/{kernel_isa()}" if kernel_isa else "cpu",
+        "kernel": f"cpu/{isa}" if isa else "cpu",
         "density": of.density,
         "bytes": sum(b.data.nbytes for b in constants if b.data is not None),
         "read_bytes": of.constants + of.activations,
@@ -241,6 +248,15 @@ def _row(step: Step, of: Cost, best: float, median: float) -> dict[str, Any]:
         "us_median": median,
         "why": "a step of the plan, run without Python",
     }
+
+
+def _isa_of(op: str, step: Step) -> str | None:
+    """The instruction set of the kernel that runs an op of ours now; None where it has but one."""
+    kernel_isa = getattr(getattr(kernels._compiled.native(), op, None), "kernel_isa", None)
+    if kernel_isa is None:
+        return None
+    name: str = kernel_isa(True) if step.kind == "linear_bf16" else kernel_isa()
+    return name
 
 
 def _limit(of: Cost, us: float, resident: int, ceilings: Ceilings) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from fastrec.runtime.plan.rows import each_its_own, row_dimension
 
 PAST = "past"
 # Kinds that compute each row of their output from the same row of what they read.
-_ROW_BY_ROW = ("map", "gather", "layer_norm", "linear", "linear_int8", "grouped_linear")
+_ROW_BY_ROW = (
+    "map",
+    "gather",
+    "layer_norm",
+    "linear",
+    "linear_bf16",
+    "linear_int8",
+    "grouped_linear",
+)
 # Instructions that push a value of their own, without operands that number others.
 _NO_OPERANDS = ("number", "integer", "index")
 

@@ -51,7 +51,7 @@ def row_symbol(step: Step, users: str | None) -> str | None:
         table = (view for view in step.inputs[1:])
         apart = row_dimension(step.inputs[0].shape, users) == found and at < last
         apart = apart and not any(symbol in s.symbols for v in table for s in v.buffer.shape)
-    elif step.kind in ("layer_norm", "linear", "linear_int8"):
+    elif step.kind in ("layer_norm", "linear", "linear_bf16", "linear_int8"):
         weights = sum(v.buffer.data.nbytes for v in step.inputs if v.buffer.data is not None)
         rows = [v for v in (*step.inputs, *step.outputs) if v.buffer.data is None]
         apart = at < last and weights <= _MAX_WEIGHTS

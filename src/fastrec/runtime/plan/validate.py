@@ -466,6 +466,7 @@ _RULES: dict[str, Callable[[Step], None]] = {
     "grouped_linear": _grouped_linear,
     "layer_norm": _layer_norm,
     "linear": _linear,
+    "linear_bf16": _linear,
     "linear_int8": _linear_int8,
     "map": _map,
     "masked_attention": _masked_attention,
