@@ -231,6 +231,50 @@ def test_a_tier_within_its_share_does_not_feel_the_overload_of_others() -> None:
     assert len(good) >= 0.99 * len(gold)
 
 
+def test_what_is_turned_away_early_is_what_submit_refuses() -> None:
+    """The wire asks before it decodes: the answer is that of submit, and nothing is charged."""
+    tiers = {"gold": Tier(6), "bulk": Tier(4, quota=Quota(2e5, 2e4)), "express": Tier(1)}
+    world = World(ServingConfig(slo=SLO(20.0), tiers=tiers))
+    scheduler, gate = world.scheduler, world.scheduler.gate
+    rng = np.random.default_rng(0)
+    told: list[tuple[str, str]] = []
+
+    def arrive() -> None:
+        fields = {"tier": str(rng.choice(list(tiers))), "tenant": "a", "priority": 0}
+        fields["priority"] = int(fields["tier"] == "express")
+        before = gate.in_flight_s, scheduler.queues.count, len(scheduler.open)
+        try:
+            scheduler.turn_away(Request("ranker", "", {}, **fields), (1, 50))
+            early = ""
+        except Rejected as refusal:
+            early = str(refusal.kind)
+        assert (gate.in_flight_s, scheduler.queues.count, len(scheduler.open)) == before
+        ticket = world.send(**fields)
+        told.append((early, "" if ticket.error is None else str(ticket.error.kind)))
+
+    for when in np.cumsum(rng.exponential(1 / 4000, 4000)):
+        world.clock.call_at(float(when), arrive)
+    world.clock.run()
+    assert all(early == late for early, late in told)
+    assert {"", "quota", "overload", "deadline_infeasible"} <= {early for early, _ in told}
+
+
+def test_the_early_look_lasts_as_long_as_the_overload() -> None:
+    world = World(ServingConfig(slo=SLO(20.0)))
+    scheduler = world.scheduler
+    assert not scheduler.shedding()
+    while not world.refused:
+        world.send()
+    assert scheduler.shedding()
+    world.clock.run()
+    # An engine is idle: the next request is let in, whatever was before.
+    assert not scheduler.shedding()
+    world.clock.run(1.0)
+    world.send()
+    assert not scheduler.shedding()  # it is busy, and nothing was refused lately
+    world.clock.run()
+
+
 def test_a_full_queue_is_refused_with_tritons_text() -> None:
     lanes = Lanes(policies={2: QueuePolicy(max_queue_size=3)}, express_priorities=())
     world = World(ServingConfig(slo=SLO(1000.0), lanes=lanes))

@@ -64,6 +64,9 @@ class Recorded:
             self.cancelled.set()
             raise
 
+    def shedding(self, model: str, version: str) -> None:
+        """Never: every request reaches :meth:`infer`."""
+
     def ready(self, model: str = "", version: str = "") -> bool:
         return self.is_ready
 

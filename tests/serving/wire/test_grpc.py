@@ -10,6 +10,7 @@ import pytest
 from wire_client import arrays, inputs
 
 from fastrec.serving.core.request import Kind, Rejected
+from fastrec.serving.wire.messages import InferRequest
 
 tritonclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 
@@ -172,6 +173,47 @@ def test_every_refusal_has_a_code_and_machine_readable_details(url, served, kind
         retry = error_details_pb2.RetryInfo()
         details["google.rpc.RetryInfo"].Unpack(retry)
         assert retry.retry_delay.ToMilliseconds() == 250
+
+
+def test_what_is_shed_is_refused_before_its_tensors_are_read(url, served):
+    """A refusal costs the server no decoding: this one is of a message that could not be."""
+
+    asked = []
+
+    class Shedding:
+        class signature:
+            @staticmethod
+            def size_of(shapes):
+                return shapes["cand_item"] and tuple(shapes["cand_item"])
+
+        def turn_away(self, request, size):
+            asked.append((request.tier, request.priority, tuple(size)))
+            if request.tier != "gold":
+                raise Rejected(Kind.OVERLOAD, "as the test says")
+
+    served.runtime.shedding = lambda model, version: Shedding()
+
+    def send(tier, size):
+        request = InferRequest(model_name="ranker")
+        request.parameters["tier"].string_param = tier
+        for name, array in arrays().items():
+            request.inputs.add(name=name, datatype="INT64", shape=array.shape)
+            request.raw_input_contents.append(array.tobytes()[:size])
+        with grpc.insecure_channel(url) as channel:
+            channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(
+                request.SerializeToString()
+            )
+
+    with pytest.raises(grpc.RpcError) as caught:
+        send("bulk", 5)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert not served.runtime.requests
+    with pytest.raises(grpc.RpcError) as caught:
+        send("gold", 5)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    send("gold", None)
+    assert len(served.runtime.requests) == 1
+    assert asked == [("bulk", 0, (2, 5)), ("gold", 0, (2, 5)), ("gold", 0, (2, 5))]
 
 
 def test_an_error_that_is_not_ours_keeps_its_text_to_the_log(client, served, caplog):

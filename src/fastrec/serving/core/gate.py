@@ -28,6 +28,7 @@ class Gate:
     Attributes:
         gain: what calls take over the costs of their parts; batching makes it less than 1.
         in_flight_s: costs of all that was let in and is not answered.
+        shut_at: when a request was last refused for want of room.
         slack: how much later than expected a tier's answers come: 995 of 1000 come no later than
             this. Later requests pass those of a tier that has had its share, so each has its own.
     """
@@ -50,6 +51,7 @@ class Gate:
         self.guard = guard
         self.gain = 1.0
         self.in_flight_s = 0.0
+        self.shut_at = -float("inf")
         self.slack = {tier: Quantile(0.995, goal_s / 200) for tier in config.tiers}
         self._goal_s, self._batch_s = goal_s, batch_s
         self._weights = sum(t.weight for t in config.tiers.values())
@@ -82,10 +84,18 @@ class Gate:
                 raise Rejected(Kind.QUOTA, f"the quota of tier '{ticket.tier}' is used up", wait)
         if ticket.deadline <= now:
             raise Rejected(Kind.EXPIRED, TIMED_OUT)
-        self._check_room(ticket)
-        if ticket.lane != EXPRESS:
-            self._check_limit(ticket, slots)
+        try:
+            self._check_room(ticket)
+            if ticket.lane != EXPRESS:
+                self._check_limit(ticket, slots)
+            self._check_deadline(ticket, now)
+        except Rejected:
+            self.shut_at = now
+            raise
+
+    def _check_deadline(self, ticket: Ticket, now: float) -> None:
         ticket.expected = self.expected_finish(ticket, now)
+        admission = self.config.admission
         if admission.check_deadlines and ticket.terms.rejects:
             slack = max(self.slack[ticket.tier].value, 0.0)
             late = ticket.expected + admission.margin * slack
@@ -151,7 +161,7 @@ class Gate:
         slots = max(len(self.router.slots), 1)
         return max(self.in_flight_s * self.gain / slots / 4, 1e-3)
 
-    def takes_express(self, cost_s: float, now: float) -> bool:
+    def takes_express(self, cost_s: float, now: float, *, charge: bool = True) -> bool:
         """Whether the express lane has room for so much; it is then charged."""
         share, slots = self.config.lanes.express_share, len(self.router.slots)
         if share >= 1:
@@ -163,7 +173,8 @@ class Gate:
             self._express_bucket, self._express_slots = bucket, slots
         if bucket.wait_s("", cost_s, now) > 0:
             return False
-        bucket.spend("", cost_s, now)
+        if charge:
+            bucket.spend("", cost_s, now)
         return True
 
     def enter(self, ticket: Ticket, now: float) -> None:

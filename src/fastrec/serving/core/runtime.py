@@ -324,6 +324,15 @@ class Runtime:
         )
         return Response(ticket.outputs, request.model, chosen.pool.version, times)
 
+    def shedding(self, model: str, version: str) -> Scheduler | None:
+        """The scheduler of a model, where it has just refused requests for want of room; None
+        where it has not, or where versions share the requests."""
+        versions = self._models.get(model)
+        if self._draining or version or versions is None or len(versions) != 1:
+            return None
+        scheduler = next(iter(versions.values())).scheduler
+        return scheduler if scheduler is not None and scheduler.shedding() else None
+
     def _tell_rollout(self, model: str, chosen: _Version, ticket: Ticket, now: float) -> None:
         rollout = self._rollouts.get(model)
         if rollout is None:

@@ -29,13 +29,19 @@ from fastrec.serving.core.lanes import (
     Queues,
     Ticket,
 )
-from fastrec.serving.core.request import TIMED_OUT, Kind, Load, Rejected
+from fastrec.serving.core.request import TIMED_OUT, Kind, Load, Rejected, Request
 from fastrec.serving.core.router import Router, Slot
 from fastrec.serving.core.signature import Signature
 from fastrec.serving.core.terms import TermsTable
 
 # Requests timed out under the DELAY policy go so far back: behind all others.
 _DELAY_S = 1e6
+# After a refusal requests are looked at before they are decoded for so long.
+_SHEDDING_S = 0.25
+
+
+def _ignore(ticket: Ticket) -> None:
+    """For tickets that nobody waits for."""
 
 
 class Scheduler:
@@ -107,13 +113,7 @@ class Scheduler:
                 INVALID; nothing was charged or queued.
         """
         now = self.clock.now()
-        try:
-            self._describe(ticket, arrays, now)
-            self.gate.admit(ticket, now)
-        except Rejected as refusal:
-            ticket.state, ticket.error = DONE, refusal
-            self._tell(ticket, now, refusal.kind.value)
-            raise
+        self._admit(ticket, self.signature.size(arrays), now)
         self.gate.enter(ticket, now)
         self.open[id(ticket)] = ticket
         self.batcher.split(ticket, arrays, self.router.model)
@@ -124,7 +124,34 @@ class Scheduler:
         if ticket.state == QUEUED:
             self._expiries.add(ticket)
 
-    def _describe(self, ticket: Ticket, arrays: tuple[np.ndarray, ...], now: float) -> None:
+    def shedding(self) -> bool:
+        """Whether no engine is idle, and a request was refused for want of room just now."""
+        return not self.router.idle() and self.clock.now() < self.gate.shut_at + _SHEDDING_S
+
+    def turn_away(self, request: Request, size: tuple[int, int]) -> None:
+        """Refuse a request as :meth:`submit` would, before its inputs are there; what is let pass
+        here is submitted all the same.
+
+        Args:
+            size: users and candidates.
+
+        Raises:
+            Rejected: see :meth:`submit`.
+        """
+        self._admit(Ticket(request, (), _ignore), size, self.clock.now(), early=True)
+
+    def _admit(
+        self, ticket: Ticket, size: tuple[int, int], now: float, *, early: bool = False
+    ) -> None:
+        try:
+            self._describe(ticket, size, now, early)
+            self.gate.admit(ticket, now)
+        except Rejected as refusal:
+            ticket.state, ticket.error = DONE, refusal
+            self._tell(ticket, now, refusal.kind.value)
+            raise
+
+    def _describe(self, ticket: Ticket, size: tuple[int, int], now: float, early: bool) -> None:
         """Fill in what follows from the request and the configuration."""
         request = ticket.request
         ticket.arrival = now
@@ -134,7 +161,7 @@ class Scheduler:
             wrong = f"tier: expected one of {sorted(self.config.tiers)}, got {request.tier!r}"
             raise Rejected(Kind.INVALID, wrong)
         ticket.terms, ticket.tier, ticket.priority = terms, terms.tier, terms.priority
-        ticket.users, ticket.candidates = users, candidates = self.signature.size(arrays)
+        ticket.users, ticket.candidates = users, candidates = size
         ticket.rows = users * self.signature.deep(candidates)
         ticket.cost_s = self.router.model.predict(users, ticket.rows)
         deadline = request.deadline if terms.own_deadline else None
@@ -143,7 +170,7 @@ class Scheduler:
         if (
             terms.express
             and ticket.cost_s <= self.batch_s
-            and self.gate.takes_express(ticket.cost_s, now)
+            and self.gate.takes_express(ticket.cost_s, now, charge=not early)
         ):
             ticket.lane = EXPRESS
 

@@ -7,7 +7,7 @@ engine's own answers when it is warmed (:meth:`Signature.examine`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,18 @@ class Signature:
         if self._counts is None:
             return users, 1
         return users, arrays[self._counts[0]].shape[self._counts[1]]
+
+    def size_of(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:
+        """As :meth:`size`, of the shapes that a message claims by name; None where they are no
+        good, which is for :meth:`check` to say."""
+        try:
+            users = shapes[self.names[0]][0] if self.joins else 1
+            if self._counts is None:
+                return users, 1
+            i, axis = self._counts
+            return users, shapes[self.names[i]][axis]
+        except (KeyError, IndexError):
+            return None
 
     def deep(self, candidates: int) -> int:
         """How many of so many candidates are scored in full: what calls are counted in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import numpy as np
@@ -163,13 +163,11 @@ class _Context:
     def time_remaining(self) -> None:
         """Ray does not hand the call's deadline on; the request's own timeout counts."""
 
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()
-    ) -> None:
+    def refuse(self, code: grpc.StatusCode, text: str, trailers: Any = ()) -> NoReturn:
         self._context.set_code(code)
-        self._context.set_details(details)
-        self._context.set_trailing_metadata([tuple(pair) for pair in trailing_metadata])
-        raise _Aborted(details)
+        self._context.set_details(text)
+        self._context.set_trailing_metadata([tuple(pair) for pair in trailers])
+        raise _Aborted(text)
 
 
 __all__ = ["CALLS", "Replica"]

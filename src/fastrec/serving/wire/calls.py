@@ -1,17 +1,14 @@
 """The Open Inference Protocol's calls as bytes in, bytes out: decode, ask the door, encode.
 
 Messages are taken and given as bytes, so that what does not parse gets INVALID_ARGUMENT with a
-reason instead of gRPC's INTERNAL. What hosts the calls (:mod:`.grpc_server`, Ray) brings a context
-with gRPC's methods.
+reason instead of gRPC's INTERNAL. What hosts the calls (:mod:`.grpc_host`, Ray) brings a context
+with gRPC's methods, and ``refuse(code, text, trailers)``, which raises.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
-
-import grpc
+from typing import Any, NoReturn
 
 from fastrec import __version__
 from fastrec.errors import ArgumentError
@@ -19,7 +16,7 @@ from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.wire.auth import Identity
 from fastrec.serving.wire.cards import configuration, metadata
 from fastrec.serving.wire.door import EXTENSIONS, Door
-from fastrec.serving.wire.hints import from_values, of_parameters, with_headers
+from fastrec.serving.wire.hints import Hints, from_values, of_parameters, with_headers
 from fastrec.serving.wire.messages import (
     LOAD_SERVICE,
     SERVICE,
@@ -28,6 +25,7 @@ from fastrec.serving.wire.messages import (
     InferResponse,
     methods,
 )
+from fastrec.serving.wire.status import trailers
 from fastrec.serving.wire.tensors import datatype, tensor_inputs, to_raw
 
 _MAX_ID = 128
@@ -77,25 +75,43 @@ class InferenceService:
     ) -> Call:
         """A handler that parses, identifies the caller (not for probes) and tells errors."""
 
-        async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def handle(data: bytes, context: Any) -> bytes:
             try:
                 request = _parse(kind, data)
                 identity = None if anyone else self._identify(context)
                 reply = await call(request, identity, context)
                 return bytes(reply.SerializeToString())
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
-                return await self._refuse(context, error, name)
+                self._refuse(context, error, name)
 
         return handle
 
-    async def _model_infer(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    def _model_infer(self, data: bytes, context: Any) -> Awaitable[bytes]:
+        """What the server sheds is refused here, at once: no tensor is decoded, no task is made."""
         try:
             request = _parse(InferRequest, data)
             values = of_parameters(request.parameters) if request.parameters else {}
             metadata = context.invocation_metadata()
             hints = from_values(with_headers(values, metadata) if metadata else values)
+            identity = self._identify(context)
+            remaining_s = context.time_remaining()
+            self._door.turn_away(
+                request.model_name, request.model_version, request.inputs, hints, identity,
+                remaining_s,
+            )  # fmt: skip
+        except Exception as error:
+            self._refuse(context, error, "ModelInfer")
+        return self._infer(request, hints, identity, remaining_s, context)
+
+    async def _infer(
+        self,
+        request: Any,
+        hints: Hints,
+        identity: Identity,
+        remaining_s: float | None,
+        context: Any,
+    ) -> bytes:
+        try:
             if len(request.id) > _MAX_ID:
                 raise ArgumentError("id", f"at most {_MAX_ID} characters", len(request.id))
             response = await self._door.infer(
@@ -103,11 +119,11 @@ class InferenceService:
                 request.model_version,
                 tensor_inputs(request),
                 hints,
-                self._identify(context),
-                remaining_s=context.time_remaining(),
+                identity,
+                remaining_s=remaining_s,
                 request_id=request.id,
                 outputs=[output.name for output in request.outputs],
-                headers=metadata or (),
+                headers=context.invocation_metadata() or (),
             )
             reply = InferResponse(
                 model_name=response.model, model_version=response.version, id=request.id
@@ -116,12 +132,10 @@ class InferenceService:
                 reply.outputs.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
                 reply.raw_output_contents.append(to_raw(array))
             return bytes(reply.SerializeToString())
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
-            return await self._refuse(context, error, "ModelInfer")
+            self._refuse(context, error, "ModelInfer")
 
-    def _identify(self, context: grpc.aio.ServicerContext) -> Identity:
+    def _identify(self, context: Any) -> Identity:
         if self._door.auth is None:
             return self._door.identify(None, ())
         authorization = None
@@ -136,12 +150,10 @@ class InferenceService:
         ]
         return self._door.identify(authorization, names)
 
-    async def _refuse(
-        self, context: grpc.aio.ServicerContext, error: Exception, where: str
-    ) -> bytes:
+    def _refuse(self, context: Any, error: Exception, where: str) -> NoReturn:
         told = self._door.answer(error, where)
-        await context.abort(told.code, told.text, told.trailers())
-        raise AssertionError("abort raises")
+        context.refuse(told.code, told.text, trailers(told))
+        raise AssertionError("refuse raises")
 
     async def _server_live(self, _request: Any, _who: Any, _context: Any) -> Any:
         return self._replies["ServerLive"](live=True)

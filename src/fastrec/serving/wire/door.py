@@ -144,21 +144,7 @@ class Door:
                 raise ArgumentError(
                     name, f"at most {self._max_users} users a request", array.shape[0]
                 )
-        tier, tenant = settle(identity, hints)
-        timeout = hints.timeout_s
-        if remaining_s is not None and (timeout is None or remaining_s < timeout):
-            timeout = remaining_s
-        deadline = None if timeout is None else self.runtime.clock.now() + timeout
-        request = Request(
-            model,
-            version,
-            inputs,
-            priority=hints.priority,
-            deadline=deadline,
-            tier=tier,
-            tenant=tenant,
-            id=request_id,
-        )
+        request = self._request(model, version, inputs, hints, identity, remaining_s, request_id)
         trace = None if self._traces is None else self._traces.begin(headers)
         self.running += 1
         try:
@@ -174,6 +160,57 @@ class Door:
         if outputs:
             response.outputs = {name: response.outputs[name] for name in outputs}
         return response
+
+    def turn_away(
+        self,
+        model: str,
+        version: str,
+        inputs: Iterable[Any],
+        hints: Hints,
+        identity: Identity,
+        remaining_s: float | None,
+    ) -> None:
+        """Refuse what :meth:`infer` would, where that is known before the inputs are decoded: while
+        the model sheds load.
+
+        Args:
+            inputs: of the message, with a name and a shape each.
+
+        Raises:
+            Rejected, Refused: see :meth:`infer`.
+        """
+        scheduler = self.runtime.shedding(model, version)
+        if scheduler is None:
+            return
+        size = scheduler.signature.size_of({i.name: i.shape for i in inputs})
+        if size is not None:
+            request = self._request(model, version, {}, hints, identity, remaining_s, "")
+            scheduler.turn_away(request, size)
+
+    def _request(
+        self,
+        model: str,
+        version: str,
+        inputs: dict[str, np.ndarray],
+        hints: Hints,
+        identity: Identity,
+        remaining_s: float | None,
+        request_id: str,
+    ) -> Request:
+        tier, tenant = settle(identity, hints)
+        timeout = hints.timeout_s
+        if remaining_s is not None and (timeout is None or remaining_s < timeout):
+            timeout = remaining_s
+        return Request(
+            model,
+            version,
+            inputs,
+            priority=hints.priority,
+            deadline=None if timeout is None else self.runtime.clock.now() + timeout,
+            tier=tier,
+            tenant=tenant,
+            id=request_id,
+        )
 
     def versions(self, name: str) -> list[str]:
         """Versions of a model, in order. Empty where it is unknown."""

@@ -2,8 +2,8 @@
 
 Written because grpc.aio's share of a small request was larger than the model's: three threads hand
 each call on, and a refusal costs as much as an answer. Here a call is read, answered and written in
-the event loop's thread. Handlers are gRPC's own (``method_handlers_generic_handler``): what is
-served here can be hosted by grpc.aio too.
+the event loop's thread. Handlers are registered as gRPC's own are
+(``method_handlers_generic_handler``); a unary one may also raise before it returns its awaitable.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import logging
 import socket
 import time
 import zlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import grpc
 
@@ -105,8 +106,16 @@ class Context:
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: _Trailers = ()
     ) -> None:
-        """End the call with a status."""
-        raise Aborted(code, details, trailing_metadata)
+        """End the call with a status, as gRPC's own context does it."""
+        self.refuse(code, details, trailing_metadata)
+
+    def refuse(self, code: grpc.StatusCode, text: str, trailers: _Trailers = ()) -> NoReturn:
+        """End the call with a status.
+
+        Raises:
+            Aborted: always.
+        """
+        raise Aborted(code, text, trailers)
 
 
 class GrpcHost:
@@ -234,8 +243,16 @@ class GrpcHost:
             return
         if handler.response_streaming:
             self._run(stream, self._stream(stream, handler, context, data))
-        else:
-            self._run(stream, self._unary(stream, handler, context, data))
+            return
+        try:
+            read = handler.request_deserializer
+            work = handler.unary_unary(data if read is None else read(data), context)
+        except Exception as error:
+            self._failed(stream, error)  # refused at once: no task is needed for that
+            return
+        task = self._run(stream, self._unary(stream, work, handler.response_serializer))
+        # A task that is cancelled before it begins has never awaited it.
+        task.add_done_callback(lambda _: work.close())
 
     def _take_all(self, stream: Stream, call: Call, queue: asyncio.Queue[bytes | None]) -> None:
         """Of a call with a stream of requests."""
@@ -272,16 +289,16 @@ class GrpcHost:
 
     # --- and its answer goes out
 
-    def _run(self, stream: Stream, work: Any) -> None:
+    def _run(self, stream: Stream, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         stream.gone = task.cancel
+        return task
 
-    async def _unary(self, stream: Stream, handler: Any, context: Context, data: bytes) -> None:
+    async def _unary(self, stream: Stream, work: Any, written: Any) -> None:
         try:
-            read, written = handler.request_deserializer, handler.response_serializer
-            reply = await handler.unary_unary(data if read is None else read(data), context)
+            reply = await work
             message = reply if written is None else written(reply)
         except Exception as error:
             self._failed(stream, error)
@@ -319,16 +336,24 @@ class GrpcHost:
         self._abort(stream, error)
 
     def _abort(self, stream: Stream, status: Aborted) -> None:
-        headers = [("grpc-status", str(status.code.value[0]))]
-        if status.text:
-            headers.append(("grpc-message", _escaped(status.text)))
-        for name, value in status.trailers or ():
-            if isinstance(value, bytes):
-                value = base64.b64encode(value).rstrip(b"=").decode()
-            headers.append((name, value))
         if stream.id in stream.link.streams:
-            block = encoded(headers) if stream.said else encoded((_TYPE, *headers), 200)
+            block = _status(status.code, status.text, tuple(status.trailers or ()), stream.said)
             stream.end(_last(stream, block))
+
+
+@functools.lru_cache(1024)
+def _status(
+    code: grpc.StatusCode, text: str, trailers: tuple[tuple[str, str | bytes], ...], said: bool
+) -> bytes:
+    """The header block that ends a call; ``said``: behind others."""
+    headers = [("grpc-status", str(code.value[0]))]
+    if text:
+        headers.append(("grpc-message", _escaped(text)))
+    for name, value in trailers:
+        if isinstance(value, bytes):
+            value = base64.b64encode(value).rstrip(b"=").decode()
+        headers.append((name, value))
+    return encoded(headers) if said else encoded((_TYPE, *headers), 200)
 
 
 def _last(stream: Stream, block: bytes) -> bytes:

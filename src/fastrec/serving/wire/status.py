@@ -16,6 +16,7 @@ are told not to while the server sheds load (``grpc-retry-pushback-ms: -1``).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -84,26 +85,28 @@ class Answer(NamedTuple):
     reason: str
     retry_after_s: float | None
 
-    def trailers(self) -> tuple[tuple[str, str | bytes], ...]:
-        """gRPC's trailing metadata: details, and whether a retry makes sense."""
-        status = _Status(code=self.code.value[0], message=self.text)
+
+@functools.lru_cache(1024)
+def trailers(told: Answer) -> tuple[tuple[str, str | bytes], ...]:
+    """gRPC's trailing metadata: details, and whether a retry makes sense."""
+    status = _Status(code=told.code.value[0], message=told.text)
+    info = status.details.add()
+    info.type_url = "type.googleapis.com/google.rpc.ErrorInfo"
+    info.value = _ErrorInfo(reason=told.reason.upper(), domain=DOMAIN).SerializeToString()
+    found: list[tuple[str, str | bytes]] = []
+    if told.retry_after_s is not None:
+        retry = _RetryInfo()
+        nanos = round(told.retry_after_s * 1e9)
+        retry.retry_delay.seconds, retry.retry_delay.nanos = divmod(nanos, 10**9)
         info = status.details.add()
-        info.type_url = "type.googleapis.com/google.rpc.ErrorInfo"
-        info.value = _ErrorInfo(reason=self.reason.upper(), domain=DOMAIN).SerializeToString()
-        trailers: list[tuple[str, str | bytes]] = []
-        if self.retry_after_s is not None:
-            retry = _RetryInfo()
-            nanos = round(self.retry_after_s * 1e9)
-            retry.retry_delay.seconds, retry.retry_delay.nanos = divmod(nanos, 10**9)
-            info = status.details.add()
-            info.type_url = "type.googleapis.com/google.rpc.RetryInfo"
-            info.value = retry.SerializeToString()
-        if self.reason in _SHEDDING:
-            trailers.append((PUSHBACK, "-1"))
-        elif self.retry_after_s is not None:
-            trailers.append((PUSHBACK, str(math.ceil(self.retry_after_s * 1e3))))
-        trailers.append((DETAILS, status.SerializeToString()))
-        return tuple(trailers)
+        info.type_url = "type.googleapis.com/google.rpc.RetryInfo"
+        info.value = retry.SerializeToString()
+    if told.reason in _SHEDDING:
+        found.append((PUSHBACK, "-1"))
+    elif told.retry_after_s is not None:
+        found.append((PUSHBACK, str(math.ceil(told.retry_after_s * 1e3))))
+    found.append((DETAILS, status.SerializeToString()))
+    return tuple(found)
 
 
 def rejected(code: grpc.StatusCode, text: str | None, trailers: Iterable[Any] | None) -> Rejected:
@@ -127,7 +130,11 @@ def answer(error: BaseException) -> Answer:
     """What to tell the caller; an error that is not fastrec's own keeps its text to the log."""
     if isinstance(error, Rejected):
         code, http = _CODES[error.kind]
-        return Answer(code, http, str(error), error.kind.value, error.retry_after_s)
+        retry_s = error.retry_after_s
+        if retry_s is not None:
+            # In whole milliseconds: refusals under overload are then alike, and made once.
+            retry_s = math.ceil(retry_s * 1e3) / 1e3
+        return Answer(code, http, str(error), error.kind.value, retry_s)
     if isinstance(error, Refused):
         return Answer(error.code, error.http, str(error), error.reason, None)
     if isinstance(error, FastrecError) and isinstance(error, ValueError | TypeError):
