@@ -19,6 +19,7 @@ from torch import nn
 import fastrec
 from fastrec.errors import ArtifactError, FastrecError
 from fastrec.kernels._compiled import reason_missing
+from fastrec.models.attention import KeyMask, SelfAttention
 from fastrec.nn import GroupedLinear, SeparableProjection, WindowSparseAttention
 from fastrec.runtime import load_engine
 from fastrec.runtime.engine import Engine
@@ -75,6 +76,28 @@ def fastrec_layers() -> tuple[nn.Module, Callable[[int], Inputs]]:
     ]
 
 
+class InBytes(nn.Module):
+    """Attention in 8-bit integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SelfAttention(32, 2)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """[B, 9, 32] and [B] to [B, 9, 32]."""
+        return self.attention(x, KeyMask(torch.zeros(x.shape[0], 1, 1, 9), lengths))
+
+
+def in_bytes() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    def draw(batch: int) -> Inputs:
+        _, lengths = fastrec_layers()[1](batch)
+        return [torch.randn(batch, 9, 32, generator=torch.Generator().manual_seed(batch)), lengths]
+
+    model = InBytes().eval()
+    fastrec.quantize_(model, fastrec.Int8(attention=True), calibration=[draw(8)])
+    return model, draw
+
+
 def example(name: str, kind: str) -> tuple[nn.Module, Callable[[int], Inputs]]:
     from importlib import util
 
@@ -92,6 +115,7 @@ MODELS = {
     "sasrec": lambda: example("plain_sasrec", "PlainSasrec"),
     "every kind": every_kind,
     "fastrec's layers": fastrec_layers,
+    "in bytes": in_bytes,
 }
 
 
@@ -188,6 +212,21 @@ def smaller_result(step: dict[str, Any]) -> None:
 
 
 ALTERED = [
+    ("window_sparse_attention_int8", lambda s: s["integers"].clear(), "a pattern and zero points"),
+    ("window_sparse_attention_int8", integer(1, 2), "flags of 0 or 1"),
+    ("window_sparse_attention_int8", integer(0, 0), "lengths, or none"),
+    ("window_sparse_attention_int8", integer(2, -1), "a window"),
+    ("window_sparse_attention_int8", integer(3, 3), "one list of distances"),
+    ("window_sparse_attention_int8", integer(4, 256), "zero points of a byte"),
+    ("window_sparse_attention_int8", integer(5, -1), "zero points of a byte"),
+    ("window_sparse_attention_int8", integer(6, 1), "lists of distances"),
+    ("window_sparse_attention_int8", lambda s: s["numbers"].__setitem__(0, -1.0), "0 or more"),
+    ("window_sparse_attention_int8", lambda s: s["numbers"].__setitem__(1, 1e39), "0 or more"),
+    ("window_sparse_attention_int8", lambda s: s["numbers"].__setitem__(2, 0.0), "above 0"),
+    ("window_sparse_attention_int8", size(2, 2, 1), "keys like the queries"),
+    ("window_sparse_attention_int8", size(3, 0, 1), "a length a sequence"),
+    ("window_sparse_attention_int8", stride(1, 3, 0), "contiguous heads"),
+    ("window_sparse_attention_int8", smaller_result, "a result"),
     ("causal_attention", without(2), "inputs"),
     ("causal_attention", size(1, 2, 3), "keys like the queries"),
     ("causal_attention", fewer_keys, "as many keys as queries"),
@@ -266,7 +305,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """Files that have a step of each kind."""
     torch.manual_seed(1)
     found = []
-    for model, draw in (every_kind(), fastrec_layers()):
+    for model, draw in (every_kind(), fastrec_layers(), in_bytes()):
         engine = fastrec.compile(
             model.eval(), draw(4), backend="native", settings={"executor": "plan"}
         )

@@ -12,6 +12,8 @@ const Kind* find_kind(const std::string& name) {
       {"resumed_attention", run_resumed_attention, prepare_resumed_attention},
       {"separable_projection", run_separable_projection, nullptr},
       {"window_sparse_attention", run_window_sparse_attention, prepare_window_sparse_attention},
+      {"window_sparse_attention_int8", run_window_sparse_attention_int8,
+       prepare_window_sparse_attention_int8},
       {"cumsum", run_cumsum, nullptr},
       {"reduce", run_reduce, nullptr},
       {"softmax", run_softmax, nullptr},

@@ -15,6 +15,10 @@ struct Case {
   bool together = false;
   std::vector<int64_t> lengths = {};
   std::vector<int64_t> starts = {};  // of sequences in one batch, as it lies together
+  int64_t keys = -1;                 // of another number than the queries, in u8, as v then is
+  Sizes of_keys() const {
+    return {sizes.batch, sizes.heads, keys < 0 ? sizes.rows : keys, sizes.dims};
+  }
 };
 
 std::vector<uint8_t> bytes_of(const std::vector<float>& values) {
@@ -27,20 +31,21 @@ std::string name(const Case& c) {
   return text_of(c.sizes) + " " + c.seen.text() + (c.q_u8 ? " q u8" : " q s8") +
          (c.v_f32 ? " v f32" : " v s8") + (c.out_u8 ? " out u8" : " out f32") +
          (c.together ? " together" : "") + (c.lengths.empty() ? "" : " lengths") +
-         (c.starts.empty() ? "" : " jagged");
+         (c.starts.empty() ? "" : " jagged") +
+         (c.keys < 0 ? "" : " keys " + std::to_string(c.keys));
 }
 
 // q, k and v as they lie in memory.
 struct Inputs {
   explicit Inputs(const Case& c) {
     Random random(13);
-    const size_t count = c.sizes.elements();
-    q = random.integers<uint8_t>(count, 0, 255);
+    const size_t count = c.of_keys().elements();
+    q = random.integers<uint8_t>(c.sizes.elements(), 0, 255);
     k = random.integers<uint8_t>(count, 0, 255);
-    spoil_beyond<uint8_t>(c.lengths, c.sizes, c.together, 0x80, &k);
+    spoil_beyond<uint8_t>(c.lengths, c.of_keys(), c.together, 0x80, &k);
     if (c.v_f32) {
       std::vector<float> values = random.floats(count, 5.0f);
-      spoil_beyond(c.lengths, c.sizes, c.together, NAN, &values);
+      spoil_beyond(c.lengths, c.of_keys(), c.together, NAN, &values);
       v = bytes_of(values);
     } else {
       v = random.integers<uint8_t>(count, 0, 255);
@@ -65,14 +70,16 @@ Outcome run_at(const Case& c, const Inputs& inputs, Place place) {
   const Buffer<int64_t> lengths(c.lengths, place), distances(c.seen.flat(), place),
       starts(c.seen.starts(), place);
   Buffer<uint8_t> out(c.sizes.elements() * (c.out_u8 ? 1 : 4), place);
-  const Strides at(c.sizes, c.together);
-  const auto rows = [&](const Buffer<uint8_t>& buffer) {
+  const auto rows = [&](const Buffer<uint8_t>& buffer, const Sizes& sizes) {
+    const Strides at(sizes, c.together);
     return op::Rows{buffer.data(), at.batch, at.head, at.row};
   };
   op::Call call{};
-  call.q = rows(q);
-  call.k = rows(k);
-  call.v = rows(v);
+  call.q = rows(q, c.sizes);
+  call.k = rows(k, c.of_keys());
+  call.v = rows(v, c.of_keys());
+  call.k_u8 = c.keys >= 0;
+  call.v_u8 = c.keys >= 0 && !c.v_f32;
   call.q_u8 = c.q_u8;
   call.v_f32 = c.v_f32;
   call.out_u8 = c.out_u8;
@@ -92,6 +99,7 @@ Outcome run_at(const Case& c, const Inputs& inputs, Place place) {
   call.heads = c.sizes.heads;
   call.length = c.sizes.rows;
   call.dims = c.sizes.dims;
+  call.key_rows = c.of_keys().rows;
   const int64_t code = op::run(call);
   return {code, out.values()};
 }
@@ -137,6 +145,21 @@ TEST(window_sparse_attention_int8_dtypes_and_lengths) {
                      out_u8,
                      together,
                      {0, 1, 16, 17, 35}});
+}
+
+TEST(window_sparse_attention_int8_other_keys) {
+  for (const int64_t window : {2, 1000})
+    for (const int64_t rows : {1, 16, 50, 130})
+      for (const int64_t keys : {0, 1, 15, 16, 17, 64, 100})
+        compare({{2, 2, rows, 20},
+                 {window, false, {{}, {}}},
+                 true,
+                 keys % 2 == 1,
+                 true,
+                 rows == 50,
+                 keys == 64 ? std::vector<int64_t>{64, 5} : std::vector<int64_t>{},
+                 {},
+                 keys});
 }
 
 TEST(window_sparse_attention_int8_parts_and_threads) {

@@ -29,7 +29,7 @@ struct Sizes {
       : pairs((call.dims + 1) / 2),
         dims((call.dims + kAtOnce - 1) / kAtOnce * kAtOnce),
         // Three vectors of room, so that the dims of one position differ in their cache sets.
-        stride((call.length + 15) / 16 * 16 + 48) {}
+        stride((call.key_rows + 15) / 16 * 16 + 48) {}
   int64_t key_bytes() const { return pairs * stride * 4; }
 };
 
@@ -39,8 +39,8 @@ int64_t packed_bytes(const Call& call) {
 }
 
 int64_t most_rows(const Call& call, int64_t far) {
-  const int64_t window = std::min(call.pattern.window, call.length);
-  return std::min(call.length, 2 * window + kLanes) + kAtOnce + far;
+  const int64_t window = std::min(call.pattern.window, call.longest());
+  return std::min(call.key_rows, 2 * window + kLanes) + kAtOnce + far;
 }
 
 int64_t scratch_ints(const Call& call, int64_t far) {
@@ -65,21 +65,24 @@ bool pack(const Call& call, int64_t batch, int64_t head, Packed* packed) {
     packed->v_scale = largest / 127.0f;
     inverse = inverse_scale(largest);
   } else {
-    packed->v_scale = call.v_scale[batch * call.heads + head];
+    packed->v_scale = value_scale(call, batch, head);
   }
   std::memset(packed->data, 0, static_cast<size_t>(packed_bytes(call)));
   auto* const keys = reinterpret_cast<int16_t*>(packed->data) + 2 * kLanes;
   auto* const values = reinterpret_cast<int16_t*>(packed->data + sizes.key_bytes()) + kLanes;
-  const auto* k = head_of<int8_t>(call.k, batch, head);
+  const uint8_t k_flip = flip_of(call.k_u8), v_flip = flip_of(call.v_u8);
+  const auto* k = head_of<uint8_t>(call.k, batch, head);
   const auto* v_f32 = head_of<float>(call.v, batch, head);
-  const auto* v_s8 = head_of<int8_t>(call.v, batch, head);
+  const auto* v_bytes = head_of<uint8_t>(call.v, batch, head);
   for (int64_t j = 0; j < call.keys(batch); ++j)
     for (int64_t d = 0; d < call.dims; ++d) {
-      keys[(d / 2 * sizes.stride + j) * 2 + d % 2] = k[j * call.k.row_stride + d];
+      keys[(d / 2 * sizes.stride + j) * 2 + d % 2] =
+          static_cast<int8_t>(k[j * call.k.row_stride + d] ^ k_flip);
       const int64_t at = j * call.v.row_stride + d;
       // Ties to even: the conversion of SSE follows the rounding mode, as nearbyint does.
-      values[d * sizes.stride + j] = static_cast<int16_t>(
-          call.v_f32 ? _mm_cvtss_si32(_mm_set_ss(v_f32[at] * inverse)) : v_s8[at]);
+      values[d * sizes.stride + j] =
+          static_cast<int16_t>(call.v_f32 ? _mm_cvtss_si32(_mm_set_ss(v_f32[at] * inverse))
+                                          : static_cast<int8_t>(v_bytes[at] ^ v_flip));
     }
   return true;
 }
@@ -214,7 +217,7 @@ FASTREC_AVX2 void block(const Call& call, int64_t batch, int64_t head, const Pac
   const Sizes sizes(call);
   const Head tiles(sizes, packed);
   const int64_t keys = call.keys(batch), most_far = call.pattern.far_count(head);
-  const int64_t window = std::min(call.pattern.window, call.length);
+  const int64_t window = std::min(call.pattern.window, call.longest());
   auto* const far_first = reinterpret_cast<int64_t*>(scratch);
   int32_t* const scores = scratch + 2 * most_far;
   int32_t* const bytes = scores + most_rows(call, most_far) * kLanes;

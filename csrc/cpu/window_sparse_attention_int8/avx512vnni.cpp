@@ -16,7 +16,7 @@ struct Far {
 };
 
 int64_t most_tiles(const Call& call) {
-  const int64_t window = std::min(call.pattern.window, call.length);
+  const int64_t window = std::min(call.pattern.window, call.longest());
   return std::min(Sizes(call).tiles, (2 * window + 2 * kTile) / kTile + 2);
 }
 
@@ -28,9 +28,9 @@ int64_t scratch_ints(const Call& call, int64_t far) {
          4 * lines * kTile;
 }
 
-// Scores [16 keys][16 queries] of one tile.
-FASTREC_NOINLINE void tile_scores(const uint8_t* queries, const uint8_t* keys, const int32_t* bias,
-                                  int64_t lines, int32_t* to) {
+// Scores [16 keys][16 queries] of one tile; the highest of each query.
+FASTREC_NOINLINE __m512i tile_scores(const uint8_t* queries, const uint8_t* keys,
+                                     const int32_t* bias, int64_t lines, int32_t* to) {
   __m512i acc[kTile];
 #pragma GCC unroll 16
   for (int t = 0; t < kTile; ++t) acc[t] = _mm512_set1_epi32(bias[t]);
@@ -43,6 +43,11 @@ FASTREC_NOINLINE void tile_scores(const uint8_t* queries, const uint8_t* keys, c
   }
 #pragma GCC unroll 16
   for (int t = 0; t < kTile; ++t) _mm512_store_si512(to + t * kLineInts, acc[t]);
+#pragma GCC unroll 4
+  for (int step = 8; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int t = 0; t < step; ++t) acc[t] = _mm512_max_epi32(acc[t], acc[t + step]);
+  return acc[0];
 }
 
 // Score of query lane r with the key at r + shift of the tile and the next one.
@@ -236,7 +241,7 @@ FASTREC_VNNI void block_of_16(const Call& call, int64_t batch, int64_t head, con
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i highest = _mm512_set1_epi32(kLeastMaximum);
   int32_t* row = memory.scores;
-  const int64_t window = std::min(call.pattern.window, call.length);
+  const int64_t window = std::min(call.pattern.window, call.longest());
   const int64_t first_key = call.pattern.window_begin(i0);
   const int64_t end_key = call.pattern.window_end(i0 + rows - 1, keys);
   const int64_t first_tile = first_key / kTile;
@@ -245,8 +250,16 @@ FASTREC_VNNI void block_of_16(const Call& call, int64_t batch, int64_t head, con
   const __m512i reach =
       _mm512_set1_epi32(static_cast<int32_t>(call.pattern.causal ? window : 2 * window));
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    tile_scores(memory.queries, packed.keys + tile * tile_bytes, packed.bias + tile * kTile, lines,
-                row);
+    const __m512i best = tile_scores(memory.queries, packed.keys + tile * tile_bytes,
+                                     packed.bias + tile * kTile, lines, row);
+    const int64_t before = i0 + rows - 1 - tile * kTile, behind = (tile + 1) * kTile - 1 - i0;
+    if (before <= window && behind <= (call.pattern.causal ? 0 : window) &&
+        (tile + 1) * kTile <= keys) {
+      // All see all.
+      row += kTile * kLineInts;
+      highest = _mm512_max_epi32(highest, best);
+      continue;
+    }
     for (int64_t j = tile * kTile; j < (tile + 1) * kTile; ++j) {
       const __m512i distance =
           _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int32_t>(j - i0 + window)), lane);

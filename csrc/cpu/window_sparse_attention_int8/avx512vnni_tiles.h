@@ -25,7 +25,7 @@ struct Sizes {
   int64_t lines;  // of 4 dims; even, so that values go in pairs
   int64_t tiles;  // the two empty ones included
   explicit Sizes(const Call& call)
-      : lines((call.dims + 7) / 8 * 2), tiles((call.length + kTile - 1) / kTile + 2) {}
+      : lines((call.dims + 7) / 8 * 2), tiles((call.key_rows + kTile - 1) / kTile + 2) {}
   int64_t tile_bytes() const { return lines * kLine; }
 };
 
@@ -79,18 +79,20 @@ FASTREC_INLINE void transpose(__m512i* r) {
   }
 }
 
-// 16 rows of D bytes -> [lines][16 rows][4], each byte xor flip; rows and dims that are not there
-// are 0 before it.
+// 16 rows of D bytes -> [lines][16 rows][4], each byte xor flip; 0 for rows and dims that are not
+// there.
 FASTREC_NOINLINE void pack_dims(const uint8_t* from, int64_t stride, int64_t rows, int64_t dims,
                                 int64_t lines, uint8_t flip, uint8_t* to) {
   const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
   for (int64_t line = 0; line < lines; line += kTile) {
     const __mmask64 bytes = first_bytes(std::max<int64_t>(0, dims - 4 * line));
+    const __m512i flip_of_row = _mm512_maskz_mov_epi8(bytes, flips);
     __m512i r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
-      r[i] = _mm512_xor_si512(
-          flips, _mm512_maskz_loadu_epi8(i < rows ? bytes : 0, from + i * stride + 4 * line));
+      r[i] = i < rows ? _mm512_xor_si512(flip_of_row, _mm512_maskz_loadu_epi8(
+                                                          bytes, from + i * stride + 4 * line))
+                      : _mm512_setzero_si512();
     transpose(r);
     const int64_t count = std::min<int64_t>(kTile, lines - line);
 #pragma GCC unroll 16
@@ -117,22 +119,25 @@ FASTREC_INLINE __m512i across_lanes() {
 
 // Row p of 16 s8 dims.
 template <bool v_f32>
-FASTREC_INLINE __m128i value_row(const void* row, int64_t dims, __m512 inverse) {
+FASTREC_INLINE __m128i value_row(const void* row, int64_t dims, __m512 inverse, __m128i flip) {
   if constexpr (v_f32) {
     const __mmask16 lanes = static_cast<__mmask16>(first_bytes(dims));
     const __m512 v = _mm512_maskz_loadu_ps(lanes, row);
     return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
   } else {
-    return _mm_maskz_loadu_epi8(static_cast<__mmask16>(first_bytes(dims)), row);
+    const auto bytes = static_cast<__mmask16>(first_bytes(dims));
+    return _mm_maskz_mov_epi8(bytes, _mm_xor_si128(_mm_maskz_loadu_epi8(bytes, row), flip));
   }
 }
 
 // 16 rows of D values -> [lines][4 dims][16 rows].
 template <bool v_f32>
 FASTREC_NOINLINE void pack_values(const uint8_t* from, int64_t stride_bytes, int64_t rows,
-                                  int64_t dims, int64_t lines, float inverse, uint8_t* to) {
+                                  int64_t dims, int64_t lines, float inverse, uint8_t flip,
+                                  uint8_t* to) {
   constexpr int kBytes = v_f32 ? 4 : 1;
   const __m512 inverses = _mm512_set1_ps(inverse);
+  const __m128i flips = _mm_set1_epi8(static_cast<char>(flip));
   const __m512i across = across_lanes();
   for (int64_t line = 0; line < lines; line += 4) {
     const int64_t left = dims - 4 * line;
@@ -145,7 +150,8 @@ FASTREC_NOINLINE void pack_values(const uint8_t* from, int64_t stride_bytes, int
       for (int l = 0; l < 4; ++l) {
         const int64_t p = 4 * l + m;
         row[l] = p < rows && left > 0
-                     ? value_row<v_f32>(from + p * stride_bytes + 4 * line * kBytes, left, inverses)
+                     ? value_row<v_f32>(from + p * stride_bytes + 4 * line * kBytes, left, inverses,
+                                        flips)
                      : _mm_setzero_si128();
       }
       z[m] = _mm512_inserti32x4(_mm512_castsi128_si512(row[0]), row[1], 1);
@@ -179,7 +185,7 @@ FASTREC_VNNI bool pack(const Call& call, int64_t batch, int64_t head, Packed* pa
     packed->v_scale = largest / 127.0f;
     inverse = inverse_scale(largest);
   } else {
-    packed->v_scale = call.v_scale[batch * call.heads + head];
+    packed->v_scale = value_scale(call, batch, head);
   }
   const int64_t v_bytes = call.v_f32 ? 4 : 1;
   const auto* k = head_of<uint8_t>(call.k, batch, head);
@@ -193,9 +199,10 @@ FASTREC_VNNI bool pack(const Call& call, int64_t batch, int64_t head, Packed* pa
     const int64_t first = (tile - 1) * kTile;
     const int64_t rows = first < 0 ? 0 : std::clamp<int64_t>(call.keys(batch) - first, 0, kTile);
     const int64_t at = rows ? first : 0;
-    pack_dims(k + at * call.k.row_stride, call.k.row_stride, rows, call.dims, sizes.lines, 0, keys);
+    pack_dims(k + at * call.k.row_stride, call.k.row_stride, rows, call.dims, sizes.lines,
+              flip_of(call.k_u8), keys);
     pack_v(v + at * call.v.row_stride * v_bytes, call.v.row_stride * v_bytes, rows, call.dims,
-           sizes.lines, inverse, values);
+           sizes.lines, inverse, flip_of(call.v_u8), values);
     pack_bias(keys, sizes.lines, zero_point(call), bias);
     keys += sizes.tile_bytes();
     values += sizes.tile_bytes();

@@ -24,10 +24,11 @@ void bind(py::module_& parent) {
   m.def(
       "run",
       [](const Strided& q, bool q_u8, int32_t q_zero_point, const Strided& k, const Strided& v,
-         bool v_f32, uintptr_t v_scale, float exponent_scale, const Strided& out, bool out_u8,
-         float out_scale, int32_t out_zero_point, uintptr_t lengths, uintptr_t cu_seqlens,
-         int64_t window, bool causal, uintptr_t distances, uintptr_t starts, int64_t batch,
-         int64_t heads, int64_t length, int64_t dims) {
+         bool v_f32, uintptr_t v_scale, float v_scale_of_all, float exponent_scale,
+         const Strided& out, bool out_u8, float out_scale, int32_t out_zero_point,
+         uintptr_t lengths, uintptr_t cu_seqlens, int64_t window, bool causal, uintptr_t distances,
+         uintptr_t starts, int64_t batch, int64_t heads, int64_t length, int64_t dims,
+         int64_t key_rows, bool k_u8, bool v_u8) {
         const auto rows = [](const Strided& s) {
           return Rows{reinterpret_cast<const void*>(s[0]), s[1], s[2], s[3]};
         };
@@ -51,7 +52,11 @@ void bind(py::module_& parent) {
                     batch,
                     heads,
                     length,
-                    dims});
+                    dims,
+                    key_rows,
+                    k_u8,
+                    v_u8,
+                    v_scale_of_all});
       },
       "Addresses, strides in elements, sizes, checked by the caller. -1: done; NOT_FINITE: v "
       "holds NaN or infinity; BAD_SCALE: of v_scale; else the first bad entry of lengths or "

@@ -38,7 +38,7 @@ int64_t first_bad(const Call& call) {
     if (starts && (starts[b + 1] < starts[b] || starts[b + 1] > call.length ||
                    (b + 1 == call.batch && starts[b + 1] != call.length)))
       return b + 1;
-    if (call.lengths && (call.lengths[b] < 0 || call.lengths[b] > call.length)) return b;
+    if (call.lengths && (call.lengths[b] < 0 || call.lengths[b] > call.key_rows)) return b;
   }
   return kDone;
 }
@@ -51,7 +51,7 @@ std::vector<Call> calls_of(const Call& call) {
     const int64_t first = call.cu_seqlens[b];
     Call one = call;
     one.batch = 1;
-    one.length = call.cu_seqlens[b + 1] - first;
+    one.length = one.key_rows = call.cu_seqlens[b + 1] - first;
     if (one.length == 0) continue;
     const auto move = [&](auto& rows, int64_t bytes) {
       using Char = std::conditional_t<std::is_same_v<decltype(rows.data), void*>, char, const char>;
@@ -75,25 +75,54 @@ struct Task {
   int64_t first_part;
 };
 
+// Threads for so many query rows, which see at most so many keys.
+int threads_for(const Call& call, int64_t rows, int64_t keys, int64_t far) {
+  const int64_t seen = std::min(keys, 2 * call.pattern.window + 1) + far;
+  return 2 * rows * seen * call.dims < kParallelMultiplyAdds ? 1 : num_threads();
+}
+
+// Heads of one part each: packed and computed by one thread, which still has them in its caches.
+int64_t run_heads(const Call& call, const Kernel& kernel, int64_t far) {
+  const int64_t heads = call.batch * call.heads;
+  const int64_t bytes = kernel.packed_bytes(call), ints = kernel.scratch_ints(call, far);
+  const int threads = threads_for(call, heads * call.length, call.key_rows, far);
+  std::atomic<bool> finite{true};
+  parallel_for(heads, 1, threads, [&](int64_t begin, int64_t end) {
+    Packed packed{scratch<uint8_t>(bytes), 0.0f};
+    int32_t* const own = scratch<int32_t>(ints);
+    for (int64_t h = begin; h < end; ++h) {
+      const int64_t batch = h / call.heads, head = h % call.heads;
+      if (kernel.pack(call, batch, head, &packed))
+        kernel.block(call, batch, head, packed, 0, call.length, own);
+      else
+        finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  return finite.load(std::memory_order_relaxed) ? kDone : kNotFinite;
+}
+
 }  // namespace
 
 const Kernel& select() { return select_kernel(kKernels); }
 
 int64_t run(const Call& call) {
   if (const int64_t bad = first_bad(call); bad != kDone) return bad;
+  if (!(call.v_scale_of_all >= 0.0f) || !std::isfinite(call.v_scale_of_all)) return kBadScale;
   if (call.v_scale)
     for (int64_t h = 0; h < call.batch * call.heads; ++h)
       if (!(call.v_scale[h] >= 0.0f) || !std::isfinite(call.v_scale[h])) return kBadScale;
-  const std::vector<Call> calls = calls_of(call);
   const Kernel& kernel = select();
   int64_t far = 0;
   for (int64_t h = 0; h < call.heads; ++h) far = std::max(far, call.pattern.far_count(h));
+  if (!call.cu_seqlens && call.length <= kPartRows)
+    return call.length == 0 ? kDone : run_heads(call, kernel, far);
+  const std::vector<Call> calls = calls_of(call);
 
   std::vector<Task> tasks;
   int64_t rows = 0, parts = 0, bytes = 0, longest = 0, ints = 0;
   for (const Call& one : calls) {
     const int64_t each = lines(kernel.packed_bytes(one));
-    longest = std::max(longest, one.length);
+    longest = std::max(longest, one.key_rows);
     ints = std::max(ints, kernel.scratch_ints(one, far));
     for (int64_t h = 0; h < one.batch * one.heads; ++h) {
       tasks.push_back({&one, h / one.heads, h % one.heads, {nullptr, 0.0f}, parts});
@@ -103,8 +132,7 @@ int64_t run(const Call& call) {
     }
   }
   if (rows == 0) return kDone;
-  const int64_t seen = std::min(longest, 2 * call.pattern.window + 1) + far;
-  const int threads = 2 * rows * seen * call.dims < kParallelMultiplyAdds ? 1 : num_threads();
+  const int threads = threads_for(call, rows, longest, far);
   uint8_t* memory = scratch<uint8_t>(bytes);
   for (Task& task : tasks) {
     task.packed.data = memory;

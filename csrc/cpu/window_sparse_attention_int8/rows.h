@@ -14,6 +14,14 @@ const T* head_of(const Rows& rows, int64_t batch, int64_t head) {
   return static_cast<const T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
 }
 
+// Turns a byte around 128 into the s8, and leaves an s8.
+inline uint8_t flip_of(bool u8) { return u8 ? 0x80 : 0; }
+
+// The scale of bytes.
+inline float value_scale(const Call& call, int64_t batch, int64_t head) {
+  return call.v_scale ? call.v_scale[batch * call.heads + head] : call.v_scale_of_all;
+}
+
 // The largest |v| of the valid rows; negative where one is not finite.
 inline float largest_value(const Call& call, int64_t batch, int64_t head) {
   const float* v = head_of<float>(call.v, batch, head);

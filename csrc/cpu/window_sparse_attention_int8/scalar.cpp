@@ -8,10 +8,10 @@ namespace fastrec::window_sparse_attention_int8 {
 namespace {
 
 // The head's v as s8 rows.
-int64_t packed_bytes(const Call& call) { return call.length * call.dims; }
+int64_t packed_bytes(const Call& call) { return call.key_rows * call.dims; }
 
 int64_t most_keys(const Call& call, int64_t far) {
-  return std::min(call.length, 2 * call.pattern.window + 1) + far;
+  return std::min(call.key_rows, 2 * call.pattern.window + 1) + far;
 }
 
 int64_t scratch_ints(const Call& call, int64_t far) { return 2 * most_keys(call, far) + call.dims; }
@@ -19,10 +19,12 @@ int64_t scratch_ints(const Call& call, int64_t far) { return 2 * most_keys(call,
 bool pack(const Call& call, int64_t batch, int64_t head, Packed* packed) {
   auto* to = reinterpret_cast<int8_t*>(packed->data);
   if (!call.v_f32) {
-    packed->v_scale = call.v_scale[batch * call.heads + head];
-    const int8_t* v = head_of<int8_t>(call.v, batch, head);
+    packed->v_scale = value_scale(call, batch, head);
+    const auto* v = head_of<uint8_t>(call.v, batch, head);
     for (int64_t j = 0; j < call.keys(batch); ++j)
-      std::copy_n(v + j * call.v.row_stride, call.dims, to + j * call.dims);
+      for (int64_t d = 0; d < call.dims; ++d)
+        to[j * call.dims + d] =
+            static_cast<int8_t>(v[j * call.v.row_stride + d] ^ flip_of(call.v_u8));
     return true;
   }
   const float largest = largest_value(call, batch, head);
@@ -45,13 +47,14 @@ int32_t weight(int32_t difference, float exponent_scale) {
 }
 
 int32_t score(const Call& call, int64_t batch, int64_t head, int64_t i, int64_t j) {
-  const int8_t* k = head_of<int8_t>(call.k, batch, head) + j * call.k.row_stride;
+  const auto* k = head_of<uint8_t>(call.k, batch, head) + j * call.k.row_stride;
   const int64_t q_at = i * call.q.row_stride;
   const uint8_t* q_u8 = head_of<uint8_t>(call.q, batch, head) + q_at;
   const int8_t* q_s8 = head_of<int8_t>(call.q, batch, head) + q_at;
   int32_t sum = 0;
   for (int64_t d = 0; d < call.dims; ++d)
-    sum += ((call.q_u8 ? q_u8[d] : q_s8[d]) - call.q_zero_point) * k[d];
+    sum += ((call.q_u8 ? q_u8[d] : q_s8[d]) - call.q_zero_point) *
+           static_cast<int8_t>(k[d] ^ flip_of(call.k_u8));
   return sum;
 }
 

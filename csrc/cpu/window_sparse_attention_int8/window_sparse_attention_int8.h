@@ -1,8 +1,9 @@
 // window_sparse_attention_int8: attention over a window and far positions, on 8-bit integers.
 //
-// q u8 or s8, k s8, v s8 or f32: [B, H, L, D] with strides in elements, the D of a row contiguous;
-// out f32 or u8, the same. Or sequences behind each other, [T, H, D], that start and end where
-// cu_seqlens says. For query i and the keys j that AttentionPattern shows it:
+// q u8 or s8 [B, H, L, D], k u8 or s8, v u8, s8 or f32 [B, H, key rows, D], with strides in
+// elements, the D of a row contiguous; out f32 or u8, as q. k and v in u8 are around 128: an s8
+// plus that. Or sequences behind each other, [T, H, D], that start and end where cu_seqlens says.
+// For query i and the keys j that AttentionPattern shows it:
 //
 //   s_j = sum_d (q[i, d] - q_zero_point) * k[j, d]              exact int32
 //   t_j = max(f32(s_j - max_j s_j) * exponent_scale, -16)       the difference is exact, <= 2^24
@@ -53,16 +54,20 @@ struct Call {
   bool q_u8, v_f32, out_u8;
   int32_t q_zero_point;  // 0 for s8
   float exponent_scale;  // q_scale * k_scale * scale * log2(e), >= 0
-  const float* v_scale;  // [B, H]; null where v is f32
+  const float* v_scale;  // [B, H], or null: v is f32, or v_scale_of_all holds
   OutRows out;
   float out_scale;
   int32_t out_zero_point;
-  const int64_t* lengths;     // [B], each 0..L, or null: all of L
+  const int64_t* lengths;     // [B], each 0..key rows, or null: all of them
   const int64_t* cu_seqlens;  // [B + 1], rising from 0 to T, or null; length is T then
   AttentionPattern pattern;
   int64_t batch, heads, length, dims;
+  int64_t key_rows;  // length, where there are cu_seqlens
+  bool k_u8 = false, v_u8 = false;
+  float v_scale_of_all = 0.0f;
 
-  int64_t keys(int64_t batch_index) const { return lengths ? lengths[batch_index] : length; }
+  int64_t keys(int64_t batch_index) const { return lengths ? lengths[batch_index] : key_rows; }
+  int64_t longest() const { return length > key_rows ? length : key_rows; }
 };
 
 // Bytes that packing one head of one batch takes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from fastrec.compress.observers import RangeObserver
 from fastrec.compress.selection import call_model
 from fastrec.errors import ArgumentError
 from fastrec.kernels.separable_projection.reference import valid_rows
+from fastrec.models.attention import Attention
 from fastrec.nn import LowRankLinear, SeparableProjection, WindowSparseAttention
 from fastrec.nn.separable_projection import depthwise_rows
 
@@ -92,25 +93,31 @@ def _observe(seen: Seen, name: str) -> Any:
 
 @contextmanager
 def observed_scores(
-    attention: Mapping[str, WindowSparseAttention],
-) -> Iterator[dict[str, tuple[RangeObserver, RangeObserver]]]:
-    """Watch q and k of each attention: both are parts of what ``in_proj`` returns."""
-    found: dict[str, tuple[RangeObserver, RangeObserver]] = {}
+    attention: Mapping[str, WindowSparseAttention | Attention],
+) -> Iterator[dict[str, tuple[RangeObserver, ...]]]:
+    """Watch q and k of each attention, and v where it will be rounded by a calibrated range:
+    parts of what the projections return."""
+    found: dict[str, tuple[RangeObserver, ...]] = {}
 
-    def hook_of(name: str, module: WindowSparseAttention) -> Any:
-        width = module.num_heads * module.qk_dim
-
+    def hook_of(width: int, observers: Sequence[RangeObserver]) -> Any:
         def hook(layer: nn.Module, args: Any, output: torch.Tensor) -> None:
-            for part, observer in enumerate(found[name]):
+            for part, observer in enumerate(observers):
                 observer.observe(output[..., part * width : (part + 1) * width])
 
         return hook
 
     with ExitStack() as stack:
         for name, module in attention.items():
-            found[name] = RangeObserver(f"{name}: q"), RangeObserver(f"{name}: k")
-            handle = module.in_proj.register_forward_hook(hook_of(name, module))
-            stack.callback(handle.remove)
+            own = isinstance(module, Attention)
+            watched = tuple(RangeObserver(f"{name}: {part}") for part in ("qkv" if own else "qk"))
+            if isinstance(module, Attention):
+                width, layers = module.n_heads * module.head_dim, module.projections()
+            else:
+                width, layers = module.num_heads * module.qk_dim, [(module.in_proj, (0, 1))]
+            for layer, parts in layers:
+                hook = hook_of(width, [watched[part] for part in parts])
+                stack.callback(layer.register_forward_hook(hook).remove)
+            found[name] = watched
         yield found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,12 @@ from fastrec.compress.fake_quant import (
     row_scales,
 )
 from fastrec.compress.fusion import Fusion, plan_fusions
+from fastrec.compress.int8_attention import (
+    Attending,
+    attend_in_int8,
+    can_attend_in_int8,
+    why_not,
+)
 from fastrec.compress.layers import KINDS, as_dense, computes_linear
 from fastrec.compress.observers import METHODS, RangeObserver, affine_u8
 from fastrec.compress.selection import (
@@ -40,8 +46,6 @@ from fastrec.nn import (
     SeparableInt8Projection,
     SeparableProjection,
     SparseInt8Linear,
-    WindowSparseAttention,
-    WindowSparseInt8Attention,
 )
 
 MIN_OUTPUTS = 16  # narrower layers (a final score) cost nothing in float and would lose accuracy
@@ -65,10 +69,11 @@ class Int8:
             each in place of 7.6.
         fuse: whether a ReLU or GELU behind a layer goes into its kernel, and layers that feed each
             other hand on uint8.
-        attention: whether scores and weighted sums of ``WindowSparseAttention`` are integers too: q
-            and k with calibrated ranges, v with the dynamic range of each call (the paper's
-            Value branch). Not with QAT. Native plans have no step for it yet: such a model runs op
-            by op.
+        attention: whether scores and weighted sums of attention are integers too, in
+            ``WindowSparseAttention`` and the attention of ``fastrec.models``: q and k with
+            calibrated ranges; v with the dynamic range of each call in the former (the paper's
+            Value branch), a calibrated one in the latter, whose projections then write bytes. Not
+            with QAT.
     """
 
     calibration_method: Literal["minmax", "percentile", "mse"] = "mse"
@@ -197,7 +202,7 @@ def quantize_(
     attention = isinstance(config, Int8) and config.attention
 
     def can(module: nn.Module) -> bool:
-        attends = attention and isinstance(module, WindowSparseAttention)
+        attends = attention and can_attend_in_int8(module)
         return computes_linear(module) or is_table(module) or attends
 
     filter_fn = as_filter(model, filter_fn, can)
@@ -246,28 +251,26 @@ def _static(
         )
         swaps[name] = _int8_form(layer, packed)
     swaps |= {n: Int8Embedding.from_float(table, config.levels) for n, table in tables.items()}
-    scales: dict[str, tuple[float, float]] = {}
-    for name, (q, k) in scores.items():
-        if q.calls == 0:
-            left[name] = "q, k and v are projected apart, or it was never called"
-            continue
-        q_scale, k_scale = (_signed(o, config) for o in (q, k))
-        scales[name] = q_scale, k_scale
-    report = _swap(model, swaps, fusions, left)
-    for name, (q_scale, k_scale) in scales.items():
-        # Around the projections, which are INT8 by now.
-        old = model.get_submodule(name)
-        assert isinstance(old, WindowSparseAttention)
-        new = WindowSparseInt8Attention.from_attention(old, q_scale, k_scale)
-        set_module(model, name, new)
-    return dataclasses.replace(report, attention=list(scales))
+    becoming = [linears[n] for n, new in swaps.items() if isinstance(new, SparseInt8Linear)]
+    steps: dict[str, tuple[float, ...]] = {}
+    for name, observers in scores.items():
+        why = why_not(attention[name], becoming)
+        if any(o.calls == 0 for o in observers):
+            why = "q, k and v are projected apart, or it was never called"
+        if why is None:
+            steps[name] = tuple(_signed(o, config) for o in observers)
+        else:
+            left[name] = why
+    report = _swap(model, swaps, fusions, left, steps)
+    return dataclasses.replace(report, attention=list(steps))
 
 
-def _attention(model: nn.Module, filter_fn: FilterFn) -> dict[str, WindowSparseAttention]:
+def _attention(model: nn.Module, filter_fn: FilterFn) -> dict[str, Attending]:
     return {
         name: m
         for name, m in model.named_modules()
-        if type(m) is WindowSparseAttention
+        if isinstance(m, Attending)
+        and can_attend_in_int8(m)
         and name
         and (filter_fn is _default_filter or filter_fn(m, name))
     }
@@ -427,20 +430,20 @@ def _swap(
     swaps: Mapping[str, nn.Module],
     fusions: Mapping[str, Fusion],
     left: dict[str, str],
+    steps: Mapping[str, Sequence[float]] | None = None,
 ) -> QuantizeReport:
     """Everything is built before this: from here on nothing can fail half-way."""
-    outputs = {}
     for name, fusion in fusions.items():
         if fusion.consumer is not None:
             consumer = swaps[fusion.consumer]
             swaps[name].set_output_quantization(float(consumer.x_scale), int(consumer.x_zero_point))
-            outputs[name] = "uint8"
         if fusion.activation is not None or fusion.consumer is not None:
             for absorbed in fusion.absorbed:
                 set_module(model, absorbed, nn.Identity())
     for name, module in swaps.items():
         set_module(model, name, module.train(model.get_submodule(name).training))
     share_arithmetic_(model)
+    attend_in_int8(model, {} if steps is None else steps)
     packed = {
         name: m.pointwise if isinstance(m, SeparableInt8Projection) else m
         for name, m in swaps.items()
@@ -450,7 +453,7 @@ def _swap(
             float(m.x_scale),
             int(m.x_zero_point),
             m.activation,
-            outputs.get(name, "float32"),
+            "float32" if m.out_scale is None else "uint8",
             float(m.density),
         )
         for name, m in packed.items()

@@ -6,7 +6,7 @@ Glossary: B batch, H heads, L history length, m candidates, d model width, D = d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrec.kernels.padded_attention import padded_attention
+from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
+from fastrec.kernels.window_sparse_attention_int8 import window_sparse_attention_int8
 from fastrec.models.encoder import EncoderConfig
 from fastrec.nn import WindowSparseAttention
 from fastrec.nn._projections import make_projection, project
@@ -22,6 +24,12 @@ from fastrec.nn._projections import make_projection, project
 # Added to the scores of masked keys. Finite, so that a row with no valid key stays finite, and
 # exact in fp16 and bf16; exp(-30000) is 0 in every dtype.
 MASKED = -30000.0
+# Bytes of 8-bit q, k and v are around this.
+MIDDLE = 128
+# The patterns of attention to all keys, and to all before.
+_EVERY_KEY, _EVERY_KEY_BEFORE = (
+    AttentionPattern(window=1 << 30, offsets="none", causal=causal) for causal in (False, True)
+)
 
 
 class KeyMask(NamedTuple):
@@ -39,7 +47,16 @@ class Attention(nn.Module):
 
     ``record`` is None, or the list that :func:`record_attention` collects maps into. ``fused`` says
     whether inference runs on our ``padded_attention`` kernel (:func:`fuse_attention_`).
+
+    After :meth:`attend_in_int8` q, k and v are bytes, and so is the sum of values: scores and sums
+    are exact integers, those of ``window_sparse_attention_int8``.
+
+    Attributes:
+        int8: None, or float32 [5]: the steps of q, k and v, and ``out_proj``'s input scale (0: it
+            takes floats) and zero point.
     """
+
+    int8: Tensor | None
 
     def __init__(self, d: int, n_heads: int, out_proj: nn.Module | None = None) -> None:
         super().__init__()
@@ -48,6 +65,55 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(d, d) if out_proj is None else out_proj
         self.record: list[Tensor] | None = None
         self.fused = False
+        self.register_buffer("int8", None)
+        self._int8: tuple[float, ...] | None = None
+
+    def projections(self) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        """The layers that make q, k and v, and which (0, 1, 2) each makes, one behind the other."""
+        raise NotImplementedError
+
+    def attend_in_int8(self, steps: Sequence[float], out: tuple[float, int] | None = None) -> None:
+        """From now on the projections give bytes around 128.
+
+        Args:
+            steps: of q, k and v.
+            out: scale and zero point of ``out_proj``'s input, where it takes bytes.
+        """
+        scale, zero_point = (0.0, 0) if out is None else out
+        self.int8 = torch.tensor([*steps, scale, zero_point], dtype=torch.float32)
+        self._read_int8()
+
+    def _read_int8(self) -> None:
+        # As numbers, once: a call reads no tensor for them, and a trace holds them.
+        self._int8 = None if self.int8 is None else tuple(self.int8.tolist())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        stored = state_dict.get(prefix + "int8")
+        self.int8 = None if stored is None else torch.empty_like(stored)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._read_int8()
+
+    def _in_bytes(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, causal: bool
+    ) -> Tensor:
+        assert self._int8 is not None
+        q_step, k_step, v_step, out_scale, zero_point = self._int8
+        return window_sparse_attention_int8(
+            q,
+            k,
+            v,
+            _EVERY_KEY_BEFORE if causal else _EVERY_KEY,
+            q_scale=q_step,
+            k_scale=k_step,
+            v_scale=v_step,
+            lengths=lengths,
+            scale=self.head_dim**-0.5,
+            out="uint8" if out_scale else None,
+            out_scale=out_scale or None,
+            out_zero_point=int(zero_point) if out_scale else None,
+        )
 
     @staticmethod
     def _kernel_takes(*tensors: Tensor) -> bool:
@@ -66,6 +132,14 @@ class Attention(nn.Module):
         ``causal`` and ``mask`` exclude each other.
         """
         bias = None if mask is None else mask.bias
+        lengths = None if mask is None else mask.length
+        if self._int8 is not None and self.record is None:
+            context = self._in_bytes(q, k, v, lengths, causal)
+            return project(self.out_proj, context.transpose(1, 2).flatten(2), lengths)
+        if self._int8 is not None:
+            q, k, v = (
+                (x.float() - MIDDLE) * s for x, s in zip((q, k, v), self._int8[:3], strict=True)
+            )
         # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products; in
         # fp32 its causal kernel skips half of the work.
         slow = (
@@ -73,7 +147,7 @@ class Attention(nn.Module):
         )
         spelled_out = self.record is not None or slow
         if self.fused and not (spelled_out or causal) and self._kernel_takes(q, k, v):
-            context = padded_attention(q, k, v, lengths=None if mask is None else mask.length)
+            context = padded_attention(q, k, v, lengths=lengths)
         elif not spelled_out:
             scale = None if q.shape[-1] == self.head_dim else self.head_dim**-0.5
             context = F.scaled_dot_product_attention(
@@ -90,7 +164,6 @@ class Attention(nn.Module):
             if self.record is not None:
                 self.record.append(weights)
             context = weights @ v
-        lengths = None if mask is None else mask.length
         return project(self.out_proj, context.transpose(1, 2).flatten(2), lengths)
 
 
@@ -120,6 +193,9 @@ class SelfAttention(Attention):
         outputs = 2 * n_heads * self.qk_dim + d
         # Shuffled, so that every head sees every group.
         self.in_proj = make_projection(kind, d, outputs, shuffle=True, **options)
+
+    def projections(self) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        return [(self.in_proj, (0, 1, 2))]
 
     def forward(self, x: Tensor, mask: KeyMask | None = None, causal: bool = False) -> Tensor:
         """x [B, L, d] -> [B, L, d]."""
@@ -158,6 +234,9 @@ class CrossAttention(Attention):
             nn.init.eye_(self.out_proj.weight)
             for layer in (self.q_proj, self.kv_proj, self.out_proj):
                 nn.init.zeros_(layer.bias)
+
+    def projections(self) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        return [(self.q_proj, (0,)), (self.kv_proj, (1, 2))]
 
     def forward(self, query: Tensor, memory: Tensor, mask: KeyMask | None = None) -> Tensor:
         """query [B, m, d], memory [B, L, d] -> [B, m, d]."""

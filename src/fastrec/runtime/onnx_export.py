@@ -27,6 +27,7 @@ from fastrec.runtime.trace import evaluated, first_line, quiet, traced
 
 # The highest that both current runtimes read in full; LayerNormalization is one operator from 17.
 OPSET = 18
+_INT8_ATTENTION = torch.ops.fastrec.window_sparse_attention_int8.default
 STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -125,6 +126,10 @@ def write_onnx(
         spec = spec.fixed_to([tuple(t.shape) for t in example_inputs], keep=tuple(free))
     form = CustomLinear if custom_ops else QdqLinear
     graph, symbols = traced(with_int8_forms(evaluated(model), form), example_inputs, spec)
+    if any(n.target is _INT8_ATTENTION for n in graph.graph.nodes):
+        raise BackendError(
+            "attention in 8-bit integers has no ONNX form; quantise with Int8(attention=False)"
+        )
     decompositions = {**DECOMPOSITIONS, **(CUSTOM_DECOMPOSITIONS if custom_ops else {})}
     with quiet():
         try:

@@ -32,7 +32,7 @@ def blocks(
         for first in range(0, rows, ROWS):
             span = slice(first, min(first + ROWS, rows))
             numbers = torch.arange(span.start, span.stop, device=device)
-            yield head, span, *keys_of_rows(pattern, head, numbers, rows, keys)
+            yield head, span, *keys_of_rows(pattern, head, numbers, max(rows, keys), keys)
 
 
 def one_sequence(

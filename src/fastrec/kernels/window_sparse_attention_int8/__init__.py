@@ -31,8 +31,8 @@ BACKENDS = Backends("window_sparse_attention_int8", {"cpu": cpu_can_run, "refere
 MAX_KEYS, MAX_DIMS = 65_536, 256
 _DTYPES = {
     "q": (torch.uint8, torch.int8),
-    "k": (torch.int8,),
-    "v": (torch.float32, torch.int8),
+    "k": (torch.int8, torch.uint8),
+    "v": (torch.float32, torch.int8, torch.uint8),
 }
 
 
@@ -53,8 +53,12 @@ def _check_tensors(
             raise DtypeError(name, " or ".join(map(str, _DTYPES[name])), tensor.dtype)
         if tensor.dim() != rank:
             raise ShapeError(name, f"shape {layout}", list(tensor.shape))
-        if tensor.shape != q.shape:
+        if cu_seqlens is not None and tensor.shape != q.shape:
             raise ShapeError(name, f"q's shape {list(q.shape)}", list(tensor.shape))
+        if tensor.shape[:2] != q.shape[:2] or tensor.shape[-1] != q.shape[-1]:
+            raise ShapeError(name, f"q's shape {list(q.shape)}, but for L", list(tensor.shape))
+        if name == "v" and tensor.shape != k.shape:
+            raise ShapeError(name, f"k's shape {list(k.shape)}", list(tensor.shape))
         if tensor.device != q.device:
             raise DeviceError(name, f"q's device {q.device}", tensor.device)
     batch, heads, dims = q.shape[0], q.shape[1], q.shape[-1]
@@ -86,8 +90,15 @@ def _check_tensors(
         if v_scale.device != q.device:
             raise DeviceError("v_scale", f"q's device {q.device}", v_scale.device)
     elif v_scale is None:
-        raise ArgumentError("v_scale", "a positive number or float32 [B, H] with int8 v", None)
+        raise ArgumentError("v_scale", "a number or float32 [B, H] with v in bytes", None)
+    else:
+        _check_value_scale(v_scale)
     return batch
+
+
+def _check_value_scale(scale: float) -> None:
+    if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+        raise _scales_error()
 
 
 def _check_scale(name: str, value: Any, *, zero: bool = False) -> None:
@@ -141,14 +152,17 @@ def window_sparse_attention_int8(
     Args:
         q: uint8 or int8 [B, H, L, D], D at most 256; or jagged [T, H, D] with ``cu_seqlens``, as k
             and v then.
-        k: int8, q's shape, zero point 0.
-        v: float32, q's shape, which is brought to int8 by the largest valid |v| of each (batch,
-            head): the dynamic range of the paper's Value branch; or int8 with ``v_scale``.
-        pattern: who sees whom; a query sees at most 65,536 keys (its sums are int32).
+        k: int8 around 0 or uint8 around 128, [B, H, Lk, D].
+        v: float32, k's shape, which is brought to int8 by the largest valid |v| of each (batch,
+            head): the dynamic range of the paper's Value branch; or int8 around 0, or uint8 around
+            128, with ``v_scale``.
+        pattern: who sees whom; a query sees at most 65,536 keys (its sums are int32). Where Lk is
+            not L (cross attention), positions of queries and keys count from the same start, and a
+            window as wide as both shows all of them.
         q_scale, k_scale: step sizes, > 0.
         q_zero_point: of a uint8 q, default 128; int8 has none.
-        v_scale: of an int8 v: a number or float32 [B, H].
-        lengths: int64 [B], keys at or beyond it are not seen and never read; None means L.
+        v_scale: of a v in bytes: a number or float32 [B, H], >= 0.
+        lengths: int64 [B], keys at or beyond it are not seen and never read; None means Lk.
         cu_seqlens: int64 or int32 [B + 1], rising from 0 to T: sequence b is rows
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``.
         scale: factor of the scores, >= 0; None means D ** -0.5.
@@ -164,8 +178,8 @@ def window_sparse_attention_int8(
             the valid values.
         BackendError: the backend asked for can't run.
     """
-    batch, heads = _check_tensors(q, k, v, lengths, cu_seqlens, v_scale), q.shape[1]
-    check_pattern(pattern, heads)
+    _check_tensors(q, k, v, lengths, cu_seqlens, v_scale)
+    check_pattern(pattern, q.shape[1])
     if q.dtype is torch.uint8:
         q_zero_point = 128 if q_zero_point is None else q_zero_point
     elif q_zero_point not in (None, 0):
@@ -183,8 +197,9 @@ def window_sparse_attention_int8(
             else ("out_zero_point", out_zero_point)
         )
         raise ArgumentError(name, "given with out='uint8' only", got)
+    value_scale = None
     if v_scale is not None and not isinstance(v_scale, torch.Tensor):
-        v_scale = torch.full((batch, heads), float(v_scale), device=q.device)
+        value_scale, v_scale = float(v_scale), None
     if torch.compiler.is_compiling():
         return torch.ops.fastrec.window_sparse_attention_int8(
             q,
@@ -200,6 +215,7 @@ def window_sparse_attention_int8(
             scale=scale,
             out_scale=out_scale,
             out_zero_point=out_zero_point,
+            value_scale=value_scale,
         )
     compiled = backend is None and q.is_cpu and BACKENDS.cpu_is_compiled
     if not compiled:
@@ -207,20 +223,24 @@ def window_sparse_attention_int8(
     call = _run if compiled else _reference
     return call(
         q, k, v, pattern, q_scale, k_scale, q_zero_point or 0, v_scale, lengths, cu_seqlens, scale,
-        out_scale, out_zero_point,
+        out_scale, out_zero_point, value_scale,
     )  # fmt: skip
 
 
 def _entry_error(
-    q: torch.Tensor, lengths: torch.Tensor | None, cu_seqlens: torch.Tensor | None, position: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    position: int,
 ) -> ArgumentError:
     """For an entry of ``lengths`` or ``cu_seqlens`` that is out of order."""
     if cu_seqlens is not None:
         got = f"{int(cu_seqlens[position])} at {position}"
         return ArgumentError("cu_seqlens", f"values rising from 0 to T = {len(q)}", got)
     assert lengths is not None
-    length = q.shape[2]
-    return ArgumentError("lengths", f"values in [0, {length}]", int(lengths[position]))
+    expected = f"values in [0, {k.shape[2]}]"
+    return ArgumentError("lengths", expected, int(lengths[position]))
 
 
 def _keys_error(keys: int) -> ArgumentError:
@@ -249,20 +269,21 @@ def _reference(
     scale: float | None,
     out_scale: float | None,
     out_zero_point: int | None,
+    value_scale: float | None,
 ) -> torch.Tensor:
     _check_zero_points(q_zero_point, out_scale, out_zero_point)
     _exponent_scale(q_scale, k_scale, scale, q.shape[-1])
-    length = _longest(q, cu_seqlens)
+    length = _longest(q, k, cu_seqlens)
     if lengths is not None:
-        outside = ((lengths < 0) | (lengths > length)).nonzero()
+        outside = ((lengths < 0) | (lengths > k.shape[2])).nonzero()
         if len(outside):
-            raise _entry_error(q, lengths, None, int(outside[0]))
+            raise _entry_error(q, k, lengths, None, int(outside[0]))
     if cu_seqlens is not None:
         starts, last = cu_seqlens.tolist(), len(cu_seqlens) - 1
         for b, start in enumerate(starts):
             low = starts[b - 1] if b else 0
             if not low <= start <= (len(q) if b else 0) or (b == last and start != len(q)):
-                raise _entry_error(q, None, cu_seqlens, b)
+                raise _entry_error(q, k, None, cu_seqlens, b)
     keys = far_table(pattern, length, q.shape[1]).keys
     if keys > MAX_KEYS:
         raise _keys_error(keys)
@@ -282,7 +303,7 @@ def _reference(
         k_scale=k_scale,
         scale=scale,
         q_zero_point=q_zero_point,
-        v_scale=v_scale,
+        v_scale=value_scale if v_scale is None else v_scale,
         lengths=lengths,
         cu_seqlens=cu_seqlens,
         out=None if out_scale is None else "uint8",
@@ -291,10 +312,10 @@ def _reference(
     )
 
 
-def _longest(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    """Rows of the longest sequence, at most those that there are."""
+def _longest(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    """Rows of the longest sequence, of queries or keys, at most those that there are."""
     if cu_seqlens is None:
-        return q.shape[2]
+        return max(q.shape[2], k.shape[2])
     if len(cu_seqlens) == 1:
         return 0
     return min(max(int(cu_seqlens.diff().max()), 0), len(q))
@@ -323,9 +344,10 @@ def _run(
     scale: float | None,
     out_scale: float | None,
     out_zero_point: int | None,
+    value_scale: float | None,
 ) -> torch.Tensor:
     heads, dims = q.shape[1], q.shape[-1]
-    length = _longest(q, cu_seqlens)
+    length = _longest(q, k, cu_seqlens)
     _check_zero_points(q_zero_point, out_scale, out_zero_point)
     exponent_scale = _exponent_scale(q_scale, k_scale, scale, dims)
     table = far_table(pattern, length, heads)
@@ -337,10 +359,10 @@ def _run(
     v = v if v.stride(-1) == 1 else v.contiguous()
     v_scale = None if v_scale is None else v_scale.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    batch, rows = q.shape[0], length
+    batch, rows, key_rows = q.shape[0], q.shape[-2], k.shape[-2]
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
-        batch, rows = len(cu_seqlens) - 1, len(q)
+        batch, rows, key_rows = len(cu_seqlens) - 1, len(q), len(q)
     # Sizes one by one: torch takes half a microsecond longer over a tuple of them.
     result = torch.empty(*q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
     native = _compiled.native().window_sparse_attention_int8
@@ -352,6 +374,7 @@ def _run(
         _strides(v),
         v.dtype is torch.float32,
         0 if v_scale is None else v_scale.data_ptr(),
+        value_scale or 0.0,
         exponent_scale,
         _strides(result),
         out_scale is not None,
@@ -367,13 +390,16 @@ def _run(
         heads,
         rows,
         dims,
+        key_rows,
+        k.dtype is torch.uint8,
+        v.dtype is torch.uint8,
     )
     if status == native.NOT_FINITE:
         raise _values_error()
     if status == native.BAD_SCALE:
         raise _scales_error()
     if status >= 0:
-        raise _entry_error(q, lengths, cu_seqlens, status)
+        raise _entry_error(q, k, lengths, cu_seqlens, status)
     return result
 
 
@@ -382,7 +408,7 @@ _LIBRARY.define(
     "window_sparse_attention_int8(Tensor q, Tensor k, Tensor v, str pattern, float q_scale, "
     "float k_scale, int q_zero_point, *, Tensor? v_scale=None, Tensor? lengths=None, "
     "Tensor? cu_seqlens=None, float? scale=None, float? out_scale=None, "
-    "int? out_zero_point=None) -> Tensor"
+    "int? out_zero_point=None, float? value_scale=None) -> Tensor"
 )
 
 
@@ -401,11 +427,12 @@ def _torch_op(
     scale: float | None = None,
     out_scale: float | None = None,
     out_zero_point: int | None = None,
+    value_scale: float | None = None,
 ) -> torch.Tensor:
     call = _run if BACKENDS.choose(Signature(q.device.type)) == "cpu" else _reference
     return call(
         q, k, v, decoded(pattern), q_scale, k_scale, q_zero_point, v_scale, lengths,
-        cu_seqlens, scale, out_scale, out_zero_point,
+        cu_seqlens, scale, out_scale, out_zero_point, value_scale,
     )  # fmt: skip
 
 

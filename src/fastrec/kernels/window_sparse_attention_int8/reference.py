@@ -72,6 +72,8 @@ def window_sparse_attention_int8_reference(
         if keys == 0:
             continue
         values, to = one[2][:, :keys], one[3]
+        if values.dtype == torch.uint8:
+            values = values.to(torch.int16) - 128
         if values.dtype == torch.float32:
             values, value_scale = quantise_values(values)
         elif isinstance(v_scale, torch.Tensor):
@@ -79,6 +81,8 @@ def window_sparse_attention_int8_reference(
         else:
             value_scale = torch.full((heads,), float(v_scale or 0.0))
         query, key, value = (x.double() for x in (one[0], one[1][:, :keys], values))
+        if k.dtype == torch.uint8:
+            key = key - 128
         for head, rows, seen_key, seen in blocks(pattern, to.shape[1], heads, keys, q.device):
             chosen = key[head][seen_key]
             scores = torch.einsum("rd,rnd->rn", query[head, rows] - zero_point, chosen).long()

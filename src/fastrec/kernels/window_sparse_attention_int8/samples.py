@@ -27,45 +27,48 @@ def sample(
     lengths: tuple[int, ...] | None = None,
     starts: tuple[int, ...] | None = None,
     q_dtype: torch.dtype = torch.int8,
+    k_dtype: torch.dtype = torch.int8,
     v_dtype: torch.dtype = torch.float32,
+    keys: int | None = None,
     out: str | None = None,
     merged: bool = False,
     bench: bool = False,
 ) -> Sample:
     """``merged``: strided views of one projection. NaNs fill a float v beyond the length.
+    ``keys``: of another number than the queries.
 
     ``starts``: the batch's one sequence, merged, is cut there into a jagged batch.
     """
+    key_rows = length if keys is None else keys
     shape = f"B{batch}-H{heads}-L{length}-D{dims}"
+    shape += "" if keys is None else f"-keys{keys}"
     kind = f"w{pattern.window}-{str(pattern.offsets).replace(' ', '')}"
     parts = [shape, kind, *(["causal"] if pattern.causal else [])]
     parts += [str(q_dtype)[6:], str(v_dtype)[6:], out or "float32"]
     name = "-".join(parts) + ("-lengths" if lengths else "") + ("-merged" if merged else "")
-    name += "-jagged" if starts else ""
+    name += ("-jagged" if starts else "") + ("-k8" if k_dtype == torch.uint8 else "")
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        layout = (batch, length, heads, dims) if merged else (batch, heads, length, dims)
 
-        def integers(low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
-            x = torch.randint(low, high, layout, generator=generator, dtype=dtype)
+        def layout(rows: int) -> tuple[int, ...]:
+            return (batch, rows, heads, dims) if merged else (batch, heads, rows, dims)
+
+        def integers(rows: int, dtype: torch.dtype) -> torch.Tensor:
+            low = 0 if dtype == torch.uint8 else -128
+            x = torch.randint(low, low + 256, layout(rows), generator=generator, dtype=dtype)
             return x.transpose(1, 2) if merged else x
 
-        q = (
-            integers(0, 256, torch.uint8)
-            if q_dtype == torch.uint8
-            else integers(-128, 128, q_dtype)
-        )
-        k = integers(-128, 128, torch.int8)
+        q, k = integers(length, q_dtype), integers(key_rows, k_dtype)
         kwargs: dict[str, Any] = {"q_scale": 0.02, "k_scale": 0.015}
         if q.dtype == torch.uint8:
             kwargs["q_zero_point"] = 77
-        if v_dtype == torch.int8:
-            v = integers(-128, 128, torch.int8)
+        if v_dtype != torch.float32:
+            v = integers(key_rows, v_dtype)
             sequences = batch if starts is None else len(starts) - 1
             kwargs["v_scale"] = torch.rand(sequences, heads, generator=generator) + 0.01
         else:
-            v = torch.randn(layout, generator=generator) * 3
+            v = torch.randn(layout(key_rows), generator=generator) * 3
             v = v.transpose(1, 2) if merged else v
             for b, valid in enumerate(lengths or ()):
                 v[b, :, valid:] = torch.nan
@@ -78,14 +81,14 @@ def sample(
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         return (q, k, v, pattern), kwargs
 
-    near = min(length, 2 * pattern.window + 1)
+    near = min(key_rows, 2 * pattern.window + 1)
     seen = near + 2 * max((len(pattern.distances(length, h)) for h in range(heads)), default=0)
-    elements = batch * heads * length * dims
+    elements, of_keys = batch * heads * length * dims, batch * heads * key_rows * dims
     return Sample(
         name=name,
         make=make,
         macs=2 * elements * (seen // 2 + 1 if pattern.causal else seen),
-        bytes_moved=elements * (2 + v_dtype.itemsize + (1 if out else 4)),
+        bytes_moved=elements * (2 if out else 5) + of_keys * (1 + v_dtype.itemsize),
         bench=bench,
         labels={"batch": batch, "heads": heads, "length": length, "dims": dims},
     )
@@ -114,10 +117,23 @@ def samples() -> Sequence[Sample]:
         sample(1, 2, 90, 20, small, starts=(0, 0, 1, 18, 90, 90), merged=True),
         sample(1, 2, 90, 12, patterns[2], starts=(0, 50, 90), v_dtype=s8, out="uint8"),
         sample(1, 2, 0, 12, small, starts=(0,), v_dtype=s8),
+        *(
+            sample(2, 2, n, 20, p, keys=m, q_dtype=u8, k_dtype=u8, v_dtype=u8, merged=True)
+            for n, m in ((1, 40), (50, 33), (17, 16), (33, 100), (5, 0))
+            for p in (AttentionPattern(100), small)
+        ),
+        sample(2, 2, 50, 32, AttentionPattern(99), keys=99, lengths=(99, 1), k_dtype=u8),
+        sample(2, 2, 150, 9, AttentionPattern(200), keys=70, k_dtype=u8, v_dtype=u8, out="uint8"),
         sample(0, 2, 5, 8, small),
         sample(2, 2, 0, 8, small),
     ]
     timed = [sample(b, 4, 100, 32, bench=True) for b in (1, 64)]
+    # As the blocks and the cross attention of the canonical ranker have it.
+    whole = {"q_dtype": u8, "k_dtype": u8, "v_dtype": u8, "merged": True, "bench": True}
+    timed += [
+        sample(1, 4, n, 32, AttentionPattern(100), keys=100, out="uint8", **whole)
+        for n in (100, 50)
+    ]
     timed += [sample(1, 4, n, d, bench=True) for n in (512, 2048, 8192) for d in (32, 64)]
     return [*cases, *timed]
 

@@ -22,6 +22,7 @@ _BY_ROW_OF_MANY = (
     "separable_projection",
     "softmax",
     "window_sparse_attention",
+    "window_sparse_attention_int8",
 )
 
 

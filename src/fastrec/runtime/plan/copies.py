@@ -24,6 +24,7 @@ _STRIDED = {
     "masked_attention": 4,
     "separable_projection": 1,
     "window_sparse_attention": 3,
+    "window_sparse_attention_int8": 3,
 }
 
 

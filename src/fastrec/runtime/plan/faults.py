@@ -11,7 +11,12 @@ from fastrec.runtime.plan.ir import Buffer, Plan, Step, View
 
 # csrc/cpu/engine/plan.h: Fault.
 ID_OUT_OF_RANGE = 1
-_LENGTHS = ("attention", "separable_projection", "window_sparse_attention")
+_LENGTHS = (
+    "attention",
+    "separable_projection",
+    "window_sparse_attention",
+    "window_sparse_attention_int8",
+)
 
 
 def error_of(

@@ -192,15 +192,20 @@ def _separable_projection(step: Step, request: Request, moved: Cost) -> Cost:
 def _window_sparse_attention(step: Step, request: Request, moved: Cost) -> Cost:
     # Scores of the pattern without padding, cut at the sequence's ends.
     batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
+    keys = step.inputs[1].shape[2].at(request.sizes)
+    int8 = step.kind == "window_sparse_attention_int8"
     _, causal, window, lists, *rest = step.integers
+    rest = rest[2:] if int8 else rest
     scores = 0
     for _ in range(lists):
         far, rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
-        distances = [*range(1, min(window, rows - 1) + 1), *(d for d in far if d < rows)]
-        pairs = sum(rows - d for d in distances)
-        scores += (rows + pairs * (1 if causal else 2)) * (heads if lists == 1 else 1)
+        distances = [*range(1, min(window, max(rows, keys) - 1) + 1), *far]
+        shifts = [0, *(-d for d in distances), *([] if causal else distances)]
+        pairs = sum(max(0, min(rows, keys - s) - max(0, -s)) for s in shifts)
+        scores += pairs * (heads if lists == 1 else 1)
     macs = 2 * batch * scores * dims
-    return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
+    peak = "int8" if int8 else "fp32"
+    return Cost(moved.constants, moved.activations, moved.written, macs, peak)
 
 
 def _matmul(step: Step, request: Request, moved: Cost) -> Cost:
@@ -225,6 +230,7 @@ _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
     "separable_projection": _separable_projection,
     "softmax": _moves,
     "window_sparse_attention": _window_sparse_attention,
+    "window_sparse_attention_int8": _window_sparse_attention,
 }
 
 

@@ -13,6 +13,9 @@ from fastrec.runtime.plan.ir import Buffer, Extent, Plan, Shape, Step, View
 # A layer whose weights outgrow a core's second cache is better shared out by its outputs: each core
 # then reads a part of them.
 _MAX_WEIGHTS = 1 << 20
+# The window of an attention where every query sees every key: so it is also for a part of the
+# queries, whose positions then count from 0 again.
+EVERYTHING = 1 << 30
 # csrc/cpu/engine/{linear_int8,layer_norm}.cpp: which integer says that x, or y, is in tiles.
 TILES_IN, TILES_OUT = 6, {"linear_int8": 7, "layer_norm": 2}
 
@@ -56,12 +59,16 @@ def row_symbol(step: Step, users: str | None) -> str | None:
         rows = [v for v in (*step.inputs, *step.outputs) if v.buffer.data is None]
         apart = at < last and weights <= _MAX_WEIGHTS
         apart = apart and all(row_dimension(v.shape, users) == found for v in rows)
-    elif step.kind == "attention":
+    elif step.kind == "attention" or _sees_everything(step):
         # The queries' rows; all see all keys.
         keys = (view for view in step.inputs[1:])
         apart = row_dimension(step.inputs[0].shape, users) == (2, symbol) and at == 1
         apart = apart and not any(symbol in s.symbols for v in keys for s in v.buffer.shape)
     return symbol if apart and all(each_its_own(v, symbol) for v in step.inputs) else None
+
+
+def _sees_everything(step: Step) -> bool:
+    return step.kind == "window_sparse_attention_int8" and step.integers[1:3] == [0, EVERYTHING]
 
 
 def order_by_rows(plan: Plan, users: str | None) -> None:

@@ -28,6 +28,9 @@ _ACTIVATIONS = 3
 # csrc/cpu/window_sparse_attention/window_sparse_attention.h: kMaxDims; sums of positions and
 # distances stay far from what 64 bits hold.
 _MAX_HEAD_DIM, _MAX_DISTANCE = 256, 2**31
+# csrc/cpu/window_sparse_attention_int8/window_sparse_attention_int8.h: kMaxKeys; scales whose
+# products with its integers are finite in fp32.
+_MAX_KEYS, _MAX_SCALE = 65_536, 1e30
 # csrc/cpu/separable_projection/separable_projection.h: kMaxWidth.
 _MAX_TAPS = 31
 # csrc/cpu/engine/reduce.cpp
@@ -62,6 +65,8 @@ def validate(plan: Plan, spec: InputSpec) -> None:
     for position, step in enumerate(plan.steps):
         try:
             _step(plan, step, written)
+            if step.kind == "window_sparse_attention_int8":
+                _sums_fit(step, spec)
         except ArtifactError as error:
             raise ArtifactError(f"{error} (step {position}, {step.kind})") from None
         written.update(v.buffer for v in step.outputs)
@@ -289,17 +294,21 @@ def _linear_int8(step: Step) -> None:
     _result(step.output, rows, outputs, y_tiles)
 
 
-def _heads(step: Step) -> tuple[Extent, Extent, Extent, Extent]:
+def _heads(
+    step: Step, dtypes: Sequence[Sequence[str]] = (("float32",),) * 3
+) -> tuple[Extent, Extent, Extent, Extent]:
     """[B, H, Lq, D] of an attention's queries; keys, values and result fit them."""
     q, k, v = step.inputs[:3]
     one = Extent(1)
-    for view in (q, k, v):
-        require(len(view.shape) == 4 and view.dtype == "float32", "4-D float32 operands")
+    for view, allowed in zip((q, k, v), dtypes, strict=True):
+        fits = len(view.shape) == 4 and view.dtype in allowed
+        require(fits, f"4-D operands of {' or '.join(allowed)}")
         require(view.strides[3] == one or view.shape[3] == one, "contiguous heads")
     batch, heads, queries, dims = q.shape
     require(bool(dims.number), "heads of a fixed size")
     require(k.shape == v.shape == (batch, heads, k.shape[2], dims), "keys like the queries")
-    _dense(step.output, "float32")
+    if dtypes[0] == ("float32",):
+        _dense(step.output, "float32")
     whole = product(step.output.shape) == product((batch, queries, heads, dims))
     require(whole, "a result of the queries' size")
     return batch, heads, queries, dims
@@ -410,11 +419,44 @@ def _separable_projection(step: Step) -> None:
 def _window_sparse_attention(step: Step) -> None:
     require(len(step.integers) > 3, "a pattern")
     _counts(step, (3, 4), len(step.integers), 1)
-    has_lengths, causal, window, lists, *rest = step.integers
+    _, _, queries, _ = _heads(step)
+    require(step.inputs[1].shape[2] == queries, "as many keys as queries")
+    _pattern(step, step.integers)
+
+
+def _window_sparse_attention_int8(step: Step) -> None:
+    require(len(step.integers) > 5, "a pattern and zero points")
+    _counts(step, (3, 4), len(step.integers), 3)
+    pattern, zero_points = step.integers[:4] + step.integers[6:], step.integers[4:6]
+    byte = ("uint8", "int8")
+    batch, heads, queries, dims = _heads(step, (byte, byte, (*byte, "float32")))
+    require(heads.number is not None, "a fixed number of heads")
+    _dense(step.output, "float32", "uint8")
+    require(step.output.shape == (batch, queries, heads, dims), "a result [B, L, H, D]")
+    require(all(0 <= zero <= 255 for zero in zero_points), "zero points of a byte")
+    exponent, v_scale, out_scale = step.numbers
+    require(0 <= exponent <= _MAX_SCALE and 0 <= v_scale <= _MAX_SCALE, "scales of 0 or more")
+    require(1 / _MAX_SCALE <= out_scale <= _MAX_SCALE, "a scale of the result above 0")
+    _pattern(step, pattern)
+
+
+def _sums_fit(step: Step, spec: InputSpec) -> None:
+    """The weighted sums of so many keys are int32."""
+    _, _, window, lists, _, _, *rest = step.integers
+    far = 0
+    for _ in range(lists):
+        far, rest = max(far, rest[0]), rest[1 + rest[0] :]
+    keys = step.inputs[1].shape[2]
+    limits = {s: spec.limits.get(s, (1, None))[1] for s in keys.symbols}
+    most = keys.at({s: _MAX_KEYS + 1 if high is None else high for s, high in limits.items()})
+    require(min(most, 2 * window + 1) + 2 * far <= _MAX_KEYS, f"at most {_MAX_KEYS} keys a query")
+
+
+def _pattern(step: Step, integers: Sequence[int]) -> None:
+    has_lengths, causal, window, lists, *rest = integers
     _flags(has_lengths, causal)
     require(len(step.inputs) == 3 + has_lengths, "lengths, or none, as the step says")
-    batch, heads, queries, dims = _heads(step)
-    require(step.inputs[1].shape[2] == queries, "as many keys as queries")
+    batch, heads, _, dims = step.inputs[0].shape
     require(dims.coefficient <= _MAX_HEAD_DIM, f"heads of at most {_MAX_HEAD_DIM}")
     if has_lengths:
         _lengths(step.inputs[3], batch)
@@ -475,4 +517,5 @@ _RULES: dict[str, Callable[[Step], None]] = {
     "separable_projection": _separable_projection,
     "softmax": _softmax,
     "window_sparse_attention": _window_sparse_attention,
+    "window_sparse_attention_int8": _window_sparse_attention_int8,
 }

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fastrec.kernels._far import decoded
 from fastrec.kernels.separable_projection.reference import taps_before
 from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention_int8 import MAX_KEYS, exponent_scale_of
 from fastrec.runtime.plan.ir import ONE, View
 from fastrec.runtime.plan.lower import Lowerer, lowers
 from fastrec.runtime.plan.lowerings.attention import MOST_DIMS
+from fastrec.runtime.plan.rows import EVERYTHING
 
 ops = torch.ops.fastrec
 
@@ -96,3 +99,45 @@ def _window_sparse_attention(
         numbers=[scale],
     )
     return [out.permuted((0, 2, 1, 3)), None]
+
+
+@lowers(ops.window_sparse_attention_int8.default)
+def _window_sparse_attention_int8(
+    to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
+) -> View:
+    q, k, v, text, q_scale, k_scale, q_zero_point = args
+    if kwargs.get("cu_seqlens") is not None or len(q.shape) != 4:
+        raise to.unsupported(node, "cu_seqlens; the nearest supported is a batch with lengths")
+    if kwargs.get("v_scale") is not None:
+        raise to.unsupported(node, "a v_scale a head; the nearest supported is one number")
+    batch, heads, rows, dims = q.shape
+    pattern = decoded(text)
+    keys = longest = to.at_most(node, k.shape[2])
+    if pattern.window < EVERYTHING:
+        longest = max(to.at_most(node, rows), keys)
+    lists = [
+        pattern.distances(longest, h) for h in range(heads.coefficient if pattern.per_head else 1)
+    ]
+    window = EVERYTHING if pattern.window >= longest else pattern.window
+    if min(keys, 2 * window + 1) + 2 * max(map(len, lists)) > MAX_KEYS:
+        raise to.unsupported(node, f"more than {MAX_KEYS} keys a query")
+    lengths = kwargs.get("lengths")
+    counts = [] if lengths is None else [to.contiguous(lengths)]
+    out_scale, out_zero_point = kwargs.get("out_scale"), kwargs.get("out_zero_point")
+    integers = [len(counts), int(pattern.causal), window, len(lists)]
+    integers += [q_zero_point, out_zero_point or 0]
+    for distances in lists:
+        integers += [len(distances), *distances]
+    scale = kwargs.get("scale")
+    scale = dims.coefficient**-0.5 if scale is None else scale
+    exponent = exponent_scale_of(q_scale, k_scale, scale)
+    out = to.emit(
+        node,
+        "window_sparse_attention_int8",
+        [*(to.rows_contiguous(x) for x in (q, k, v)), *counts],
+        (batch, rows, heads, dims),
+        "float32" if out_scale is None else "uint8",
+        integers=integers,
+        numbers=[exponent, kwargs.get("value_scale") or 0.0, out_scale or 1.0],
+    )
+    return out.permuted((0, 2, 1, 3))
