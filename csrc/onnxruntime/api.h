@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "third_party/onnxruntime_c_api.h"
+#include "abi.h"
 
 namespace fastrec::onnxruntime {
 
