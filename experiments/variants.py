@@ -37,10 +37,9 @@ from fastrec.train import Evaluation, TrainConfig, fit, load_model
 from fastrec.train.checkpoint import read_tensors, write_tensors
 
 BATCH = 32
-ROUNDS = 4  # of pruning, each with a quarter of an epoch behind it
-ROUND_EPOCHS = 0.25
-PARTS = 32  # bytes an item of the student's table
-WINDOW = AttentionPattern(window=16, offsets="log2")
+ROUNDS = 3  # of pruning
+LEVELS = 31  # largest INT8 code of a weight: the artifact stores entropy
+RANK = 27  # of the student's linear layers
 WIDE = AttentionPattern(window=32, offsets="log2")
 LOCAL = AttentionPattern(window=32, offsets="none")
 
@@ -51,11 +50,13 @@ class Variant:
 
     Args:
         pattern: who attends whom; None is dense.
-        student: one block of the baseline's two, and a :class:`ProductTable` of its items.
-        sparsity: share of the weights pruned, of those that ``prune_`` chooses: the item table
-            (blocks of four in a row) and the attention's merged projection.
+        student: low-rank linear layers, and a :class:`ProductTable` of the baseline's items.
+        sparsity: share of the weights pruned: of the item table, each element alone (it is looked
+            up, so that zeros are a matter of bytes), and of the linear layers, in the kernel's
+            blocks.
         int8: quantisation-aware training, then INT8; position vectors too.
         epochs: of fine-tuning, the rounds of pruning not counted; 0 leaves the weights alone.
+        round_epochs: behind each round of pruning, at the peak rate.
         lr: peak learning rate of fine-tuning.
         share: of the baseline's distribution in the target; the rest is the item that came next.
         dropout: while fine-tuning.
@@ -66,25 +67,22 @@ class Variant:
     student: bool = False
     sparsity: float = 0.0
     int8: bool = False
-    epochs: int = 3
-    lr: float = 4e-4
+    epochs: float = 2.5
+    round_epochs: float = 0.5
+    lr: float = 1.6e-3
     share: float = 0.8
     dropout: float = 0.0
 
 
-# As the baseline was trained, at half of its peak rate: too much for weights that are trained.
-HOT: dict[str, Any] = {"lr": 1e-3, "share": 0.5, "dropout": 0.2}
 VARIANTS = (
     Variant("baseline", epochs=0),
     Variant("int8, not fine-tuned", int8=True, epochs=0),
     Variant("control", epochs=4),
     Variant("40 % pruned + int8", sparsity=0.4, int8=True),
-    Variant("40 % pruned + int8, hot", sparsity=0.4, int8=True, **HOT),
-    Variant("75 % pruned + int8", sparsity=0.75, int8=True, **HOT),
-    Variant("window 32 + log2", WIDE),
-    Variant("window 16 + log2, hot", WINDOW, **HOT),
-    Variant("distilled, a fifth of the parameters", student=True, epochs=3, lr=1e-3),
-    Variant("local only, window 32", LOCAL),
+    Variant("75 % pruned + int8", sparsity=0.75, int8=True, epochs=5, round_epochs=1),
+    Variant("window 32 + log2", WIDE, epochs=2, lr=4e-4),
+    Variant("distilled, a fifth of the parameters", student=True, epochs=6, lr=2e-3),
+    Variant("local only, window 32", LOCAL, epochs=2, lr=4e-4),
     Variant("all: window 32 + log2, 40 % pruned, int8", WIDE, sparsity=0.4, int8=True),
 )
 
@@ -93,23 +91,24 @@ class Tuner:
     """Fine-tunes models of one data set beside one teacher."""
 
     def __init__(
-        self, data: Histories, teacher: SASRec, lr: float, share: float, workers: int, seed: int
-    ):
+        self, data: Histories, teacher: SASRec, variant: Variant, workers: int, seed: int
+    ) -> None:
         self.data, self.workers, self.seed = data, workers, seed
-        self.lr, self.share = lr, share
+        self.variant = variant
         self.teacher = teacher
         self.calls = 0
 
     def __call__(self, model: nn.Module, epochs: float, final_lr: float = 0.02) -> None:
-        """``epochs`` passes at a rate that falls from ``lr`` to ``final_lr`` of it."""
+        """``epochs`` passes at a rate that falls from the variant's to ``final_lr`` of it."""
         self.calls += 1
         steps = epochs * math.ceil(self.data.num_examples("train") / BATCH)
         config = TrainConfig.sasrec(
-            epochs=math.ceil(epochs), max_steps=max(1, round(steps)), batch_size=BATCH, lr=self.lr,
-            final_lr=final_lr, seed=self.seed + self.calls, amp=False, valid_users=0, patience=None,
+            epochs=math.ceil(epochs), max_steps=max(1, round(steps)), batch_size=BATCH,
+            lr=self.variant.lr, final_lr=final_lr, seed=self.seed + self.calls, amp=False,
+            valid_users=0, patience=None,
         )  # fmt: skip
         first = (self.seed + self.calls) * 100_003
-        loss = sequence_loss(self.teacher, self.share, score_dtype())
+        loss = sequence_loss(self.teacher, self.variant.share, score_dtype())
         fit(
             model,
             self.data,
@@ -129,13 +128,17 @@ class Tuner:
         return found
 
 
-def make_student(base: SASRec, dropout: float) -> SASRec:
-    """The baseline's first block behind product-quantised item vectors."""
-    student = SASRec(dataclasses.replace(base.config, n_blocks=1, dropout=dropout))
-    table: Any = ProductTable.of(base.item_embedding.weight.detach(), PARTS)
+def make_student(base: SASRec, rank: int, dropout: float) -> SASRec:
+    """The baseline with linear layers of a low rank and product-quantised item vectors.
+
+    A byte picks a codeword for each two numbers of an item's vector, so the student starts close
+    to its teacher. Codewords are parameters, the bytes are not.
+    """
+    student = SASRec(dataclasses.replace(base.config, dropout=dropout))
+    student.load_state_dict(base.state_dict())
+    fastrec.replace_(student, fastrec.LowRank(min(rank, base.config.d // 4)))
+    table: Any = ProductTable.of(base.item_embedding.weight.detach(), base.config.d // 2)
     student.item_embedding = table
-    wanted = student.state_dict()
-    student.load_state_dict({k: v for k, v in base.state_dict().items() if k in wanted}, False)
     return student
 
 
@@ -143,7 +146,7 @@ def make(variant: Variant, base: SASRec, tune: Tuner) -> nn.Module:
     """The variant's model."""
     torch.manual_seed(tune.seed)
     if variant.student:
-        model = make_student(base, variant.dropout)
+        model = make_student(base, RANK, variant.dropout)
     else:
         encoder = EncoderConfig(pattern=variant.pattern)
         config = dataclasses.replace(base.config, encoder=encoder, dropout=variant.dropout)
@@ -152,20 +155,23 @@ def make(variant: Variant, base: SASRec, tune: Tuner) -> nn.Module:
     if variant.sparsity:
         fastrec.prune_(
             model,
-            fastrec.BlockPruning(sparsity=variant.sparsity, rounds=ROUNDS),
-            finetune=lambda pruned, _: tune(pruned, ROUND_EPOCHS, final_lr=1.0),
+            fastrec.BlockPruning(
+                variant.sparsity, rounds=ROUNDS, embedding_block=(1, 1), frequency_power=0.5
+            ),
+            finetune=lambda pruned, _: tune(pruned, variant.round_epochs, final_lr=1.0),
             row_counts={"item_embedding": tune.data.counts()},
         )
     if not variant.int8:
         if variant.epochs:
             tune(model, variant.epochs)
     elif variant.epochs:
-        prepare, convert = fastrec.QAT("prepare"), fastrec.QAT("convert")
+        prepare, convert = fastrec.QAT("prepare", levels=LEVELS), fastrec.QAT("convert")
         fastrec.quantize_(model, prepare, calibration=tune.calibration(), filter_fn=_everything)
         tune(model, variant.epochs)
         fastrec.quantize_(model, convert)
     else:
-        fastrec.quantize_(model, calibration=tune.calibration(), filter_fn=_everything)
+        static = fastrec.Int8(levels=LEVELS)
+        fastrec.quantize_(model, static, tune.calibration(), filter_fn=_everything)
     return model
 
 
@@ -196,14 +202,14 @@ def run(
         if file.exists():
             continue
         started = time.perf_counter()
-        tune = Tuner(data, teacher, variant.lr, variant.share, workers, seed)
+        tune = Tuner(data, teacher, variant, workers, seed)
         model = make(variant, base, tune).eval()
         result = rank(model, data, "test", intervals=False)
         everyone = rank(model, data, "test", exclude_seen=False, intervals=False)
         fastrec.save(model, file.with_suffix(""))
         meta = {
             "variant": dataclasses.asdict(variant) | {"pattern": str(variant.pattern)},
-            "epochs": variant.epochs + (ROUNDS * ROUND_EPOCHS if variant.sparsity else 0),
+            "epochs": variant.epochs + (ROUNDS * variant.round_epochs if variant.sparsity else 0),
             "seed": seed,
             "bytes": artifact_bytes(file.with_suffix("")),
             "parameters": sum(p.numel() for p in (model if variant.student else base).parameters()),
