@@ -287,6 +287,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [str(tmp_path / name) for name in ("model", "data", "out")]
     options = ["--recipe", str(recipe), "--variants", "baseline,pruned_quantized"]
     options += ["--json", str(tmp_path / "report.json"), "--sparsity", "0.5", "--qat-steps", "0"]
+    options += ["--levels", "31"]
     result = CliRunner().invoke(app, arguments + options, catch_exceptions=False)
     assert result.exit_code == 0
     assert "pruned_quantized" in result.output
@@ -294,7 +295,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["variant"] for row in report["variants"]] == ["baseline", "pruned_quantized"]
     assert report["recipe"]["prune"]["sparsity"] == 0.5
     assert report["variants"][1]["bytes"] == artifact_bytes(tmp_path / "out" / "pruned_quantized")
-    assert load(tmp_path / "out" / "pruned_quantized").tower[0].density < 0.7
+    layer = load(tmp_path / "out" / "pruned_quantized").tower[0]
+    assert layer.density < 0.7
+    assert layer.values.abs().max() == report["recipe"]["quantize"]["levels"] == 31
     options = ["--variants", "pruned", "--nm", "1:4", "--replace", "window:2", "--hidden", "0.5"]
     options += ["--replace", "low_rank:16", "--finetune-steps", "1", "--json"]
     result = CliRunner().invoke(
@@ -309,6 +312,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nm", "half"], "nm"),
         (["--nm", "2:4", "--sparsity", "0.5"], "sparsity"),
         (["--replace", "window"], "replace"),
+        (["--levels", "0"], "levels"),
     ):
         refused = CliRunner().invoke(app, [*arguments, *wrong])
         assert isinstance(refused.exception, ArgumentError)

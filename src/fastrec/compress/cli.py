@@ -40,6 +40,10 @@ def compress(
     hidden: Annotated[
         float | None, typer.Option(help="Weight of the hidden states in the distillation.")
     ] = None,
+    levels: Annotated[
+        int | None,
+        typer.Option(help="Largest INT8 code of a weight: 31 makes smaller files than 127."),
+    ] = None,
     finetune_steps: Annotated[
         int | None, typer.Option(help="Steps after each pruning round and replacement.")
     ] = None,
@@ -59,7 +63,7 @@ def compress(
     from fastrec.data import SequenceDataset
 
     plan = _recipe(recipe, sparsity, finetune_steps, qat_steps, distill_steps, seed)
-    plan = _with_options(plan, sparsity, nm, replace or [], hidden)
+    plan = _with_options(plan, sparsity, nm, replace or [], hidden, levels)
     names = VARIANTS if variants is None else tuple(v.strip() for v in variants.split(","))
     baseline = load_trained(model)
     dataset = SequenceDataset.open(data)
@@ -107,7 +111,12 @@ def _recipe(
 
 
 def _with_options(
-    plan: Recipe, sparsity: float | None, nm: str | None, replace: list[str], hidden: float | None
+    plan: Recipe,
+    sparsity: float | None,
+    nm: str | None,
+    replace: list[str],
+    hidden: float | None,
+    levels: int | None,
 ) -> Recipe:
     import dataclasses
     import re
@@ -137,6 +146,8 @@ def _with_options(
         parts.append(makers[name](int(number)))
     if parts:
         changes["replace"] = tuple(parts)
+    if levels is not None:
+        changes["quantize"] = dataclasses.replace(plan.quantize, levels=levels)
     if hidden is not None:
         changes["distill"] = dataclasses.replace(plan.distill, hidden=hidden)
     return dataclasses.replace(plan, **changes)
