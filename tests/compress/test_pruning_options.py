@@ -139,6 +139,19 @@ def test_n_of_m_grows_over_the_rounds_and_reaches_grouped_layers() -> None:
     assert bool((model[1].depthwise != 0).all())
 
 
+def test_tables_can_have_a_share_of_their_own() -> None:
+    model = nn.Sequential(nn.Embedding(1000, 64), *tower())
+    config = BlockPruning(
+        0.5, embedding_block=(1, 1), embedding_sparsity=0.9, max_layer_sparsity=0.6
+    )
+    report = prune_(model, config, finetune=lambda model, round_: None)
+    assert report.table_sparsity == pytest.approx(0.9, abs=1e-3)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+    assert zeros(model[0]) == pytest.approx(0.9, abs=1e-3)
+    with pytest.raises(ArgumentError, match="embedding_sparsity"):
+        BlockPruning(embedding_sparsity=1.0)
+
+
 def test_n_of_m_refuses_inputs_that_are_no_whole_groups() -> None:
     model = nn.Sequential(nn.Linear(30, 32))
     before = state(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastrec.compress.selection import check_count, check_fraction
@@ -19,7 +19,9 @@ class BlockPruning:
             kernel skips; multiples of it cost nothing more.
         rounds: K, prune-and-fine-tune rounds (the paper's 3).
         embedding_block: (rows, columns) of one block of an embedding table, or None to leave the
-            tables dense. (1, 4) is what the artifact's masked codec stores compactly.
+            tables dense. (1, 4) costs the artifact a quarter of a bit a weight, (1, 1) a whole one,
+            and keeps more quality (docs/compression.md).
+        embedding_sparsity: share of the tables' weights to prune, in [0, 1); None: ``sparsity``.
         scale: the unit in which a block's RMS is compared with others. "none": raw magnitudes, as
             the paper writes it; "output": the RMS that the weights of the same outputs had before
             the first round, so that a layer with a large fan-in (small weights throughout) or the
@@ -49,8 +51,11 @@ class BlockPruning:
     scope: Literal["global", "layer"] = "global"
     schedule: Literal["cubic", "linear"] = "cubic"
     regrow: float = 0.0
+    embedding_sparsity: float | None = None
 
     def __post_init__(self) -> None:
+        if self.embedding_sparsity is not None:
+            check_fraction("embedding_sparsity", self.embedding_sparsity)
         _check_schedule(self.schedule)
         check_fraction("regrow", self.regrow)
         if self.scope not in ("global", "layer"):
@@ -68,6 +73,14 @@ class BlockPruning:
             check_fraction(
                 "max_layer_sparsity", self.max_layer_sparsity, low=self.sparsity, high=1.000001
             )
+
+    def of(self, kind: str) -> BlockPruning:
+        """What holds for "linear" or "table" weights."""
+        share = self.embedding_sparsity
+        if kind == "linear" or share is None:
+            return self
+        cap = self.max_layer_sparsity
+        return replace(self, sparsity=share, max_layer_sparsity=cap and max(cap, share))
 
     @property
     def cap(self) -> float:
@@ -120,6 +133,10 @@ class NMPruning:
             raise ArgumentError("n", f"less than m = {self.m}", self.n)
         if self.scale not in ("balanced", "output", "none"):
             raise ArgumentError("scale", "'balanced', 'output' or 'none'", repr(self.scale))
+
+    def of(self, kind: str) -> NMPruning:
+        """What holds for "linear" weights, the only kind there is here."""
+        return self
 
     @property
     def sparsity(self) -> float:

@@ -32,8 +32,8 @@ MIN_TABLE_ROWS = 1000  # below: positions, behaviours, ...; nothing to win in by
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round: the share asked for, theta and the share reached, for linear layers and tables
-    (None where the model has none that were selected)."""
+    """One round: the share asked for (of linear layers), theta and the share reached, for linear
+    layers and tables (None where the model has none that were selected)."""
 
     round: int
     share: float
@@ -127,16 +127,16 @@ def prune_(
         if any(m.kind == kind for m in matrices)
     }
     for kind, group in groups.items():
-        _check_reachable(kind, group, config)
+        _check_reachable(kind, group, config.of(kind))
     rounds = []
     with _untouched_on_failure(model, matrices, trains=finetune is not None):
         for round_ in range(1, config.rounds + 1):
             results = {
                 kind: choose(
                     group,
-                    share=config.share(round_),
-                    goal=config.share(config.rounds),
-                    cap=config.cap,
+                    share=config.of(kind).share(round_),
+                    goal=config.of(kind).share(config.rounds),
+                    cap=config.of(kind).cap,
                     by_layer=config.scope == "layer",
                     regrow=config.regrow,
                 )
