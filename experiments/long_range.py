@@ -234,8 +234,7 @@ def read_world(out: Path) -> dict[str, Any] | None:
 
 
 def _markdown(worlds: dict[str, Any]) -> str:
-    some = next(iter(worlds.values()))
-    setup, card = some["setup"], some["machine"]
+    setup = next(iter(worlds.values()))["setup"]
     lines = [
         "# What lies far back: window + sparse attention against dense and local-only",
         "",
@@ -247,14 +246,15 @@ def _markdown(worlds: dict[str, Any]) -> str:
         " same for all rows. *Long*: neither the item nor its category is among the newest"
         f" {NEAR} events, but among the older ones. Kept: share of the dense row, 95 % interval of"
         f" {RESAMPLES:,} paired bootstrap resamples of the users; one seed. The pattern is that of"
-        " the encoder; the candidates' cross attention sees all positions in every row."
-        f" {card.get('cpu') or ''}, commit {card.get('commit')}.",
+        " the encoder; the candidates' cross attention sees all positions in every row.",
     ]
     for world, result in worlds.items():
-        users = result["users"]
+        users, card = result["users"], result["machine"]
         lines += [
             "",
             f"## {world}: {users['all']:,} test users, {users['long']:,} in the long slice",
+            "",
+            ", ".join(filter(None, (card.get("cpu"), card.get("date"), card.get("commit")))) + ".",
             "",
             "| attention | HR@10 | NDCG@10 | MRR | HR@10 kept | HR@10, long | HR@10 kept, long |",
             "|---|---|---|---|---|---|---|",
@@ -346,9 +346,14 @@ def report(
     runs: Annotated[Path, typer.Option(help="Folder that run wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for long_range.{md,json,png}.")],
 ) -> None:
-    """Write the report; what is not measured yet is named as missing."""
+    """Write the report; a world that RUNS does not hold stays as an earlier report in OUT has it,
+    and what is not measured yet is named as missing."""
+    earlier = out / "long_range.json"
+    known = json.loads(earlier.read_text()) if earlier.exists() else {}
     worlds = {name.value: read_world(runs / name.value) for name in WorldName}
-    measured = {name: result for name, result in worlds.items() if result is not None}
+    measured = {n: result or known.get(n) for n, result in worlds.items() if result or n in known}
+    if len({json.dumps(result["setup"]) for result in measured.values()}) > 1:
+        raise typer.BadParameter("the worlds were run with different sizes: run both alike")
     if not measured:
         raise typer.BadParameter(f"{runs} holds no tested dense model: run this first")
     out.mkdir(parents=True, exist_ok=True)

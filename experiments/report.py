@@ -100,15 +100,19 @@ def _markdown(report: dict[str, Any]) -> str:
         f"the training's merit, no technique's. INT8 codes reach {LEVELS}. "
         f"{card.get('cpu', '')}; report written at commit {card.get('commit')}.",
         "",
-        "| variant | epochs | rate | teacher | dropout | " + " | ".join(TITLES[m] for m in METRICS)
+        "| variant | layers, table pruned | epochs | rate | teacher | dropout | "
+        + " | ".join(TITLES[m] for m in METRICS)
         + "".join(f" | {TITLES[m]} kept" for m in COLUMNS)
         + "".join(f" | {TITLES[m]} of the control's" for m in OF_CONTROL)
         + " | parameters | bytes of fp32 |",
-        "|---|" + "---|" * (len(METRICS) + len(COLUMNS) + len(OF_CONTROL) + 6),
+        "|---|" + "---|" * (len(METRICS) + len(COLUMNS) + len(OF_CONTROL) + 7),
     ]  # fmt: skip
     for row in rows.values():
-        tuned = [f"{row['run']['variant'].get(of, 0):g}" for of in ("lr", "share", "dropout")]
-        values = [f"{row['run']['epochs']:g}", *(tuned if row["run"]["epochs"] else "---")]
+        tuned = [f"{row['run']['variant'][of]:g}" for of in ("lr", "share", "dropout")]
+        made = row["run"]["variant"]
+        share, table = made["sparsity"], made.get("table_sparsity")
+        pruned = f"{share:.0%}, {share if table is None else table:.0%}" if share else "-"
+        values = [pruned, f"{row['run']['epochs']:g}", *(tuned if row["run"]["epochs"] else "---")]
         values += [f"{row['metrics'][m]:.4f}" for m in METRICS]
         values += [shown(row["kept"][metric]) for metric in COLUMNS]
         control = row["kept_of_control"]

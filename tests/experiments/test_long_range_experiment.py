@@ -75,6 +75,15 @@ def test_what_is_done_is_not_done_again_and_is_reported(runs: Path, tmp_path: Pa
     written = json.loads((tmp_path / "long_range.json").read_text())
     assert written["stress"]["setup"] == SMALL.to_dict()
     assert (tmp_path / "long_range.png").stat().st_size > 5_000
+    earlier = tmp_path / "long_range.json"
+    earlier.write_text(json.dumps({"small": written["stress"]}))
+    done = CliRunner().invoke(app, ["report", "--runs", str(runs), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(earlier.read_text())) == ["small", "stress"]  # the earlier one stays
+    other = written["stress"] | {"setup": written["stress"]["setup"] | {"epochs": 99}}
+    earlier.write_text(json.dumps({"small": other}))
+    done = CliRunner().invoke(app, ["report", "--runs", str(runs), "--out", str(tmp_path)])
+    assert done.exit_code == 2
 
 
 def test_a_report_needs_runs(tmp_path: Path) -> None:
