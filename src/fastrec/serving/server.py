@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("fastrec.serving")
 
 _LAG_PERIOD_S = 0.25
+# An engine's thread waits so long at most for the GIL that the event loop holds. Python's own 5 ms
+# are several calls of a small model.
+_SWITCH_S = 5e-4
 _T = TypeVar("_T")
 PAGE = Path(__file__).parent / "observe" / "page.html"
 
@@ -133,6 +137,8 @@ class Server:
             ArtifactError, FastrecError: a model cannot be loaded.
         """
         options = self.options
+        self._switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(min(_SWITCH_S, self._switch_s))
         self.runtime = Runtime(self.config)
         self.recorder = Recorder(self.config)
         self.runtime.subscribe(self.recorder)
@@ -199,6 +205,7 @@ class Server:
         if self._http is not None:
             await self._http.stop()
         await self.runtime.close()
+        sys.setswitchinterval(self._switch_s)
         gc.unfreeze()
 
     async def run(self, on_start: Callable[[Server], None] | None = None) -> None:

@@ -297,3 +297,29 @@ def test_reflection(url):
         assert file.package == "inference"
         with pytest.raises(KeyError):
             database.FindFileContainingSymbol("inference.Nothing")
+
+
+@pytest.mark.parametrize(("timeout_s", "kept_s"), [(0.02, 0.001), (0.05, 0.0025), (10.0, 0.0025)])
+def test_some_of_the_callers_time_is_kept_for_the_answers_way_back(timeout_s, kept_s):
+    import asyncio
+
+    from fastrec.serving.core.clock import VirtualClock
+    from fastrec.serving.wire.auth import ANYONE
+    from fastrec.serving.wire.door import Door
+    from fastrec.serving.wire.hints import Hints
+
+    class Runtime:
+        clock = VirtualClock(7.0)
+
+        async def infer(self, request):
+            return request
+
+    async def ask(hints, remaining_s=None):
+        door = Door(Runtime())
+        return await door.infer("m", "", {}, hints, ANYONE, remaining_s=remaining_s)
+
+    asked = asyncio.run(ask(Hints(timeout_s=timeout_s)))
+    assert asked.deadline == pytest.approx(7.0 + timeout_s - kept_s)
+    sooner = asyncio.run(ask(Hints(timeout_s=60.0), timeout_s))
+    assert sooner.deadline == asked.deadline
+    assert asyncio.run(ask(Hints())).deadline is None

@@ -153,7 +153,7 @@ class Gate:
         queues, router = self.queues, self.router
         if not queues.count and router.idle():
             return 0.0
-        queued = queues.express.queued_s + sum([q.queued_s for q in queues.tiers.values()])
+        queued = queues.express.queued_s + queues.queued_s()
         return (router.running_s(now) + queued * self.gain) / max(len(router.slots), 1)
 
     def _drained_s(self) -> float:

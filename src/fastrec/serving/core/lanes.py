@@ -212,6 +212,10 @@ class Queues:
         self.hold = 0
         self._virtual = 0.0
 
+    def queued_s(self) -> float:
+        """Engine seconds of the parts that wait, the express lane apart."""
+        return sum([queue.queued_s for queue in self.tiers.values()])
+
     def of(self, ticket: Ticket) -> TierQueue:
         """The queue a ticket's parts stand in."""
         return self.express if ticket.lane == EXPRESS else self.tiers[ticket.tier]

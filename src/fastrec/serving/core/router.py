@@ -107,7 +107,7 @@ class Router:
             speed += mine / max(own, 1e-9)
         # The queue keeps the busy ones longer than the slow one would need.
         if soonest < mine * 0.8 and queues.tiers and mine > 0:
-            queued = sum([q.queued_s for q in queues.tiers.values()]) * gain
+            queued = queues.queued_s() * gain
             if queued < soonest * max(speed, 1.0):
                 return None
         return best
