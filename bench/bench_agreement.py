@@ -165,10 +165,10 @@ def main(
     torch.set_num_threads(threads)
     base = Ranker(RankerConfig.taobao()).eval()
     rows = []
-    for name, (sparsity, _) in VARIANTS.items():
+    for name, of in VARIANTS.items():
         Console(stderr=True).print(name)
         found = compare(
-            variant(base, sparsity),
+            variant(base, of.sparsity, of.attention),
             threads=threads,
             requests=requests,
             integers=integers,

@@ -21,15 +21,12 @@ inline uint8_t quantise(float value, Quantisation to) {
 }
 
 inline float gelu(float value) {
-  const float y = std::min(std::max(value * kSqrtHalf, -kErfLimit), kErfLimit);
-  const float u = y * y;
-  float p = kErfP[5], q = kErfQ[5];
-  for (int i = 4; i >= 0; --i) {
-    p = std::fmaf(p, u, kErfP[i]);
-    q = std::fmaf(q, u, kErfQ[i]);
-  }
-  const float erf = std::min(std::max(y * p / q, -1.0f), 1.0f);
-  return std::fmaf(0.5f * value, erf, 0.5f * value);
+  const float s = std::min(kErfLast, std::fabs(value) * kErfPieces), n = std::nearbyintf(s);
+  const float t = s - n, half = 0.5f * value;
+  const int piece = static_cast<int>(n);
+  float erf = kErf[kErfDegree][piece];
+  for (int i = kErfDegree - 1; i >= 0; --i) erf = std::fmaf(erf, t, kErf[i][piece]);
+  return std::fmaf(std::fabs(half), erf, half);
 }
 
 inline float from_bf16(uint16_t bits) {

@@ -68,6 +68,19 @@ FASTREC_VEC_BINARY(maximum, _mm256_max_ps)
 FASTREC_VEC_BINARY(minimum, _mm256_min_ps)
 #undef FASTREC_VEC_BINARY
 
+FASTREC_VEC_INLINE Floats absolute(Floats x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
+}
+FASTREC_VEC_INLINE __m256 pick(const float* sixteen, __m256 number) {
+  const __m256i at = _mm256_castps_si256(number);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_load_ps(sixteen), at),
+                          _mm256_permutevar8x32_ps(_mm256_load_ps(sixteen + 8), at),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+}
+FASTREC_VEC_INLINE Floats pick(const float* sixteen, Floats number) {
+  return {pick(sixteen, number.low), pick(sixteen, number.high)};
+}
 FASTREC_VEC_INLINE Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }

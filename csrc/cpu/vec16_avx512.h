@@ -54,6 +54,11 @@ FASTREC_VEC_INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b
 // a * b + c and c - a * b, rounded once.
 FASTREC_VEC_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 FASTREC_VEC_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+FASTREC_VEC_INLINE Floats absolute(Floats x) { return _mm512_abs_ps(x); }
+// sixteen[the lowest 4 bits of a lane], from a cache line.
+FASTREC_VEC_INLINE Floats pick(const float* sixteen, Floats number) {
+  return _mm512_permutexvar_ps(_mm512_castps_si512(number), _mm512_load_ps(sixteen));
+}
 // The second operand where either is a NaN.
 FASTREC_VEC_INLINE Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 FASTREC_VEC_INLINE Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }

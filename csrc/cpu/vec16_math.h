@@ -25,18 +25,14 @@ FASTREC_VEC_INLINE Ints quantise(Floats value, const Quantiser& to) {
 
 // A NaN stays one.
 FASTREC_VEC_INLINE Floats gelu(Floats value) {
-  Floats y = multiply(value, splat(kSqrtHalf));
-  y = minimum(splat(kErfLimit), maximum(splat(-kErfLimit), y));
-  const Floats u = multiply(y, y);
-  Floats p = splat(kErfP[5]), q = splat(kErfQ[5]);
+  const Floats s = minimum(splat(kErfLast), multiply(absolute(value), splat(kErfPieces)));
+  const Floats piece = add(s, splat(kErfRound));
+  const Floats t = subtract(s, subtract(piece, splat(kErfRound)));
+  Floats erf = pick(kErf[kErfDegree], piece);
 #pragma GCC unroll 8
-  for (int i = 4; i >= 0; --i) {
-    p = fma(p, u, splat(kErfP[i]));
-    q = fma(q, u, splat(kErfQ[i]));
-  }
-  const Floats erf = divide(multiply(y, p), q);
+  for (int i = kErfDegree - 1; i >= 0; --i) erf = fma(erf, t, pick(kErf[i], piece));
   const Floats half = multiply(splat(0.5f), value);
-  return fma(half, minimum(splat(1.0f), maximum(splat(-1.0f), erf)), half);
+  return fma(absolute(half), erf, half);
 }
 
 }  // namespace

@@ -23,10 +23,13 @@ CONFIG = RankerConfig(
 )
 
 
-@pytest.mark.parametrize("sparsity", [None, 0.0, 0.4, 0.75])
-def test_the_engine_ranks_as_the_converted_model(sparsity: float | None) -> None:
+@pytest.mark.parametrize(
+    ("sparsity", "attention"),
+    [(None, False), (0.0, False), (0.4, False), (0.4, True), (0.75, False)],
+)
+def test_the_engine_ranks_as_the_converted_model(sparsity: float | None, attention: bool) -> None:
     torch.manual_seed(3)
-    model = bench_ranker.variant(Ranker(CONFIG).eval(), sparsity)
+    model = bench_ranker.variant(Ranker(CONFIG).eval(), sparsity, attention)
     row = bench_agreement.compare(model, threads=2, requests=200, integers=100, exact=50)
     assert row["top_10_same"] == 1
     assert row["rms_error"] <= 2 * row["rms_error_torch"]

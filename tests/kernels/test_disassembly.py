@@ -66,7 +66,7 @@ HOT_LOOPS = [
     ),
     HotLoop(r"window_sparse_attention::.*weighted_sum<(\d+), (?:true|false), ", FMA, 18, 8),
     HotLoop(r"window_sparse_attention_int8::.*near_scores\(", "vpmaddwd", 1, 8),
-    HotLoop(r"window_sparse_attention_int8::.*tile_scores\(", "vpdpbusd", 1, 16),
+    HotLoop(r"window_sparse_attention_int8::.*tile_scores<(\d+)>\(", "vpdpbusd", 4),
     HotLoop(r"window_sparse_attention_int8::.*weighted_sums\(", "vpmaddwd", 1, 8),
     HotLoop(r"window_sparse_attention_int8::.*weighted_sums\(", "vpdpbusd", 1, 32),
     HotLoop(r"attention_map_kl::.*near_scores<(\d+)>\(", FMA, 4),

@@ -31,6 +31,30 @@ union Register {
   int64_t i64[kBlock];
 };
 
+// A block of elements: a register, or where they lie in an operand anyway.
+template <class F32, class I64>
+struct Block {
+  F32* f32;
+  I64* i64;
+};
+using From = Block<const float, const int64_t>;
+using To = Block<float, int64_t>;
+
+From from(const Register& r) { return {r.f32, r.i64}; }
+To to(Register& r) { return {r.f32, r.i64}; }
+
+// Whether a whole block can be read or written where it lies.
+bool lies_so(const Tensor& tensor, int64_t stride, int n) {
+  const bool known = tensor.dtype == Dtype::f32 || tensor.dtype == Dtype::i64;
+  return n == kBlock && stride == 1 && known;
+}
+
+// The register's memory stands for elements of the other dtype, which a sound plan never asks for.
+To block_of(const Tensor& tensor, int64_t at, Register& r) {
+  if (tensor.dtype == Dtype::f32) return {tensor.as<float>() + at, r.i64};
+  return {r.f32, tensor.as<int64_t>() + at};
+}
+
 // Operands with as few dims as their strides allow; the result is operand `count - 1`.
 struct Loop {
   int dims = 0, count;
@@ -108,7 +132,7 @@ uint64_t bits(int64_t value) { return static_cast<uint64_t>(value); }
 #define FASTREC_EACH(field, expression) \
   for (int i = 0; i < kBlock; ++i) to.field[i] = (expression)
 
-void execute(MapOp op, Register& to, const Register& a, const Register& b, const Register& c) {
+void execute(MapOp op, To to, From a, From b, From c) {
   switch (op) {
     case MapOp::add_f32:
       FASTREC_EACH(f32, a.f32[i] + b.f32[i]);
@@ -273,6 +297,8 @@ Status run_map(const Step& step, const Tensor* operands) {
 
   parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
     Register registers[kMaxRegisters];
+    From values[kMaxRegisters];
+    for (int r = 0; r < inputs + instructions; ++r) values[r] = from(registers[r]);
     // Constants are filled once, not once a block.
     for (int p = 0; p < instructions; ++p) {
       const int64_t* instruction = step.integers.data() + p * kInstruction;
@@ -297,22 +323,35 @@ Status run_map(const Step& step, const Tensor* operands) {
         for (int d = 0; d < loop.dims; ++d) offset += position[d] * loop.strides[o][d];
         return offset;
       };
-      for (int o = 0; o < inputs; ++o)
-        load(registers[o], operands[o], start(o), loop.strides[o][inner], n);
+      for (int o = 0; o < inputs; ++o) {
+        const int64_t stride = loop.strides[o][inner];
+        if (instructions > 0 && lies_so(operands[o], stride, n)) {
+          const To there = block_of(operands[o], start(o), registers[o]);
+          values[o] = {there.f32, there.i64};
+        } else {
+          load(registers[o], operands[o], start(o), stride, n);
+          values[o] = from(registers[o]);
+        }
+      }
+      // The last instruction that computes may write the result itself.
+      const bool direct = instructions > 0 && lies_so(result, loop.strides[inputs][inner], n) &&
+                          kMapOpReads[step.integers[(instructions - 1) * kInstruction]] > 0;
       for (int p = 0; p < instructions; ++p) {
         const int64_t* instruction = step.integers.data() + p * kInstruction;
         const MapOp op = static_cast<MapOp>(instruction[0]);
-        Register& to = registers[inputs + p];
+        Register& own = registers[inputs + p];
         if (op == MapOp::index) {
           const bool along = instruction[1] == inner;
-          for (int i = 0; i < n; ++i) to.i64[i] = position[instruction[1]] + (along ? i : 0);
+          for (int i = 0; i < n; ++i) own.i64[i] = position[instruction[1]] + (along ? i : 0);
         } else {
-          execute(op, to, registers[instruction[1]], registers[instruction[2]],
-                  registers[instruction[3]]);
+          const bool last = direct && p + 1 == instructions;
+          execute(op, last ? block_of(result, start(inputs), own) : to(own), values[instruction[1]],
+                  values[instruction[2]], values[instruction[3]]);
         }
       }
-      store(registers[inputs + instructions - 1], result, start(inputs),
-            loop.strides[inputs][inner], n);
+      if (!direct)
+        store(registers[inputs + instructions - 1], result, start(inputs),
+              loop.strides[inputs][inner], n);
     }
   });
   return {};

@@ -1,5 +1,5 @@
 // The vector kernel, written once over sixteen lanes; an ISA file includes its vec16 header and
-// this one. Three passes over a row that lies in L1 after the first; rows overlap out of order.
+// this one. Three passes over rows that lie in L1 after the first.
 #include "layer_norm_quantize/layer_norm_quantize.h"
 #include "vec16_math.h"
 
@@ -19,6 +19,12 @@ struct Row {
     return residual ? add(load(x + i, lanes), load(residual + i, lanes)) : load(x + i, lanes);
   }
 };
+
+// The row that starts there, once it has been summed.
+FASTREC_VEC_INLINE Row summed(const Call& call, int64_t at) {
+  if (call.sum) return {call.sum + at, nullptr};
+  return {call.x + at, call.residual ? call.residual + at : nullptr};
+}
 
 FASTREC_VEC_INLINE float total(const Floats* acc) {
   return sum_lanes(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
@@ -70,19 +76,42 @@ FASTREC_VEC_INLINE void note(Floats& poison, Floats value) {
   poison = add(poison, minimum(splat(1.0f), maximum(splat(-1.0f), value)));
 }
 
-FASTREC_VEC bool rows(const Call& call, int64_t begin, int64_t end) {
+// Mean and 1 / deviation of rows that follow each other. A row's steps wait for one another, those
+// of different rows do not.
+template <int count>
+struct Statistics {
+  Floats mean[count], rstd[count];
+};
+
+template <int count>
+FASTREC_VEC_INLINE Statistics<count> statistics(const Call& call, int64_t at) {
+  const int64_t dims = call.dims;
+  const float size = static_cast<float>(dims);
+  Statistics<count> found;
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) {
+    const int64_t from = at + r * dims;
+    const Row row{call.x + from, call.residual ? call.residual + from : nullptr};
+    found.mean[r] = splat(row_sum(row, dims, call.sum ? call.sum + from : nullptr) / size);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) {
+    const float squares = row_squares(summed(call, at + r * dims), dims, found.mean[r]);
+    found.rstd[r] = splat(1.0f / __builtin_sqrtf(squares / size + call.eps));
+  }
+  return found;
+}
+
+template <int count>
+FASTREC_VEC_INLINE void some_rows(const Call& call, int64_t first, const Quantiser& to,
+                                  Floats& poison) {
   const int64_t dims = call.dims, whole = dims / kLanes * kLanes;
   const Lanes every = first_lanes(kLanes), tail = first_lanes(dims - whole);
-  const Quantiser to = quantiser(call.quantisation);
-  const float count = static_cast<float>(dims);
-  Floats poison = zeros();
-  for (int64_t at = begin * dims; at < end * dims; at += dims) {
-    Row row{call.x + at, call.residual ? call.residual + at : nullptr};
-    float* const keep = call.sum ? call.sum + at : nullptr;
-    const Floats mean = splat(row_sum(row, dims, keep) / count);
-    if (keep) row = {keep, nullptr};
-    const Floats rstd =
-        splat(1.0f / __builtin_sqrtf(row_squares(row, dims, mean) / count + call.eps));
+  const Statistics<count> found = statistics<count>(call, first);
+  for (int r = 0; r < count; ++r) {
+    const int64_t at = first + r * dims;
+    const Row row = summed(call, at);
+    const Floats mean = found.mean[r], rstd = found.rstd[r];
     if (call.y_u8) {
       uint8_t* const y = static_cast<uint8_t*>(call.y) + at;
       for (int64_t i = 0; i < whole; i += kLanes) {
@@ -113,6 +142,16 @@ FASTREC_VEC bool rows(const Call& call, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+FASTREC_VEC bool rows(const Call& call, int64_t begin, int64_t end) {
+  constexpr int kAtOnce = 4;
+  const Quantiser to = quantiser(call.quantisation);
+  Floats poison = zeros();
+  int64_t row = begin;
+  for (; row + kAtOnce <= end; row += kAtOnce)
+    some_rows<kAtOnce>(call, row * call.dims, to, poison);
+  for (; row < end; ++row) some_rows<1>(call, row * call.dims, to, poison);
   return !any_nan(poison);
 }
 

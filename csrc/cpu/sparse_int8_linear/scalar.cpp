@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "sparse_int8_linear/epilogue.h"
+#include "element.h"
 #include "sparse_int8_linear/sparse_int8_linear.h"
 
 namespace fastrec::sparse_int8_linear {
@@ -19,23 +19,9 @@ uint8_t quantise(float value, float inverse_scale, int32_t zero_point) {
   return static_cast<uint8_t>(static_cast<int32_t>(std::nearbyintf(clamped)) + zero_point);
 }
 
-float erf_approximation(float y) {
-  y = std::min(std::max(y, -kErfLimit), kErfLimit);
-  const float u = y * y;
-  float p = kErfP[5], q = kErfQ[5];
-  for (int i = 4; i >= 0; --i) {
-    p = std::fmaf(p, u, kErfP[i]);
-    q = std::fmaf(q, u, kErfQ[i]);
-  }
-  return std::min(std::max(y * p / q, -1.0f), 1.0f);
-}
-
 float activate(float value, Activation activation) {
   if (activation == Activation::relu) return std::max(0.0f, value);
-  if (activation == Activation::gelu) {
-    const float half = 0.5f * value;
-    return std::fmaf(half, erf_approximation(value * kSqrtHalf), half);
-  }
+  if (activation == Activation::gelu) return gelu(value);
   return value;
 }
 

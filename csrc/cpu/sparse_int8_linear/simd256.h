@@ -33,7 +33,17 @@ struct Simd256 {
   FASTREC_LINEAR_INLINE static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   FASTREC_LINEAR_INLINE static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   FASTREC_LINEAR_INLINE static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
-  FASTREC_LINEAR_INLINE static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+  FASTREC_LINEAR_INLINE static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  FASTREC_LINEAR_INLINE static Float abs(Float a) {
+    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
+  }
+  // sixteen[the lowest 4 bits of a lane]
+  FASTREC_LINEAR_INLINE static Float pick(const float* sixteen, Float number) {
+    const __m256i at = _mm256_castps_si256(number);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_load_ps(sixteen), at),
+                            _mm256_permutevar8x32_ps(_mm256_load_ps(sixteen + 8), at),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+  }
   FASTREC_LINEAR_INLINE static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
   FASTREC_LINEAR_INLINE static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
   FASTREC_LINEAR_INLINE static Float fmadd(Float a, Float b, Float c) {

@@ -29,7 +29,12 @@ struct Simd512 {
   FASTREC_LINEAR_INLINE static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   FASTREC_LINEAR_INLINE static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   FASTREC_LINEAR_INLINE static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
-  FASTREC_LINEAR_INLINE static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  FASTREC_LINEAR_INLINE static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  FASTREC_LINEAR_INLINE static Float abs(Float a) { return _mm512_abs_ps(a); }
+  // sixteen[the lowest 4 bits of a lane]
+  FASTREC_LINEAR_INLINE static Float pick(const float* sixteen, Float number) {
+    return _mm512_permutexvar_ps(_mm512_castps_si512(number), _mm512_load_ps(sixteen));
+  }
   FASTREC_LINEAR_INLINE static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
   FASTREC_LINEAR_INLINE static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   FASTREC_LINEAR_INLINE static Float fmadd(Float a, Float b, Float c) {

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "sparse_int8_linear/epilogue.h"
+#include "gelu.h"
 #include "sparse_int8_linear/sparse_int8_linear.h"
 
 #define FASTREC_LINEAR_INLINE FASTREC_LINEAR_TARGET inline __attribute__((always_inline))
@@ -136,20 +136,16 @@ FASTREC_LINEAR_INLINE void quantise(const typename Simd::Float* value, const Req
 template <class Simd>
 FASTREC_LINEAR_INLINE typename Simd::Float gelu(typename Simd::Float value) {
   using Float = typename Simd::Float;
-  const Float limit = Simd::set(kErfLimit), one = Simd::set(1.0f);
-  Float y = Simd::mul(value, Simd::set(kSqrtHalf));
-  y = Simd::min(Simd::max(y, Simd::set(-kErfLimit)), limit);
-  const Float u = Simd::mul(y, y);
-  Float p = Simd::set(kErfP[5]), q = Simd::set(kErfQ[5]);
+  const Float round = Simd::set(kErfRound);
+  const Float s =
+      Simd::min(Simd::set(kErfLast), Simd::mul(Simd::abs(value), Simd::set(kErfPieces)));
+  const Float piece = Simd::add(s, round);
+  const Float t = Simd::sub(s, Simd::sub(piece, round));
+  Float erf = Simd::pick(kErf[kErfDegree], piece);
 #pragma GCC unroll 8
-  for (int i = 4; i >= 0; --i) {
-    p = Simd::fmadd(p, u, Simd::set(kErfP[i]));
-    q = Simd::fmadd(q, u, Simd::set(kErfQ[i]));
-  }
-  Float erf = Simd::div(Simd::mul(y, p), q);
-  erf = Simd::min(Simd::max(erf, Simd::set(-1.0f)), one);
+  for (int i = kErfDegree - 1; i >= 0; --i) erf = Simd::fmadd(erf, t, Simd::pick(kErf[i], piece));
   const Float half = Simd::mul(Simd::set(0.5f), value);
-  return Simd::fmadd(half, erf, half);
+  return Simd::fmadd(Simd::abs(half), erf, half);
 }
 
 template <class Simd, Activation activation, Dtype y_dtype>

@@ -28,26 +28,31 @@ int64_t scratch_ints(const Call& call, int64_t far) {
          4 * lines * kTile;
 }
 
-// Scores [16 keys][16 queries] of one tile; the highest of each query.
-FASTREC_NOINLINE __m512i tile_scores(const uint8_t* queries, const uint8_t* keys,
-                                     const int32_t* bias, int64_t lines, int32_t* to) {
-  __m512i acc[kTile];
+// Scores [keys][16 queries] of a tile's first keys.
+template <int kKeys>
+FASTREC_NOINLINE void tile_scores(const uint8_t* queries, const uint8_t* keys, const int32_t* bias,
+                                  int64_t lines, int32_t* to) {
+  __m512i acc[kKeys];
 #pragma GCC unroll 16
-  for (int t = 0; t < kTile; ++t) acc[t] = _mm512_set1_epi32(bias[t]);
+  for (int t = 0; t < kKeys; ++t) acc[t] = _mm512_set1_epi32(bias[t]);
   for (int64_t line = 0; line < lines; ++line) {
     const __m512i query = _mm512_load_si512(queries + line * kLine);
     const auto* key = reinterpret_cast<const int32_t*>(keys + line * kLine);
 #pragma GCC unroll 16
-    for (int t = 0; t < kTile; ++t)
+    for (int t = 0; t < kKeys; ++t)
       acc[t] = _mm512_dpbusd_epi32(acc[t], query, _mm512_set1_epi32(key[t]));
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < kTile; ++t) _mm512_store_si512(to + t * kLineInts, acc[t]);
-#pragma GCC unroll 4
-  for (int step = 8; step > 0; step /= 2)
-#pragma GCC unroll 8
-    for (int t = 0; t < step; ++t) acc[t] = _mm512_max_epi32(acc[t], acc[t + step]);
-  return acc[0];
+  for (int t = 0; t < kKeys; ++t) _mm512_store_si512(to + t * kLineInts, acc[t]);
+}
+constexpr decltype(&tile_scores<kTile>) kTileScores[] = {tile_scores<4>, tile_scores<8>,
+                                                         tile_scores<12>, tile_scores<16>};
+
+// Of rows that all lanes see.
+FASTREC_INLINE __m512i highest_of(const int32_t* scores, int64_t rows, __m512i highest) {
+  for (int64_t r = 0; r < rows; ++r)
+    highest = _mm512_max_epi32(highest, _mm512_load_si512(scores + r * kLineInts));
+  return highest;
 }
 
 // Score of query lane r with the key at r + shift of the tile and the next one.
@@ -129,15 +134,16 @@ FASTREC_INLINE __m512i four_queries(const int32_t* weights, int m) {
   return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(weights + 4 * m)));
 }
 
-FASTREC_NOINLINE void weighted_sums(const int32_t* weights, const uint8_t* values, int64_t tiles,
+// `fours`: groups of 4 keys in a row of tiles, the last of which may hold less than 4.
+FASTREC_NOINLINE void weighted_sums(const int32_t* weights, const uint8_t* values, int64_t fours,
                                     int64_t tile_bytes, const Far* far, int64_t far_count,
                                     int64_t at, Sums* sums) {
   __m512i acc[2][4];
 #pragma GCC unroll 4
   for (int m = 0; m < 4; ++m) acc[0][m] = acc[1][m] = _mm512_setzero_si512();
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const __m512i v0 = _mm512_load_si512(values + tile * tile_bytes + at);
-    const __m512i v1 = _mm512_load_si512(values + tile * tile_bytes + at + kLine);
+  values += at;
+  for (; fours >= 4; fours -= 4, values += tile_bytes) {
+    const __m512i v0 = _mm512_load_si512(values), v1 = _mm512_load_si512(values + kLine);
     // Each dim's keys 4 g .. 4 g + 3 to all four queries of its lane.
     const __m512i keys0[4] = {_mm512_shuffle_epi32(v0, static_cast<_MM_PERM_ENUM>(0x00)),
                               _mm512_shuffle_epi32(v0, static_cast<_MM_PERM_ENUM>(0x55)),
@@ -156,6 +162,17 @@ FASTREC_NOINLINE void weighted_sums(const int32_t* weights, const uint8_t* value
         acc[1][m] = _mm512_dpbusd_epi32(acc[1][m], p, keys1[g]);
       }
     weights += 4 * kLineInts;
+  }
+  for (int64_t g = 0; g < fours; ++g, weights += kLineInts) {
+    const __m512i four = _mm512_set1_epi32(static_cast<int32_t>(0x03020100 + g * 0x04040404));
+    const __m512i keys0 = _mm512_shuffle_epi8(_mm512_load_si512(values), four);
+    const __m512i keys1 = _mm512_shuffle_epi8(_mm512_load_si512(values + kLine), four);
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+      const __m512i p = four_queries(weights, m);
+      acc[0][m] = _mm512_dpbusd_epi32(acc[0][m], p, keys0);
+      acc[1][m] = _mm512_dpbusd_epi32(acc[1][m], p, keys1);
+    }
   }
   for (int64_t n = 0; n < far_count; n += 4) {
 #pragma GCC unroll 2
@@ -250,23 +267,27 @@ FASTREC_VNNI void block_of_16(const Call& call, int64_t batch, int64_t head, con
   const __m512i reach =
       _mm512_set1_epi32(static_cast<int32_t>(call.pattern.causal ? window : 2 * window));
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const __m512i best = tile_scores(memory.queries, packed.keys + tile * tile_bytes,
-                                     packed.bias + tile * kTile, lines, row);
-    const int64_t before = i0 + rows - 1 - tile * kTile, behind = (tile + 1) * kTile - 1 - i0;
-    if (before <= window && behind <= (call.pattern.causal ? 0 : window) &&
-        (tile + 1) * kTile <= keys) {
+    // The last one may be of a few keys: of whole fours.
+    const int64_t there = std::min<int64_t>(kTile, keys - tile * kTile);
+    const int64_t fours = (there + 3) / 4;
+    kTileScores[fours - 1](memory.queries, packed.keys + tile * tile_bytes,
+                           packed.bias + tile * kTile, lines, row);
+    const int64_t before = i0 + rows - 1 - tile * kTile, behind = tile * kTile + there - 1 - i0;
+    if (before <= window && behind <= (call.pattern.causal ? 0 : window)) {
       // All see all.
-      row += kTile * kLineInts;
-      highest = _mm512_max_epi32(highest, best);
+      highest = highest_of(row, there, highest);
+      row += there * kLineInts;
+      for (int64_t r = there; r < 4 * fours; ++r) highest = store_scores(&row, 0, highest, highest);
       continue;
     }
-    for (int64_t j = tile * kTile; j < (tile + 1) * kTile; ++j) {
+    for (int64_t j = tile * kTile; j < tile * kTile + 4 * fours; ++j) {
       const __m512i distance =
           _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int32_t>(j - i0 + window)), lane);
       const __mmask16 seen = j < keys ? _mm512_cmple_epu32_mask(distance, reach) : 0;
       highest = store_scores(&row, seen, _mm512_load_si512(row), highest);
     }
   }
+  const int64_t near_fours = (row - memory.scores) / (4 * kLineInts);
   int64_t far_count = 0;
   for (int64_t n = 0; n < call.pattern.far_count(head); ++n) {
     const int64_t first = i0 + call.pattern.far_shift(head, n);  // the key of lane 0
@@ -299,8 +320,8 @@ FASTREC_VNNI void block_of_16(const Call& call, int64_t batch, int64_t head, con
   const int64_t stride = direct ? call.out.row_stride : 4 * lines;
   for (int64_t line = 0; line < lines; line += 2) {
     Sums sums;
-    weighted_sums(memory.weights, packed.values + first_tile * tile_bytes, end_tile - first_tile,
-                  tile_bytes, memory.far, far_count, line * kLine, &sums);
+    weighted_sums(memory.weights, packed.values + first_tile * tile_bytes, near_fours, tile_bytes,
+                  memory.far, far_count, line * kLine, &sums);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       if (direct && 4 * (line + i) >= call.dims) break;

@@ -1,21 +1,17 @@
 """A plan that came from a file, checked before it runs: whatever it says, no kernel may touch
-memory outside the buffers. numpy only.
-
-Sizes depend on symbols that are known at a call alone, so "inside its buffer" is proven for all of
-their values at once: with every symbol written as 1 + t, t >= 0, the room left behind a view's last
-element is a polynomial without a negative coefficient.
+memory outside the buffers, at any sizes. numpy only.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fastrec.errors import ArtifactError
+from fastrec.runtime.plan.bounds import room_behind
 from fastrec.runtime.plan.ir import Buffer, Extent, Plan, Shape, Step, View, product
 from fastrec.runtime.plan.passes import CHUNK
 from fastrec.runtime.spec import InputSpec
@@ -109,18 +105,6 @@ def _buffer(buffer: Buffer, plan: Plan) -> None:
         require(buffer in plan.inputs, "inputs that the plan has")
 
 
-Polynomial = Counter[tuple[str, ...]]
-
-
-def _shifted(extent: Extent) -> Polynomial:
-    """The extent with each symbol s written as 1 + s."""
-    terms: Polynomial = Counter()
-    for count in range(len(extent.symbols) + 1):
-        for chosen in itertools.combinations(extent.symbols, count):
-            terms[chosen] += extent.coefficient
-    return terms
-
-
 def _inside(view: View, plan: Plan) -> None:
     """Every element of the view is one of its buffer, whatever the sizes."""
     _extents(view.shape, plan)
@@ -130,12 +114,7 @@ def _inside(view: View, plan: Plan) -> None:
     if any(size.coefficient == 0 for size in view.shape):
         require(view.offset == 0, "empty operands at the start of their buffers")
         return
-    room = _shifted(product(view.buffer.shape))
-    room[()] -= 1 + view.offset
-    for size, stride in zip(view.shape, view.strides, strict=True):
-        room.subtract(_shifted(size * stride))
-        room.update(_shifted(stride))
-    require(all(c >= 0 for c in room.values()), "operands inside their buffers")
+    require(all(c >= 0 for c in room_behind(view).values()), "operands inside their buffers")
 
 
 # What each kind takes: csrc/cpu/engine/<kind>.cpp says the same in its first lines.
