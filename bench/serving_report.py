@@ -12,6 +12,7 @@ WEIGHTS = {"gold": 0.5, "silver": 0.3, "bulk": 0.2}
 CAP_MS = 12.5
 LOADS = {
     "canonical": "one user, 50 candidates",
+    "eight": "eight users, 50 candidates each",
     "heavy": "one user, 100 to 1,000 candidates, Pareto 1.5",
 }
 # Refused with a reason before it was run, or given up by the client at its deadline.
@@ -33,7 +34,7 @@ def goals(done: Mapping[str, Any], load: str) -> list[Row]:
         c = steady["capacity_rps"]
         half, nearly = steady["half"]["all"], steady["nearly"]
         p50, p99 = half["latency_ms"]["p50"], half["latency_ms"]["p99"]
-        if load == "canonical":
+        if load != "heavy":
             engine = steady["engine_ms"]["p50"]
             over = p50 - engine
             rows.append(("0.5 C: p50 over the engine", "<= 0.6 ms", f"{over:.2f} ms", over <= 0.6))

@@ -231,6 +231,16 @@ def test_a_tier_within_its_share_does_not_feel_the_overload_of_others() -> None:
     assert len(good) >= 0.99 * len(gold)
 
 
+def test_large_requests_that_can_be_in_time_are_let_in() -> None:
+    """The limit counts what is in flight, not what comes: four requests of 10 ms are done in 40."""
+    world = World(ServingConfig(slo=SLO(50.0)), costs=[lambda users, rows: 0.010])
+    tickets = [world.send() for _ in range(4)]
+    world.clock.run()
+    assert [t.error for t in tickets] == [None] * 4
+    done = [e for e in world.events if getattr(e, "outcome", "") == "ok"]
+    assert max(e.total_s for e in done) <= 0.05
+
+
 def test_what_is_turned_away_early_is_what_submit_refuses() -> None:
     """The wire asks before it decodes: the answer is that of submit, and nothing is charged."""
     tiers = {"gold": Tier(6), "bulk": Tier(4, quota=Quota(2e5, 2e4)), "express": Tier(1)}

@@ -117,18 +117,18 @@ class Gate:
             raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
 
     def _check_limit(self, ticket: Ticket, slots: int) -> None:
-        if not self.in_flight_s:
-            return
+        """While there is room, whoever comes enters whole: a large request would else find a
+        limit that is half empty full. Whether it can be done in time is another question."""
         # limit_s, with the gain on the other side.
         limit = self.limit.limit_s * slots * self.guard()
         gain = max(self.gain, 0.05)
-        if (self.in_flight_s + ticket.cost_s * self.gain) * gain > limit:
+        if self.in_flight_s * gain > limit:
             tier = self.queues.tiers[ticket.tier]
             # What the tier's weight does within the goal; the limit keeps a call's time in hand of
             # that, which a guarantee need not, as deadlines are checked.
             reach = max(self._goal_s / self.limit.high_s, 1.0)
             share = limit * reach * tier.weight / self._weights
-            if (tier.in_flight_s + ticket.cost_s * self.gain) * gain > share:
+            if tier.in_flight_s * gain > share:
                 raise Rejected(Kind.OVERLOAD, QUEUE_FULL, self._drained_s())
 
     def expected_finish(self, ticket: Ticket, now: float) -> float:
