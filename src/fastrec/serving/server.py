@@ -34,7 +34,6 @@ except ImportError as error:
         "grpc",
         "google",
         "h11",
-        "hpack",
         "prometheus_client",
     ):
         raise

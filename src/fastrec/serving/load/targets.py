@@ -4,7 +4,6 @@ process."""
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -23,25 +22,15 @@ from fastrec.serving.load.plan import Sizes
 try:
     import grpc
 
-    from fastrec.serving.load.caller import (
-        TIMEOUT,
-        UNAVAILABLE,
-        Caller,
-        Done,
-        connect,
-        trailers_of,
-    )
-    from fastrec.serving.wire.frames import Headers
     from fastrec.serving.wire.messages import SERVICE, InferRequest, message, methods
     from fastrec.serving.wire.status import DETAILS, PUSHBACK
     from fastrec.serving.wire.tensors import datatype, to_raw
 except ImportError as error:
-    if error.name is None or error.name.partition(".")[0] not in ("grpc", "google", "hpack"):
+    if error.name is None or error.name.partition(".")[0] not in ("grpc", "google"):
         raise
     raise MissingDependencyError(error.name, "serve", "fastrec.serving.load") from error
 
 VARIANTS = 16
-_NAMES = {str(code.value[0]): code.name.lower() for code in grpc.StatusCode}
 _Status = message("google.rpc.Status")
 _ErrorInfo = message("google.rpc.ErrorInfo")
 _RetryInfo = message("google.rpc.RetryInfo")
@@ -136,11 +125,17 @@ class GrpcTarget:
         timeout_s: float = 10.0,
         token: str = "",
     ) -> None:
+        # Channels to one address share a connection unless they are told not to.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
         self.address, self.model, self._timeout = address, model, timeout_s
-        self._headers = (("authorization", f"Bearer {token}"),) if token else ()
-        self._links: list[_Link] = [_Link(self) for _ in range(connections)]
+        self._channels = [
+            grpc.aio.insecure_channel(address, options=options) for _ in range(connections)
+        ]
+        self._calls = [c.unary_unary(f"/{SERVICE}/ModelInfer") for c in self._channels]
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
         self._messages: list[list[bytes]] = []
         self._parameters: dict[tuple[str, str, int, float | None], bytes] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> GrpcTarget:
         return self
@@ -151,7 +146,11 @@ class GrpcTarget:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await asyncio.gather(*(link.close() for link in self._links))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels:
+            await channel.close()
 
     async def spec(self) -> InputSpec | None:
         """The model's inputs with their id ranges; None where the server does not tell them.
@@ -160,19 +159,18 @@ class GrpcTarget:
             ServingError: the server cannot be reached, or has no such model.
         """
         kind, reply = methods(SERVICE)["ModelConfig"]
-        async with grpc.aio.insecure_channel(self.address) as channel:
-            call = channel.unary_unary(
-                f"/{SERVICE}/ModelConfig",
-                request_serializer=kind.SerializeToString,
-                response_deserializer=reply.FromString,
+        call = self._channels[0].unary_unary(
+            f"/{SERVICE}/ModelConfig",
+            request_serializer=kind.SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        try:
+            answer = await call(
+                kind(name=self.model), timeout=self._timeout, metadata=self._metadata
             )
-            try:
-                answer = await call(
-                    kind(name=self.model), timeout=self._timeout, metadata=self._headers
-                )
-            except grpc.aio.AioRpcError as error:
-                told = f"{error.code().name}: {error.details()}"
-                raise ServingError(f"{self.address}, model {self.model!r}: {told}") from error
+        except grpc.aio.AioRpcError as error:
+            told = f"{error.code().name}: {error.details()}"
+            raise ServingError(f"{self.address}, model {self.model!r}: {told}") from error
         parameters = answer.config.parameters
         if "inputs" not in parameters:
             return None
@@ -208,50 +206,18 @@ class GrpcTarget:
 
     def send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
         """See :class:`fastrec.serving.load.generator.Target`."""
+        _keep(self._tasks, self._send(shot, done))
+
+    async def _send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
         kinds = self._messages[shot.size]
         data = kinds[shot.variant % len(kinds)] + self._hints(shot)
-        link = self._links[shot.number % len(self._links)]
-        link.call(data, shot.timeout_s or self._timeout, lambda told: done(_answer(told)))
-
-
-class _Link:
-    """A connection that is made when it is needed, and again when the server has sent it away."""
-
-    def __init__(self, target: GrpcTarget) -> None:
-        self._target = target
-        self._caller: Caller | None = None
-        self._waiting: list[tuple[bytes, float, Done]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    def call(self, message: bytes, timeout_s: float, done: Done) -> None:
-        if self._caller is not None and not self._caller.leaving:
-            self._caller.call(message, timeout_s, done)
-            return
-        self._waiting.append((message, timeout_s, done))
-        if self._task is None:
-            self._task = asyncio.ensure_future(self._connect())
-
-    async def _connect(self) -> None:
-        target = self._target
+        call = self._calls[shot.number % len(self._calls)]
         try:
-            path = f"/{SERVICE}/ModelInfer"
-            self._caller = await connect(target.address, path, target._headers, target._timeout)
-        except (OSError, asyncio.TimeoutError):
-            self._caller = None
-        self._task = None
-        waiting, self._waiting = self._waiting, []
-        for message, timeout_s, done in waiting:
-            if self._caller is None:
-                done((("grpc-status", UNAVAILABLE),))
-            else:
-                self._caller.call(message, timeout_s, done)
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        if self._caller is not None:
-            self._caller.transport.close()
+            await call(data, timeout=shot.timeout_s or self._timeout, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            done(_refusal(error))
+        else:
+            done(Answer(OK))
 
 
 def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
@@ -260,29 +226,29 @@ def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> No
     task.add_done_callback(tasks.discard)
 
 
-@functools.lru_cache(1024)
-def _answer(headers: Headers) -> Answer:
+def _refusal(error: Any) -> Answer:
     """The reason that a machine reads, where the server gives one; else the code's name."""
-    code, text, others = trailers_of(headers)
-    if code == "0":
-        return Answer(OK)
     retry: float | None = None
-    outcome = ""
-    if details := others.get(DETAILS):
-        for detail in _Status.FromString(details).details:
-            if detail.type_url.endswith(_ErrorInfo.DESCRIPTOR.full_name):
-                outcome = _ErrorInfo.FromString(detail.value).reason.lower()
-            elif detail.type_url.endswith(_RetryInfo.DESCRIPTOR.full_name):
-                delay = _RetryInfo.FromString(detail.value).retry_delay
-                retry = delay.seconds + delay.nanos / 1e9
-    # As gRPC's own retries read it.
-    if str(others.get(PUSHBACK, "")).startswith("-"):
+    outcome, give_up = "", False
+    for key, value in error.trailing_metadata() or ():
+        if key == PUSHBACK:
+            # As gRPC's own retries read it.
+            give_up = value.startswith("-")
+        elif key == DETAILS:
+            for detail in _Status.FromString(value).details:
+                if detail.type_url.endswith(_ErrorInfo.DESCRIPTOR.full_name):
+                    outcome = _ErrorInfo.FromString(detail.value).reason.lower()
+                elif detail.type_url.endswith(_RetryInfo.DESCRIPTOR.full_name):
+                    delay = _RetryInfo.FromString(detail.value).retry_delay
+                    retry = delay.seconds + delay.nanos / 1e9
+    if give_up:
         retry = -1.0
-    if code == TIMEOUT:
+    code, text = error.code().name.lower(), error.details() or ""
+    if code == "deadline_exceeded":
         return Answer("timeout", retry)
     # Triton gives no reason but these texts.
     if not outcome and QUEUE_FULL in text:
         outcome = "queue_full"
     elif not outcome and TIMED_OUT in text:
         outcome = "expired"
-    return Answer(outcome or _NAMES.get(code, code), retry)
+    return Answer(outcome or code, retry)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import grpc
 import numpy as np
 
 from fastrec.serving.core.config import ServingConfig
@@ -17,7 +16,7 @@ from fastrec.serving.ray.load import Load
 from fastrec.serving.ray.routing import place
 from fastrec.serving.repository import ModelRepository
 from fastrec.serving.wire.auth import Auth
-from fastrec.serving.wire.calls import InferenceService
+from fastrec.serving.wire.calls import Aborted, InferenceService
 from fastrec.serving.wire.door import Door
 
 # Loading and unloading are the deployment's to do, for all replicas at once.
@@ -113,8 +112,12 @@ class Replica:
     async def _answer(self, name: str, data: bytes, context: Any) -> _Bytes:
         try:
             return _Bytes(await self._calls[name](data, _Context(context)))
-        except _Aborted:
-            return _Bytes(b"")  # the status is in Ray's context, which goes back with the answer
+        except Aborted as status:
+            # Ray's context goes back with the answer.
+            context.set_code(status.code)
+            context.set_details(status.text)
+            context.set_trailing_metadata(list(status.trailers))
+            return _Bytes(b"")
 
 
 def _method(name: str) -> Any:
@@ -141,10 +144,6 @@ class _Bytes:
         return self._data
 
 
-class _Aborted(Exception):
-    """A call was ended with a status."""
-
-
 class _Context:
     """Ray's record of a call, as the servicer context that our calls expect."""
 
@@ -162,12 +161,6 @@ class _Context:
 
     def time_remaining(self) -> None:
         """Ray does not hand the call's deadline on; the request's own timeout counts."""
-
-    def refuse(self, code: grpc.StatusCode, text: str, trailers: Any = ()) -> NoReturn:
-        self._context.set_code(code)
-        self._context.set_details(text)
-        self._context.set_trailing_metadata([tuple(pair) for pair in trailers])
-        raise _Aborted(text)
 
 
 __all__ = ["CALLS", "Replica"]

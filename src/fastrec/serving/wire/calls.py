@@ -1,14 +1,16 @@
 """The Open Inference Protocol's calls as bytes in, bytes out: decode, ask the door, encode.
 
 Messages are taken and given as bytes, so that what does not parse gets INVALID_ARGUMENT with a
-reason instead of gRPC's INTERNAL. What hosts the calls (:mod:`.grpc_host`, Ray) brings a context
-with gRPC's methods, and ``refuse(code, text, trailers)``, which raises.
+reason instead of gRPC's INTERNAL. What hosts the calls (:mod:`.grpc_server`, Ray) brings a context
+with gRPC's methods, and ends a call that raises :class:`Aborted` with that status.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
+
+import grpc
 
 from fastrec import __version__
 from fastrec.errors import ArgumentError
@@ -16,7 +18,7 @@ from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.wire.auth import Identity
 from fastrec.serving.wire.cards import configuration, metadata
 from fastrec.serving.wire.door import EXTENSIONS, Door
-from fastrec.serving.wire.hints import Hints, from_values, of_parameters, with_headers
+from fastrec.serving.wire.hints import from_values, of_parameters, with_headers
 from fastrec.serving.wire.messages import (
     LOAD_SERVICE,
     SERVICE,
@@ -31,6 +33,16 @@ from fastrec.serving.wire.tensors import datatype, tensor_inputs, to_raw
 _MAX_ID = 128
 
 Call = Callable[[bytes, Any], Awaitable[bytes]]
+
+
+class Aborted(Exception):
+    """A call ends with a status."""
+
+    def __init__(
+        self, code: grpc.StatusCode, text: str, trailers: tuple[tuple[str, str | bytes], ...]
+    ) -> None:
+        self.code, self.text, self.trailers = code, text, trailers
+        super().__init__(text)
 
 
 class InferenceService:
@@ -82,12 +94,11 @@ class InferenceService:
                 reply = await call(request, identity, context)
                 return bytes(reply.SerializeToString())
             except Exception as error:
-                self._refuse(context, error, name)
+                raise self._refusal(error, name) from error
 
         return handle
 
-    def _model_infer(self, data: bytes, context: Any) -> Awaitable[bytes]:
-        """What the server sheds is refused here, at once: no tensor is decoded, no task is made."""
+    async def _model_infer(self, data: bytes, context: Any) -> bytes:
         try:
             request = _parse(InferRequest, data)
             values = of_parameters(request.parameters) if request.parameters else {}
@@ -95,23 +106,11 @@ class InferenceService:
             hints = from_values(with_headers(values, metadata) if metadata else values)
             identity = self._identify(context)
             remaining_s = context.time_remaining()
+            # What the server sheds is refused before a tensor is decoded.
             self._door.turn_away(
                 request.model_name, request.model_version, request.inputs, hints, identity,
                 remaining_s,
             )  # fmt: skip
-        except Exception as error:
-            self._refuse(context, error, "ModelInfer")
-        return self._infer(request, hints, identity, remaining_s, context)
-
-    async def _infer(
-        self,
-        request: Any,
-        hints: Hints,
-        identity: Identity,
-        remaining_s: float | None,
-        context: Any,
-    ) -> bytes:
-        try:
             if len(request.id) > _MAX_ID:
                 raise ArgumentError("id", f"at most {_MAX_ID} characters", len(request.id))
             response = await self._door.infer(
@@ -123,7 +122,7 @@ class InferenceService:
                 remaining_s=remaining_s,
                 request_id=request.id,
                 outputs=[output.name for output in request.outputs],
-                headers=context.invocation_metadata() or (),
+                headers=metadata or (),
             )
             reply = InferResponse(
                 model_name=response.model, model_version=response.version, id=request.id
@@ -133,7 +132,7 @@ class InferenceService:
                 reply.raw_output_contents.append(to_raw(array))
             return bytes(reply.SerializeToString())
         except Exception as error:
-            self._refuse(context, error, "ModelInfer")
+            raise self._refusal(error, "ModelInfer") from error
 
     def _identify(self, context: Any) -> Identity:
         if self._door.auth is None:
@@ -150,10 +149,9 @@ class InferenceService:
         ]
         return self._door.identify(authorization, names)
 
-    def _refuse(self, context: Any, error: Exception, where: str) -> NoReturn:
+    def _refusal(self, error: Exception, where: str) -> Aborted:
         told = self._door.answer(error, where)
-        context.refuse(told.code, told.text, trailers(told))
-        raise AssertionError("refuse raises")
+        return Aborted(told.code, told.text, trailers(told))
 
     async def _server_live(self, _request: Any, _who: Any, _context: Any) -> Any:
         return self._replies["ServerLive"](live=True)

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC.
+"""The Open Inference Protocol over grpc.aio.
 
 Memory is bounded by the message size, the streams a connection may open and the age a connection
 may reach, which also ends clients that never finish a message.
@@ -7,16 +7,19 @@ may reach, which also ends clients that never finish a message.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
+from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Rejected
 from fastrec.serving.wire import services
-from fastrec.serving.wire.calls import Call, InferenceService
+from fastrec.serving.wire.calls import Aborted, Call, InferenceService
 from fastrec.serving.wire.door import Door
-from fastrec.serving.wire.grpc_host import GrpcHost
 from fastrec.serving.wire.messages import LOAD_SERVICE, SERVICE
 from fastrec.serving.wire.tls import Tls
+
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,31 @@ class Limits:
         connection_age_s: connections are asked to go after this time, so that clients behind a load
             balancer spread over new servers; 30 s later they are closed.
         rpcs: concurrent requests in all; more are refused with RESOURCE_EXHAUSTED.
-        connections: more are closed at once.
     """
 
     message_mib: int = 16
     streams: int = 1024
     connection_age_s: float = 300.0
     rpcs: int = 16_384
-    connections: int = 4096
+
+    def options(self, *, reuse_port: bool) -> list[tuple[str, int]]:
+        """As grpc's channel arguments."""
+        return [
+            ("grpc.max_receive_message_length", self.message_mib * _MIB),
+            ("grpc.max_send_message_length", self.message_mib * _MIB),
+            ("grpc.max_concurrent_streams", self.streams),
+            ("grpc.max_metadata_size", 16 << 10),
+            ("grpc.max_connection_age_ms", round(self.connection_age_s * 1e3)),
+            ("grpc.max_connection_age_grace_ms", 30_000),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.so_reuseport", int(reuse_port)),
+        ]
 
 
 class GrpcServer:
-    """A gRPC server in front of a door.
+    """A grpc.aio server in front of a door.
 
     Args:
         door: what answers.
@@ -58,31 +74,43 @@ class GrpcServer:
         limits: Limits | None = None,
         reuse_port: bool = False,
     ) -> None:
+        limits = limits or Limits()
         self._door = door
+        self._server = grpc.aio.server(
+            options=limits.options(reuse_port=reuse_port), maximum_concurrent_rpcs=limits.rpcs
+        )
         self.health = services.Health(self._serving)
         service = InferenceService(door)
-        self._host = GrpcHost(
+        self._server.add_generic_rpc_handlers(
             (
                 _handler(SERVICE, service.calls()),
                 _handler(LOAD_SERVICE, service.load_calls()),
                 self.health.handler(),
                 *services.reflection(),
-            ),
-            address,
-            limits or Limits(),
-            tls=tls,
-            reuse_port=reuse_port,
+            )
         )
-        self.port = self._host.port
+        try:
+            if tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                key, certificate, authority = tls.read()
+                self.port = self._server.add_secure_port(
+                    address,
+                    grpc.ssl_server_credentials(
+                        [(key, certificate)], authority, authority is not None
+                    ),
+                )
+        except RuntimeError as error:
+            raise ArgumentError("address", "one that can be listened at", address) from error
 
     async def start(self) -> None:
         """Listen."""
-        await self._host.start()
+        await self._server.start()
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuse new requests, give those in flight ``grace_s``, close."""
         self.health.close()
-        await self._host.stop(grace_s)
+        await self._server.stop(grace_s)
 
     def _serving(self, service: str) -> bool | None:
         """Whether a service of the health protocol serves; None for an unknown one."""
@@ -96,5 +124,16 @@ class GrpcServer:
 
 
 def _handler(service: str, calls: dict[str, Call]) -> grpc.GenericRpcHandler:
-    made = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+    made = {name: grpc.unary_unary_rpc_method_handler(_hosted(c)) for name, c in calls.items()}
     return grpc.method_handlers_generic_handler(service, made)
+
+
+def _hosted(call: Call) -> Call:
+    async def handle(data: bytes, context: Any) -> bytes:
+        try:
+            return await call(data, context)
+        except Aborted as status:
+            await context.abort(status.code, status.text, status.trailers)
+            raise AssertionError("abort raises") from status
+
+    return handle

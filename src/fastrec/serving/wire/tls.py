@@ -24,6 +24,21 @@ class Tls:
     certificate: Path
     client_authority: Path | None = None
 
+    def read(self) -> tuple[bytes, bytes, bytes | None]:
+        """Key, certificate and authority, for gRPC.
+
+        Raises:
+            ArgumentError: a file cannot be read.
+        """
+        try:
+            authority = self.client_authority
+            signed_by = None if authority is None else authority.read_bytes()
+            return self.key.read_bytes(), self.certificate.read_bytes(), signed_by
+        except OSError as error:
+            raise ArgumentError(
+                "tls", "readable PEM files", f"{error.filename}: {error}"
+            ) from error
+
     def context(self) -> ssl.SSLContext:
         """For a listening socket.
 
