@@ -233,8 +233,9 @@ def test_a_tier_within_its_share_does_not_feel_the_overload_of_others() -> None:
 
 def test_large_requests_that_can_be_in_time_are_let_in() -> None:
     """The limit counts what is in flight, not what comes: four requests of 10 ms are done in 40."""
-    world = World(ServingConfig(slo=SLO(50.0)), costs=[lambda users, rows: 0.010])
-    tickets = [world.send() for _ in range(4)]
+    tiers = {"gold": Tier(5), "bulk": Tier(5)}
+    world = World(ServingConfig(slo=SLO(50.0), tiers=tiers), costs=[lambda users, rows: 0.010])
+    tickets = [world.send(tier="bulk") for _ in range(4)]
     world.clock.run()
     assert [t.error for t in tickets] == [None] * 4
     done = [e for e in world.events if getattr(e, "outcome", "") == "ok"]
