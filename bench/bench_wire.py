@@ -23,13 +23,13 @@ from typing import Any
 import grpc
 import numpy as np
 import uvloop
+from fastrec.serving.load.caller import connect
 
 from fastrec.runtime.latency import LatencyHistogram
 from fastrec.runtime.machine import machine_card
 from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core import SLO, Pool, Request, ServingConfig
 from fastrec.serving.load import run_precisely
-from fastrec.serving.load.caller import connect
 from fastrec.serving.server import Server, ServerOptions
 from fastrec.serving.wire.messages import InferRequest
 
