@@ -6,6 +6,8 @@
 own tools  our INT8 (QDQ with the scales of ``fastrec.quantize_``) against the same float network
            quantised by ONNX Runtime's dynamic quantiser (its fastest, see docs/runtime.md) and by
            nncf for OpenVINO, all with the same calibration; goal: at least 0.95 times as fast
+custom     ONNX Runtime with and without ``fastrec.runtime.ort_custom_ops``, and native beside them,
+           on the ranker with 40 % pruned and INT8
 auto       the engine that ``backend="auto"`` takes against the best of all, over a grid of sizes
            and precisions; goal: never more than 3 % slower. A smaller item table, and no
            torch.compile: a minute of compiling a cell
@@ -42,6 +44,7 @@ from fastrec.runtime.model_spec import spec_of
 RIVALS = ("onnxruntime", "openvino")
 OWN_GOAL, AUTO_GOAL, EXPORT_GOAL_S, EXPORT_GOAL_X = 0.95, 1.03, 60.0, 2.0
 BATCHES = (1, 8)
+LEFT_OUT = ("torch_compile", "qnn")  # of the grid; auto itself leaves qnn out
 GRID = [(batch, length, m) for batch in (1, 8) for length, m in ((20, 10), (100, 50))]
 
 Request = tuple[np.ndarray, ...]
@@ -54,9 +57,11 @@ def request(model: Ranker, batch: int, seed: int, length: int = 100, m: int = 50
     return inputs
 
 
-def quantised(model: Ranker) -> Ranker:
-    """A copy, by ``fastrec.quantize_``."""
+def quantised(model: Ranker, sparsity: float = 0.0) -> Ranker:
+    """A copy, by ``fastrec.prune_`` and ``fastrec.quantize_``."""
     twin = copy.deepcopy(model)
+    if sparsity:
+        fastrec.prune_(twin, fastrec.BlockPruning(sparsity=sparsity))
     drawn = [tuple(map(torch.from_numpy, request(model, 8, seed))) for seed in range(4)]
     fastrec.quantize_(twin, fastrec.Int8(), calibration=drawn)
     return twin
@@ -83,6 +88,63 @@ def build_own(kept: Path, threads: int) -> None:
                     calibration=calibration if precision else None,
                 ) as engine:
                     engine.save(folder)
+
+
+CUSTOM = {
+    "onnxruntime": ("onnxruntime", {}),
+    "onnxruntime, custom ops": ("onnxruntime", {"custom_ops": "on"}),
+    "native": ("native", {"executor": "plan"}),
+}
+
+
+def custom_folder(kept: Path, name: str, batch: int) -> Path:
+    """Where an engine of :data:`CUSTOM` is kept."""
+    return kept / f"pruned-{name.replace(', ', '-').replace(' ', '-')}-{batch}"
+
+
+def build_custom(kept: Path, threads: int) -> None:
+    """Save an engine a row and batch size, unless it is there."""
+    folders = {(n, batch): custom_folder(kept, n, batch) for n in CUSTOM for batch in BATCHES}
+    if all(folder.exists() for folder in folders.values()):
+        return
+    torch.manual_seed(0)
+    base = Ranker(RankerConfig.taobao()).eval()
+    model = quantised(base, 0.4)
+    for (name, batch), folder in folders.items():
+        backend, settings = CUSTOM[name]
+        if not folder.exists():
+            examples = request(base, batch, 99)
+            with fastrec.compile(model, examples, backend, threads, settings=settings) as engine:
+                engine.save(folder)
+
+
+def time_custom(kept: Path, seconds: float) -> list[dict[str, Any]]:
+    """Milliseconds of each, a row a batch size."""
+    rows = []
+    base = Ranker(RankerConfig(n_items=2000, n_categories=50))  # ids that both tables have
+    for batch in BATCHES:
+        engines = {name: load_engine(custom_folder(kept, name, batch)) for name in CUSTOM}
+        inputs = [request(base, batch, seed) for seed in range(4)]
+        taken = interleaved(
+            engines,
+            inputs,
+            rounds=40,
+            calls=max(4, 16 // batch),
+            warm_s=0.01,
+            seconds_budget=seconds,
+        )
+        speed = ratio(taken["onnxruntime"], taken["onnxruntime, custom ops"])
+        rows.append(
+            {
+                "batch": batch,
+                "ms": {name: samples.p50_ms for name, samples in taken.items()},
+                "speed": speed.value,
+                "ci95": [speed.low, speed.high],
+            }
+        )
+        for engine in engines.values():
+            engine.close()
+    return rows
 
 
 def time_own(kept: Path, seconds: float) -> list[dict[str, Any]]:
@@ -137,7 +199,7 @@ def time_auto(threads: int, seconds: float) -> list[dict[str, Any]]:
             examples = request(model, batch, 99, length, m)
             engines: dict[str, Engine] = {}
             for name in BACKENDS:
-                if name != "torch_compile" and available_backends()[name] is None:
+                if name not in LEFT_OUT and available_backends()[name] is None:
                     engines[name] = fastrec.compile(model, examples, name, threads)
             chosen, _ = contest(engines, tuple(map(torch.from_numpy, examples)))
             taken = interleaved(
@@ -206,17 +268,19 @@ def main(
     kept: Annotated[Path, typer.Option(help="Folder of built engines; those there are used.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
     build_only: Annotated[bool, typer.Option(help="Build the engines and stop.")] = False,
-    parts: Annotated[str, typer.Option(help="Comma-separated.")] = "own,auto,export",
+    parts: Annotated[str, typer.Option(help="Comma-separated.")] = "own,custom,auto,export",
     threads: Annotated[int, typer.Option(help="Threads a call may use.")] = 2,
     seconds: Annotated[float, typer.Option(help="Of measuring, a comparison.")] = 20.0,
 ) -> None:
     """Measure; parts that are left out keep the figures of the report that is there."""
     wanted = set(parts.split(","))
-    if unknown := wanted - {"own", "auto", "export"}:
-        raise typer.BadParameter(f"own, auto and export, not {', '.join(sorted(unknown))}")
+    if unknown := wanted - {"own", "custom", "auto", "export"}:
+        raise typer.BadParameter(f"own, custom, auto and export, not {', '.join(sorted(unknown))}")
     kept.mkdir(parents=True, exist_ok=True)
     if "own" in wanted:
         build_own(kept, threads)
+    if "custom" in wanted:
+        build_custom(kept, threads)
     if build_only:
         return
     if out is None:
@@ -228,6 +292,8 @@ def main(
     start = time.perf_counter()
     if "own" in wanted:
         report["own"] = time_own(kept, seconds)
+    if "custom" in wanted:
+        report["custom"] = time_custom(kept, seconds)
     if "auto" in wanted:
         report["auto"] = time_auto(threads, seconds)
     if "export" in wanted:
@@ -264,6 +330,20 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{row['own_ms']:.2f} | {row['speed']:.2f} [{low:.2f}, {high:.2f}] | "
                 f">= {row['goal']:g}: {row['verdict']} |"
             )
+    if rows := report.get("custom"):
+        lines += [
+            "",
+            "fastrec's kernels in ONNX Runtime (`custom_ops`), on the canonical ranker with 40 %",
+            "pruned and INT8; native, the whole ranker as one plan, beside them:",
+            "",
+            f"| B | {' | '.join(f'{name} ms' for name in CUSTOM)} | custom ops: times as fast |",
+            "|---" * (2 + len(CUSTOM)) + "|",
+        ]
+        for row in rows:
+            low, high = row["ci95"]
+            times = " | ".join(f"{row['ms'][name]:.2f}" for name in CUSTOM)
+            speed = f"{row['speed']:.2f} [{low:.2f}, {high:.2f}]"
+            lines.append(f"| {row['batch']} | {times} | {speed} |")
     if rows := report.get("auto"):
         names = sorted({name for row in rows for name in row["ms"]})
         lines += [

@@ -20,6 +20,7 @@ from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import Ranker
 from fastrec.nn import SparseInt8Linear
 from fastrec.runtime import load_engine, ort_custom_ops
+from fastrec.runtime.measure import Tolerance, correctness_gate
 from fastrec.runtime.onnx_custom_forms import CustomLinear
 
 if (REASON := ort_custom_ops.reason_missing()) is not None:
@@ -177,8 +178,8 @@ def test_a_pruned_int8_ranker_is_exported_compiled_saved_and_loaded(ranker, requ
     settings = {"custom_ops": "on"}
     engine = fastrec.compile(model, request, "onnxruntime", 2, settings=settings)
     assert "custom ops" in engine.describe()[0]["why"]
-    # Integers are torch's; norms and softmax between them are summed in another order.
-    np.testing.assert_allclose(engine(*request), want, atol=1e-5)
+    # Norms and softmax between the layers are summed in another order, which may turn an integer.
+    correctness_gate(want, engine(*request), Tolerance(noise=0.1)).require("custom ops")
     engine.save(tmp_path / "engine")
     with load_engine(tmp_path / "engine") as loaded:
         np.testing.assert_array_equal(loaded(*request), engine(*request))

@@ -33,7 +33,8 @@ class ConfigName(str, Enum):
 _JSON = typer.Option("--json", metavar="FILE", help="Also write the report as JSON here.")
 _ENGINES = typer.Option(
     metavar="A,B",
-    help="native, torch, torch_compile, onnxruntime, openvino (the default); cuda, tensorrt; all.",
+    help="native, torch, torch_compile, onnxruntime, openvino (the default); litert, cuda, "
+    "tensorrt; all.",
 )
 
 

@@ -12,7 +12,7 @@ from fastrec.report.engines import Built, Spec, attempt
 from fastrec.report.settings import CANDIDATES
 from fastrec.runtime.measure import peak_rss_mb
 
-SAVED = ("onnxruntime", "openvino", "tensorrt")
+SAVED = ("onnxruntime", "openvino", "litert", "tensorrt")
 """Engines with a file of their own; the others load what fastrec.save wrote."""
 
 

@@ -19,7 +19,7 @@ VARIANTS = ("baseline", "quantized", "pruned", "pruned_quantized", "distilled")
 ENGINES = ("native", "torch", "torch_compile", "onnxruntime", "openvino")
 GPU_ENGINES = ("cuda", "tensorrt")
 """Asked for by name; a row without a GPU says why it is empty."""
-KNOWN_ENGINES = (*ENGINES, *GPU_ENGINES)
+KNOWN_ENGINES = (*ENGINES, "litert", *GPU_ENGINES)
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 PERCENTILES = ("p50", "p95", "p99")
 

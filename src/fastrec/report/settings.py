@@ -40,7 +40,8 @@ class Table1Settings:
         recipe_steps: one number for every stage of compression (fine-tuning a round, QAT,
             distillation); None = the preset's recipe.
         seconds_per_engine: timing budget of an engine at one batch size.
-        engines: which of :data:`fastrec.report.schema.KNOWN_ENGINES`; those of a GPU only by name.
+        engines: which of :data:`fastrec.report.schema.KNOWN_ENGINES`; LiteRT and those of a GPU
+            only by name.
         batches: batch sizes timed.
         throughput_batches: batch sizes of which the best throughput is kept.
         threads: threads of every engine.
