@@ -20,7 +20,13 @@ from fastrec.runtime.model_spec import as_tensors, quantised_module, spec_of
 from fastrec.runtime.onnx_custom_forms import CUSTOM_DECOMPOSITIONS, CustomLinear
 from fastrec.runtime.onnx_forms import DECOMPOSITIONS, QdqLinear, with_int8_forms
 from fastrec.runtime.onnx_sharing import unshare_int8
-from fastrec.runtime.onnx_storage import external_data, make_sparse, write_files
+from fastrec.runtime.onnx_storage import (
+    external_data,
+    join_files,
+    make_sparse,
+    set_aside,
+    write_files,
+)
 from fastrec.runtime.ort_custom_ops import DOMAIN, OPERATORS, uses_custom_ops
 from fastrec.runtime.spec import InputSpec
 from fastrec.runtime.trace import evaluated, first_line, quiet, traced
@@ -90,8 +96,11 @@ def export(
             sparse=sparse,
             custom_ops=custom_ops,
             metadata=metadata,
+            join=False,
         )
+        # Runtimes map external data, and would hold one file's tensors twice while they read it.
         verify_onnx(draft, model, tensors, dynamic_batch=dynamic_batch)
+        join_files(draft)
         draft.chmod(0o644)
         if external_data(draft).exists():
             os.replace(external_data(draft), external_data(path))
@@ -110,11 +119,12 @@ def write_onnx(
     sparse: bool = False,
     custom_ops: bool = False,
     metadata: Mapping[str, str] | None = None,
+    join: bool = True,
 ) -> None:
     """Export without the check; arguments and errors as :func:`export`.
 
     ``free`` names the sizes that stay free, of B, L and m; None means all that the model's export
-    allows.
+    allows. Without ``join`` the large tensors are left in a file beside it.
     """
     for package in ("onnx", "onnxscript"):
         if missing(package):
@@ -146,12 +156,13 @@ def write_onnx(
         except torch.onnx.OnnxExporterError as error:
             raise BackendError(f"no ONNX form of this model: {first_line(error)}") from error
         assert program is not None
+        values = set_aside(program.model)
         proto = program.model_proto
     check_domains(proto, custom_ops=custom_ops)
     _name_sizes(proto, spec)
     unshare_int8(proto)
     if sparse:
-        make_sparse(proto)
+        make_sparse(proto, values)
     import fastrec
 
     properties = {
@@ -165,7 +176,9 @@ def write_onnx(
             expected = f"text under other names than {', '.join(properties)}"
             raise ArgumentError("metadata", expected, f"{name!r}: {type(text).__name__}")
     onnx.helper.set_model_props(proto, {**properties, **(metadata or {})})
-    write_files(proto, path)
+    write_files(proto, values, path)
+    if join:
+        join_files(path)
 
 
 def _name_sizes(proto: Any, spec: InputSpec) -> None:
