@@ -24,7 +24,8 @@ from fastrec.report.measuring import (
     time_engines,
 )
 from fastrec.report.networks import count_parameters, float_twin
-from fastrec.report.schema import GPU_ENGINES, VARIANTS
+from fastrec.report.plots import COLOURS
+from fastrec.report.schema import GPU_ENGINES, KNOWN_ENGINES, VARIANTS
 from fastrec.report.settings import Table1Settings
 from fastrec.runtime import available_backends
 
@@ -245,3 +246,10 @@ def test_float_twin_of_int8_layers() -> None:
     every, kept = count_parameters(model)
     assert every == 10 * 32 + 32 * 64 + 64
     assert kept <= every - 32 * 4
+
+
+def test_every_engine_has_rows_in_each_variant_and_a_colour_in_the_plots() -> None:
+    for variant in VARIANTS:
+        named = {s.engine for s in specs_of(variant, Table1Settings(engines=KNOWN_ENGINES))}
+        assert named == set(KNOWN_ENGINES)
+    assert set(COLOURS) == set(KNOWN_ENGINES)

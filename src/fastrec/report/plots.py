@@ -26,6 +26,9 @@ COLOURS = {
     "torch_compile": "#CC79A7",
     "onnxruntime": "#56B4E9",
     "openvino": "#0072B2",
+    "litert": "#009E73",
+    "cuda": "#E69F00",
+    "tensorrt": "#F0E442",
 }
 _BAR = 0.8
 _GAP = 1.0
