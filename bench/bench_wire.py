@@ -1,9 +1,8 @@
 """What a request costs besides the engine: gRPC, decoding, the scheduler, encoding.
 
 An engine that returns at once answers the canonical ranker's request (100 events, 50 or 1,000
-candidates) over loopback, one after another; the clients are in another process, with a message
-made beforehand: gRPC's own, and the load generator's, which costs little itself. In-process calls
-of the same runtime show the scheduler alone.
+candidates) over loopback, one after another; the client is gRPC's own, in another process, with
+a message made beforehand. In-process calls of the same runtime show the scheduler alone.
 
     python bench/bench_wire.py --out bench/results
 """
@@ -23,13 +22,11 @@ from typing import Any
 import grpc
 import numpy as np
 import uvloop
-from fastrec.serving.load.caller import connect
 
 from fastrec.runtime.latency import LatencyHistogram
 from fastrec.runtime.machine import machine_card
 from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core import SLO, Pool, Request, ServingConfig
-from fastrec.serving.load import run_precisely
 from fastrec.serving.server import Server, ServerOptions
 from fastrec.serving.wire.messages import InferRequest
 
@@ -91,27 +88,12 @@ def over_grpc(url: str, data: bytes, calls: int) -> dict[str, float]:
     return summary(times)
 
 
-async def over_lean(url: str, data: bytes, calls: int) -> dict[str, float]:
-    times = LatencyHistogram()
-    caller = await connect(url, METHOD, (), 20.0)
-    over = asyncio.Event()
-    for i in range(calls + calls // 10):
-        over.clear()
-        start = time.perf_counter_ns()
-        caller.call(data, 20.0, lambda told: over.set())
-        await over.wait()
-        if i >= calls // 10:
-            times.add(time.perf_counter_ns() - start)
-    caller.transport.close()
-    return summary(times)
-
-
 def inputs_of(candidates: int) -> dict[str, np.ndarray]:
     return dict(zip(SPEC.names, SPEC.sample({"m": candidates}), strict=True))
 
 
 def client(url: str, candidates: int, calls: int) -> Any:
-    """Both clients' times, from another process: its Python must not wait for the server's."""
+    """:func:`over_grpc` in another process: its Python must not wait for the server's."""
     command = [sys.executable, __file__, "--client", url, str(candidates), str(calls)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
@@ -134,7 +116,7 @@ def measure(kind: str, candidates: int, calls: int) -> dict[str, Any]:
         "engine": kind,
         "candidates": candidates,
         "in_process": run(in_process(server, inputs, calls)),
-        **client(f"127.0.0.1:{server.grpc_port}", candidates, calls),
+        "grpc": client(f"127.0.0.1:{server.grpc_port}", candidates, calls),
     }
     run(server.stop())
     loop.call_soon_threadsafe(loop.stop)
@@ -152,13 +134,11 @@ def main() -> None:
     if args.client:
         url, candidates, calls = args.client
         data = message(inputs_of(int(candidates)))
-        lean = run_precisely(over_lean(url, data, int(calls)))
-        print(json.dumps({"grpc": over_grpc(url, data, int(calls)), "lean": lean}))
+        print(json.dumps(over_grpc(url, data, int(calls))))
         return
     rows = [measure(kind, m, args.calls) for kind in ("inline", "thread") for m in (50, 1000)]
     for row in rows:
-        kinds = ("in_process", "grpc", "lean")
-        told = {k: {q: round(v, 1) for q, v in row[k].items()} for k in kinds}
+        told = {k: {q: round(v, 1) for q, v in row[k].items()} for k in ("in_process", "grpc")}
         print(row["engine"], row["candidates"], told)
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine_card(), "rows": rows}
