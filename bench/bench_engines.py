@@ -189,13 +189,18 @@ def time_own(kept: Path, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def time_auto(threads: int, seconds: float) -> list[dict[str, Any]]:
-    """The choice of ``auto`` against all, measured anew and longer than the choice took."""
+def time_auto(kept: Path, threads: int, seconds: float) -> list[dict[str, Any]]:
+    """The choice of ``auto`` against all, measured anew and longer than the choice took. Cells lie
+    in ``kept``, so that a run that was interrupted goes on."""
     torch.manual_seed(0)
     base = Ranker(RankerConfig(n_items=20_000, n_categories=500)).eval()
     rows = []
     for precision, model in (("fp32", base), ("int8", quantised(base))):
         for batch, length, m in GRID:
+            cell = kept / f"auto-{precision}-{batch}-{length}-{m}.json"
+            if cell.exists():
+                rows.append(json.loads(cell.read_text()))
+                continue
             examples = request(model, batch, 99, length, m)
             engines: dict[str, Engine] = {}
             for name in BACKENDS:
@@ -221,6 +226,7 @@ def time_auto(threads: int, seconds: float) -> list[dict[str, Any]]:
                     "verdict": "reached" if slower <= AUTO_GOAL else "missed",
                 }
             )
+            cell.write_text(json.dumps(rows[-1]))
             for engine in engines.values():
                 engine.close()
             gc.collect()
@@ -295,7 +301,7 @@ def main(
     if "custom" in wanted:
         report["custom"] = time_custom(kept, seconds)
     if "auto" in wanted:
-        report["auto"] = time_auto(threads, seconds)
+        report["auto"] = time_auto(kept, threads, seconds)
     if "export" in wanted:
         report["export"] = time_export()
     Console(stderr=True).print(f"{time.perf_counter() - start:.0f} s")
