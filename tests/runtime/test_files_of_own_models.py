@@ -82,10 +82,12 @@ class InBytes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = SelfAttention(32, 2)
+        self.windowed = WindowSparseAttention(32, 2, pattern=fastrec.AttentionPattern(2))
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """[B, 9, 32] and [B] to [B, 9, 32]."""
-        return self.attention(x, KeyMask(torch.zeros(x.shape[0], 1, 1, 9), lengths))
+        mixed = self.attention(x, KeyMask(torch.zeros(x.shape[0], 1, 1, 9), lengths))
+        return self.windowed(mixed, lengths=lengths)[0]
 
 
 def in_bytes() -> tuple[nn.Module, Callable[[int], Inputs]]:
@@ -227,6 +229,10 @@ ALTERED = [
     ("window_sparse_attention_int8", size(3, 0, 1), "a length a sequence"),
     ("window_sparse_attention_int8", stride(1, 3, 0), "contiguous heads"),
     ("window_sparse_attention_int8", smaller_result, "a result"),
+    ("quantize", integer(0, 256), "zero points in 0..255"),
+    ("quantize", lambda s: s["numbers"].__setitem__(0, 0.0), "a scale above 0"),
+    ("quantize", size(0, 0, 1), "contiguous|as many elements"),
+    ("quantize", smaller_result, "as many elements"),
     ("causal_attention", without(2), "inputs"),
     ("causal_attention", size(1, 2, 3), "keys like the queries"),
     ("causal_attention", fewer_keys, "as many keys as queries"),

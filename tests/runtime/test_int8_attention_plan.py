@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import fastrec
 from fastrec import Int8, kernels
-from fastrec.errors import BackendError, IdRangeError
+from fastrec.errors import ArgumentError, BackendError, IdRangeError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig, SASRec, SASRecConfig
 from fastrec.models.attention import CrossAttention, KeyMask, SelfAttention, record_attention
+from fastrec.nn import WindowSparseAttention
 from fastrec.runtime import load_engine
 from fastrec.runtime.engine import Engine
 
@@ -78,6 +79,48 @@ def test_the_integers_of_torch(isa: str, tmp_path: Path) -> None:
                 expected = model(*inputs)
             assert torch.equal(engine(*inputs), expected), (batch, length, candidates)
             assert torch.equal(loaded(*inputs), expected), (batch, length, candidates)
+
+
+class Windowed(nn.Module):
+    """A history whose events see a window and some far ones; v by each call's own range."""
+
+    def __init__(self, pattern: fastrec.AttentionPattern) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = WindowSparseAttention(32, 4, pattern=pattern)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        """[B, L, d], [B] -> [B, L, d]."""
+        return self.attention(x, lengths=length)[0]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        fastrec.AttentionPattern(3, "log2"),
+        fastrec.AttentionPattern(1, ((5, 9), (), (2,), (30,)), causal=True),
+    ],
+)
+def test_window_sparse_attention_too(pattern: fastrec.AttentionPattern, tmp_path: Path) -> None:
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        x, length, _ = draw(batch)
+        return x[..., :32].contiguous(), length
+
+    model = Windowed(pattern).eval()
+    fastrec.quantize_(model, Int8(attention=True), calibration=[inputs(4)])
+    engine = fastrec.compile(
+        model, inputs(4), backend="native", threads=2, settings={"executor": "plan"}
+    )
+    loaded = load_engine(engine.save(tmp_path / "e"))
+    assert "window_sparse_attention_int8" in [row["op"] for row in engine.describe()]
+    for batch in (1, 4, 5):
+        with torch.inference_mode():
+            expected = model(*inputs(batch))
+        assert torch.equal(engine(*inputs(batch)), expected)
+        assert torch.equal(loaded(*inputs(batch)), expected)
+    x, length = inputs(2)
+    with pytest.raises(ArgumentError, match="a NaN"):
+        engine(x * torch.nan, length)
 
 
 def test_steps_hand_on_bytes() -> None:

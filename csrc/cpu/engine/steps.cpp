@@ -15,6 +15,7 @@ const Kind* find_kind(const std::string& name) {
       {"window_sparse_attention_int8", run_window_sparse_attention_int8,
        prepare_window_sparse_attention_int8},
       {"cumsum", run_cumsum, nullptr},
+      {"quantize", run_quantize, nullptr},
       {"reduce", run_reduce, nullptr},
       {"softmax", run_softmax, nullptr},
       {"gather", run_gather, nullptr},

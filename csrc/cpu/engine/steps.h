@@ -29,6 +29,7 @@ Status run_window_sparse_attention_int8(const Step& step, const Tensor* operands
 std::shared_ptr<void> prepare_window_sparse_attention_int8(const Step& step,
                                                            const Tensor* operands);
 Status run_cumsum(const Step& step, const Tensor* operands);
+Status run_quantize(const Step& step, const Tensor* operands);
 Status run_reduce(const Step& step, const Tensor* operands);
 Status run_softmax(const Step& step, const Tensor* operands);
 Status run_attention(const Step& step, const Tensor* operands);

@@ -87,7 +87,7 @@ class WindowSparseInt8Attention(WindowSparseAttention):
         )
         return window_sparse_attention_int8(
             q8,
-            (k8 ^ 128).view(torch.int8),  # u8 around 128 -> s8 around 0
+            k8,
             v,
             self.pattern,
             q_scale=q_scale,

@@ -6,7 +6,7 @@ from fastrec.runtime.plan.ir import Extent, Plan, Shape, Step, View, product
 
 # What these kinds compute of a row of their first dimension depends on that row alone, as long as
 # the dimensions that they sum or normalise over are others.
-_BY_ROW = ("map", "gather")
+_BY_ROW = ("map", "gather", "quantize")
 _BY_ROW_OF_MANY = (
     "attention",
     "causal_attention",

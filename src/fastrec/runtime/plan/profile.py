@@ -26,6 +26,7 @@ _KERNELS = {
     "causal_attention": "window_sparse_attention",
     "masked_attention": "padded_attention",
     "linear_int8": "sparse_int8_linear",
+    "quantize": "activation_quantize",
     "resumed_attention": "padded_attention",
 }
 _GROUP_BYTES = 128  # of sparse_int8_linear: 32 outputs x 4 inputs
@@ -226,6 +227,7 @@ _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
     "map": _moves,
     "masked_attention": _masked_attention,
     "matmul": _matmul,
+    "quantize": _moves,
     "reduce": _moves,
     "separable_projection": _separable_projection,
     "softmax": _moves,

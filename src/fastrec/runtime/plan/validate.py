@@ -449,6 +449,15 @@ def _pattern(step: Step, integers: Sequence[int]) -> None:
     require(not rest, "no more than its distances")
 
 
+def _quantize(step: Step) -> None:
+    _counts(step, (1,), 1, 1)
+    _bytes(step.integers[0])
+    require(step.numbers[0] > 0, "a scale above 0")
+    _dense(step.inputs[0], "float32")
+    _dense(step.output, "uint8")
+    require(product(step.output.shape) == product(step.inputs[0].shape), "as many elements")
+
+
 def _matmul(step: Step) -> None:
     _counts(step, (2,), 1, 0)
     _flags(step.integers[0])
@@ -492,6 +501,7 @@ _RULES: dict[str, Callable[[Step], None]] = {
     "map": _map,
     "masked_attention": _masked_attention,
     "matmul": _matmul,
+    "quantize": _quantize,
     "reduce": _reduce,
     "separable_projection": _separable_projection,
     "softmax": _softmax,

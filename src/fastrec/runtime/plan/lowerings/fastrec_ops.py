@@ -141,3 +141,22 @@ def _window_sparse_attention_int8(
         numbers=[exponent, kwargs.get("value_scale") or 0.0, out_scale or 1.0],
     )
     return out.permuted((0, 2, 1, 3))
+
+
+@lowers(ops.activation_quantize.default)
+def _activation_quantize(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    names = ("activation", "scale", "bias", "out", "out_scale", "out_zero_point")
+    given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
+    x = to.contiguous(args[0])
+    plain = all(given.get(name) is None for name in ("activation", "scale", "bias"))
+    if not plain or given.get("out") != "uint8" or x.dtype != "float32":
+        raise to.unsupported(node, "the supported form is float32 to uint8 alone")
+    return to.emit(
+        node,
+        "quantize",
+        [x],
+        to.shape_of(node),
+        "uint8",
+        integers=[given.get("out_zero_point") or 0],
+        numbers=[given["out_scale"]],
+    )
