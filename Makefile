@@ -28,8 +28,10 @@ protos: setup
 	$(BIN)/python -m grpc_tools.protoc -I$(PROTOS) --include_imports \
 	  --descriptor_set_out=$(PROTOS)/schema.binpb $(PROTOS)/*.proto
 
+# What serves in real time has the machine to itself; all else runs two at a time.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/serving
+	$(BIN)/python -m pytest tests/serving
 
 # What a release ships (the CUDA kernels stay out: CuPy compiles them at first use), compiled anew.
 wheel: setup
@@ -53,7 +55,7 @@ sanitize:
 # What an older machine would run, end to end.
 forced-isa: setup
 	for isa in scalar avx2; do \
-	  FASTREC_FORCE_ISA=$$isa $(BIN)/python -m pytest -q tests/test_contract.py tests/nn || exit 1; \
+	  FASTREC_FORCE_ISA=$$isa $(BIN)/python -m pytest -q -n 2 tests/test_contract.py tests/nn || exit 1; \
 	done
 
 bench: setup
