@@ -123,8 +123,8 @@ def test_a_server_that_hangs_is_not_waited_for(serve: Callable[..., str]) -> Non
             stuck.gate.set()
             late = [d for d in done if isinstance(d, Rejected)]
             assert all(r.kind is Kind.EXPIRED for r in late)
-            # All at once, before anything is known of either: half of them, as a coin falls (that it
-            # falls so 33 times of 40 has a chance of 2 in 100,000).
+            # All at once, before anything is known of either: half of them, as a coin falls (33 of
+            # 40 have a chance of 2 in 100,000).
             assert len(late) <= 32
             # From then on the other one takes everything that the first has not proved it can do.
             await load(client, 40, 2)
