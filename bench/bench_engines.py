@@ -38,7 +38,7 @@ from fastrec.runtime import BACKENDS, available_backends, load_engine
 from fastrec.runtime.choose import contest
 from fastrec.runtime.engine import Engine
 from fastrec.runtime.machine import machine_card
-from fastrec.runtime.measure import interleaved, ratio
+from fastrec.runtime.measure import Samples, interleaved, ratio
 from fastrec.runtime.model_spec import spec_of
 
 RIVALS = ("onnxruntime", "openvino")
@@ -118,21 +118,28 @@ def build_custom(kept: Path, threads: int) -> None:
                 engine.save(folder)
 
 
+def in_turns(engines: dict[str, Engine], batch: int, seconds: float) -> dict[str, Samples]:
+    """Times of each on the same requests; closes them."""
+    base = Ranker(RankerConfig(n_items=2000, n_categories=50))  # ids that both tables have
+    taken = interleaved(
+        engines,
+        [request(base, batch, seed) for seed in range(4)],
+        rounds=40,
+        calls=max(4, 16 // batch),
+        warm_s=0.01,
+        seconds_budget=seconds,
+    )
+    for engine in engines.values():
+        engine.close()
+    return taken
+
+
 def time_custom(kept: Path, seconds: float) -> list[dict[str, Any]]:
     """Milliseconds of each, a row a batch size."""
     rows = []
-    base = Ranker(RankerConfig(n_items=2000, n_categories=50))  # ids that both tables have
     for batch in BATCHES:
         engines = {name: load_engine(custom_folder(kept, name, batch)) for name in CUSTOM}
-        inputs = [request(base, batch, seed) for seed in range(4)]
-        taken = interleaved(
-            engines,
-            inputs,
-            rounds=40,
-            calls=max(4, 16 // batch),
-            warm_s=0.01,
-            seconds_budget=seconds,
-        )
+        taken = in_turns(engines, batch, seconds)
         speed = ratio(taken["onnxruntime"], taken["onnxruntime, custom ops"])
         rows.append(
             {
@@ -142,15 +149,12 @@ def time_custom(kept: Path, seconds: float) -> list[dict[str, Any]]:
                 "ci95": [speed.low, speed.high],
             }
         )
-        for engine in engines.values():
-            engine.close()
     return rows
 
 
 def time_own(kept: Path, seconds: float) -> list[dict[str, Any]]:
     """Ours against the engine's own quantiser, a row a batch size and engine."""
     rows = []
-    base = Ranker(RankerConfig(n_items=2000, n_categories=50))  # ids that both tables have
     for batch in BATCHES:
         engines = {
             f"{backend} {who}": load_engine(kept / f"{backend}-{who}-{batch}")
@@ -158,15 +162,7 @@ def time_own(kept: Path, seconds: float) -> list[dict[str, Any]]:
             for who in ("ours", "own")
             if (kept / f"{backend}-{who}-{batch}").is_dir()
         }
-        inputs = [request(base, batch, seed) for seed in range(4)]
-        taken = interleaved(
-            engines,
-            inputs,
-            rounds=40,
-            calls=max(4, 16 // batch),
-            warm_s=0.01,
-            seconds_budget=seconds,
-        )
+        taken = in_turns(engines, batch, seconds)
         for backend in RIVALS:
             if f"{backend} ours" not in taken:
                 continue
@@ -184,8 +180,6 @@ def time_own(kept: Path, seconds: float) -> list[dict[str, Any]]:
                     "verdict": "reached" if speed.value >= OWN_GOAL else "missed",
                 }
             )
-        for engine in engines.values():
-            engine.close()
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def test_a_slow_server_gets_what_it_can_do(serve: Callable[..., str]) -> None:
             await load(client, 300, 4)
             # It could do a hundredth; at random it would be given half of them. Where the fast one
             # holds more requests than usual it counts as hot, and the slow one gets the next.
-            assert client.sent[slow] < 0.5 * client.sent[fast], client.sent
+            assert client.sent[slow] < 0.35 * client.sent[fast], client.sent
 
     asyncio.run(main())
 
@@ -114,7 +115,7 @@ def test_a_server_that_hangs_is_not_waited_for(serve: Callable[..., str]) -> Non
     first, second = serve(stuck), serve(Sleeper(0.001, 1.0))
 
     async def main() -> None:
-        async with Client([first, second]) as client:
+        async with Client([first, second], rng=random.Random(0)) as client:
             stuck.gate.clear()
             done = await asyncio.gather(
                 *(client.infer("ranker", INPUTS, timeout_s=2.0) for _ in range(40)),
@@ -123,9 +124,8 @@ def test_a_server_that_hangs_is_not_waited_for(serve: Callable[..., str]) -> Non
             stuck.gate.set()
             late = [d for d in done if isinstance(d, Rejected)]
             assert all(r.kind is Kind.EXPIRED for r in late)
-            # All at once, before anything is known of either: half of them, as a coin falls (33 of
-            # 40 have a chance of 2 in 100,000).
-            assert len(late) <= 32
+            # All at once, before anything is known of either: half may be lost, not more.
+            assert len(late) <= 25
             # From then on the other one takes everything that the first has not proved it can do.
             await load(client, 40, 2)
 

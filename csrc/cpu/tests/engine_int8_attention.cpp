@@ -6,19 +6,6 @@
 namespace fastrec::tests {
 namespace {
 
-Tensor tensor(const void* data, Dtype dtype, const std::vector<int64_t>& sizes) {
-  Tensor t{};
-  t.data = static_cast<std::byte*>(const_cast<void*>(data));
-  t.dtype = dtype;
-  t.dims = static_cast<int>(sizes.size());
-  int64_t stride = 1;
-  for (int d = t.dims; d-- > 0; stride *= sizes[d]) {
-    t.sizes[d] = sizes[d];
-    t.strides[d] = stride;
-  }
-  return t;
-}
-
 void compare(int64_t queries, int64_t keys, const std::vector<int64_t>& pattern, bool floats) {
   constexpr int64_t kBatch = 2, kHeads = 2, kDims = 9;
   Random random(5);

@@ -35,6 +35,21 @@ inline Operand dense(Space space, int index, Dtype dtype, const std::vector<Exte
   return operand;
 }
 
+// What lies in memory already; dense without strides.
+inline Tensor tensor(const void* data, Dtype dtype, const std::vector<int64_t>& sizes,
+                     std::vector<int64_t> strides = {}) {
+  Tensor t{};
+  t.data = static_cast<std::byte*>(const_cast<void*>(data));
+  t.dtype = dtype;
+  t.dims = static_cast<int>(sizes.size());
+  int64_t stride = 1;
+  for (int d = t.dims; d-- > 0; stride *= sizes[d]) {
+    t.sizes[d] = sizes[d];
+    t.strides[d] = strides.empty() ? stride : strides[d];
+  }
+  return t;
+}
+
 inline Step make_step(const char* kind, const std::vector<Operand>& operands,
                       const std::vector<int64_t>& integers, const std::vector<double>& numbers) {
   return {kind, find_kind(kind)->run, operands, integers, numbers, nullptr};

@@ -12,20 +12,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-Tensor tensor(const void* data, Dtype dtype, const std::vector<int64_t>& sizes,
-              std::vector<int64_t> strides = {}) {
-  Tensor t{};
-  t.data = static_cast<std::byte*>(const_cast<void*>(data));
-  t.dtype = dtype;
-  t.dims = static_cast<int>(sizes.size());
-  int64_t stride = 1;
-  for (int d = t.dims; d-- > 0; stride *= sizes[d]) {
-    t.sizes[d] = sizes[d];
-    t.strides[d] = strides.empty() ? stride : strides[d];
-  }
-  return t;
-}
-
 Status run_step(const char* kind, const std::vector<Tensor>& operands,
                 const std::vector<int64_t>& integers, const std::vector<double>& numbers = {}) {
   Step step = make_step(kind, {}, integers, numbers);
