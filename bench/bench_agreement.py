@@ -29,10 +29,10 @@ import fastrec
 from bench_ranker import VARIANTS, request, variant
 from fastrec.compress.selection import set_module
 from fastrec.kernels.sparse_int8_linear.reference import accumulate
+from fastrec.measure.machine import machine_card
 from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.engine import Engine
-from fastrec.runtime.machine import machine_card
 
 TOP = 10
 GOAL_TOP = 0.999

@@ -20,9 +20,9 @@ from rich.console import Console
 
 import fastrec
 from bench_ranker import request, variant
+from fastrec.measure.machine import machine_card
+from fastrec.measure.memory import run_child
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.machine import machine_card
-from fastrec.runtime.measure import run_child
 
 SMALL = RankerConfig(
     n_items=2000, n_categories=50, history_length=20, d=32, category_dim=8, ffn=64, tower=(64, 32)

@@ -6,8 +6,8 @@
 own tools  our INT8 (QDQ with the scales of ``fastrec.quantize_``) against the same float network
            quantised by ONNX Runtime's dynamic quantiser (its fastest, see docs/runtime.md) and by
            nncf for OpenVINO, all with the same calibration; goal: at least 0.95 times as fast
-custom     ONNX Runtime with and without ``fastrec.runtime.ort_custom_ops``, and native beside them,
-           on the ranker with 40 % pruned and INT8
+custom     ONNX Runtime with and without ``fastrec.exporters.onnx.custom_ops``, and native beside
+           them, on the ranker with 40 % pruned and INT8
 auto       the engine that ``backend="auto"`` takes against the best of all, over a grid of sizes
            and precisions; goal: never more than 3 % slower. A smaller item table, and no
            torch.compile: a minute of compiling a cell
@@ -33,13 +33,13 @@ import typer
 from rich.console import Console
 
 import fastrec
+from fastrec.exporters.model_spec import spec_of
+from fastrec.measure.choice import contest
+from fastrec.measure.machine import machine_card
+from fastrec.measure.timing import Samples, interleaved, ratio
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime import BACKENDS, available_backends, load_engine
-from fastrec.runtime.choose import contest
 from fastrec.runtime.engine import Engine
-from fastrec.runtime.machine import machine_card
-from fastrec.runtime.measure import Samples, interleaved, ratio
-from fastrec.runtime.model_spec import spec_of
 
 RIVALS = ("onnxruntime", "openvino")
 OWN_GOAL, AUTO_GOAL, EXPORT_GOAL_S, EXPORT_GOAL_X = 0.95, 1.03, 60.0, 2.0
@@ -232,8 +232,8 @@ import json, sys, time
 from pathlib import Path
 import fastrec
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.child import memory_mb
-from fastrec.runtime.model_spec import spec_of
+from fastrec.measure.memory import memory_mb
+from fastrec.exporters.model_spec import spec_of
 
 folder = Path(sys.argv[1])
 small = Ranker(RankerConfig(n_items=2000, n_categories=50)).eval()

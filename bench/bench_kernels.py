@@ -22,8 +22,8 @@ import goals
 import plots
 import rivals
 from fastrec import kernels
-from fastrec.runtime.ceilings import Ceilings
-from fastrec.runtime.machine import machine_card
+from fastrec.measure.ceilings import Ceilings
+from fastrec.measure.machine import machine_card
 from measuring import OURS, QUICK, Settings, cases, measure
 from tables import markdown
 

@@ -26,11 +26,11 @@ from rich.console import Console
 
 import fastrec
 from fastrec.errors import FastrecError
+from fastrec.measure.ceilings import Ceilings
+from fastrec.measure.machine import machine_card
+from fastrec.measure.timing import SETTLE_S, Samples, interleaved, ratio
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.ceilings import Ceilings
 from fastrec.runtime.engine import Engine
-from fastrec.runtime.machine import machine_card
-from fastrec.runtime.measure import SETTLE_S, Samples, interleaved, ratio
 
 
 class Variant(NamedTuple):

@@ -29,10 +29,9 @@ import numpy as np
 import psutil
 
 from bench_engine_serving import saved
+from fastrec.measure.machine import machine_card
 from fastrec.models import RankerConfig
 from fastrec.runtime import load_engine
-from fastrec.runtime.machine import machine_card
-from fastrec.runtime.spec import InputSpec
 from fastrec.serving.core import LoopClock
 from fastrec.serving.load import (
     Generator,
@@ -47,6 +46,7 @@ from fastrec.serving.load import (
 )
 from fastrec.serving.load import run as run_plan
 from fastrec.serving.load.targets import GrpcTarget, requests_of
+from fastrec.spec import InputSpec
 from serving_report import FACTORS, write
 
 SLO_MS = 50.0

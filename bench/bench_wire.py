@@ -23,12 +23,12 @@ import grpc
 import numpy as np
 import uvloop
 
-from fastrec.runtime.latency import LatencyHistogram
-from fastrec.runtime.machine import machine_card
-from fastrec.runtime.spec import InputField, InputSpec
+from fastrec.measure.latency import LatencyHistogram
+from fastrec.measure.machine import machine_card
 from fastrec.serving.core import SLO, Pool, Request, ServingConfig
 from fastrec.serving.server import Server, ServerOptions
 from fastrec.serving.wire.messages import InferRequest
+from fastrec.spec import InputField, InputSpec
 
 HISTORY, CANDIDATES = ("B", "L"), ("B", "m")
 SPEC = InputSpec(

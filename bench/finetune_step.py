@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import fastrec
+from fastrec.measure.machine import machine_card
 from fastrec.models import Ranker, RankerConfig, SASRec, SASRecConfig
-from fastrec.runtime.machine import machine_card
 from fastrec.train import TrainConfig
 from fastrec.train.loop import make_optimizer
 from fastrec.train.losses import default_loss

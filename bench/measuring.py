@@ -14,8 +14,8 @@ import torch
 import rivals
 from fastrec import kernels
 from fastrec.kernels._registry import OpSpec, Sample
-from fastrec.runtime.ceilings import Ceilings
-from fastrec.runtime.measure import Samples, interleaved, measured_spin_s, ratio
+from fastrec.measure.ceilings import Ceilings
+from fastrec.measure.timing import Samples, interleaved, measured_spin_s, ratio
 from gate import why_wrong
 
 Call = Callable[[], Any]

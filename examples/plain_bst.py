@@ -46,7 +46,7 @@ def example_inputs(batch: int = 8, n_items: int = 1000, length: int = 20) -> lis
 def compare(batch: int, threads: int, length: int, d: int) -> None:
     """Times beside torch's, call by call in turn, on the same requests; torch.compile with frozen
     weights and static shapes, its best settings here."""
-    from fastrec.runtime.measure import interleaved, ratio
+    from fastrec.measure.timing import interleaved, ratio
 
     torch.manual_seed(0)
     torch.set_num_threads(threads)

@@ -28,8 +28,8 @@ def make_engine(path: Path) -> None:
     import torch
 
     import fastrec
+    from fastrec.exporters.model_spec import spec_of
     from fastrec.models import Ranker, RankerConfig
-    from fastrec.runtime.model_spec import spec_of
 
     torch.manual_seed(0)
     model = Ranker(RankerConfig.taobao()).eval()

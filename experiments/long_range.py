@@ -29,10 +29,10 @@ from rich.console import Console
 from experiments.ranking import kept, shown
 from fastrec import AttentionPattern
 from fastrec.data import SequenceDataset, generate, prepare
+from fastrec.measure.machine import machine_card
 from fastrec.models import Ranker, RankerConfig
 from fastrec.models.config import Config
 from fastrec.models.encoder import EncoderConfig
-from fastrec.runtime.machine import machine_card
 from fastrec.train import Evaluation, TrainConfig, evaluate, fit, load_model
 from fastrec.train.checkpoint import read_tensors, write_tensors
 from fastrec.train.metrics import RESAMPLES

@@ -14,7 +14,7 @@ import typer
 from experiments.histories import Histories
 from experiments.ranking import kept, shown
 from experiments.variants import LEVELS, VARIANTS, read
-from fastrec.runtime.machine import machine_card
+from fastrec.measure.machine import machine_card
 from fastrec.train import Evaluation, load_model
 from fastrec.train.checkpoint import read_tensors
 from fastrec.train.metrics import RESAMPLES

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import fastrec
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
 from gpu.sheet import MOST_SETS, Contender, Row, Sheet, Work
 from gpu.timing import Call, Replay
 
@@ -71,8 +71,8 @@ def bound(ranker: Ranker, inputs: Inputs, precision: str) -> Row:
     from fastrec.runtime.cuda.launches import Bucket, Sizes
     from fastrec.runtime.cuda.match import match
     from fastrec.runtime.cuda.weights import Weights
-    from fastrec.runtime.plan.lower import lower
-    from fastrec.runtime.plan.passes import simplify
+    from fastrec.runtime.native.lower import lower
+    from fastrec.runtime.native.passes import simplify
 
     plan = lower(ranker, inputs, spec_of(ranker, inputs))
     simplify(plan)

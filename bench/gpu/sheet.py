@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastrec.measure.timing import ratio
 from fastrec.runtime.cuda.roofline import GPUS
-from fastrec.runtime.measure import ratio
 from gate import TOLERANCE, error_of
 from gpu.timing import Call, Replay, host_us, in_turn
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastrec.runtime.measure import Samples
+from fastrec.measure.timing import Samples
 
 Call = Callable[[], Any]
 ROUNDS = 25

@@ -27,7 +27,7 @@ _EXPORTS = {
     "Recipe": "fastrec.compress",
     "compile": "fastrec.runtime",
     "distill": "fastrec.compress",
-    "export": "fastrec.runtime",
+    "export": "fastrec.exporters",
     "NMPruning": "fastrec.compress",
     "load": "fastrec.compress",
     "prune_": "fastrec.compress",
@@ -40,7 +40,9 @@ _ROOMS = (
     "compress",
     "data",
     "errors",
+    "exporters",
     "kernels",
+    "measure",
     "models",
     "nn",
     "report",
@@ -55,7 +57,9 @@ if TYPE_CHECKING:
         compress,
         data,
         errors,
+        exporters,
         kernels,
+        measure,
         models,
         nn,
         report,
@@ -83,8 +87,9 @@ if TYPE_CHECKING:
         sensitivity,
         student,
     )
+    from fastrec.exporters import export
     from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
-    from fastrec.runtime import compile, export
+    from fastrec.runtime import compile
     from fastrec.search import Budget, autotune
 
 __all__ = [
@@ -107,8 +112,10 @@ __all__ = [
     "distill",
     "errors",
     "export",
+    "exporters",
     "kernels",
     "load",
+    "measure",
     "models",
     "nn",
     "prune_",

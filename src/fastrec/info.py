@@ -164,9 +164,9 @@ def _check_plot(plot: Path, op: str | None) -> None:
 def _explain_model(path: Path, plot: Path | None) -> tuple[list[dict[str, Any]], Table]:
     """The rows of a saved model and a table of them; one request of a full history and 50
     candidates is timed."""
-    from fastrec.runtime.ceilings import Ceilings
-    from fastrec.runtime.model_spec import spec_of
-    from fastrec.runtime.plan.engine import PlanEngine
+    from fastrec.exporters.model_spec import spec_of
+    from fastrec.measure.ceilings import Ceilings
+    from fastrec.runtime.native.engine import PlanEngine
 
     loaded: Any = fastrec.load(path)
     spec = spec_of(loaded, ())

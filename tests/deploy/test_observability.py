@@ -39,7 +39,7 @@ class Stand:
     running = 0
 
     def models(self) -> list[ModelInfo]:
-        from fastrec.runtime.spec import InputSpec
+        from fastrec.spec import InputSpec
 
         return [ModelInfo("ranker", "1", "READY", 1.0, InputSpec(()), {}, 8, {"READY": 1})]
 

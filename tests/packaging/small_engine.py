@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import fastrec
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
 
 
 def write(folder: Path) -> Path:

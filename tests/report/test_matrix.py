@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 
 from fastrec.errors import ArgumentError
+from fastrec.measure.machine import machine_card
 from fastrec.models import RankerConfig
 from fastrec.report.layout import ENGINE_TITLES
 from fastrec.report.matrix import grid, markdown, matrix, print_matrix
 from fastrec.report.schema import VARIANTS
-from fastrec.runtime import BACKENDS, machine_card
+from fastrec.runtime import BACKENDS
 
 SMALL = RankerConfig(
     n_items=1200,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
 
 M = 16
 

@@ -14,18 +14,19 @@ from typer import Typer
 from typer.testing import CliRunner
 
 import fastrec
+from fastrec import export
 from fastrec.errors import ArtifactError, BackendError
+from fastrec.exporters.onnx.export import verify_onnx
+from fastrec.measure.machine import machine_card
+from fastrec.measure.memory import memory_mb, peak_rss_mb, run_child
 from fastrec.nn import SparseInt8Linear
-from fastrec.runtime import artifact, cli, export, load_engine, machine_card
+from fastrec.runtime import artifact, cli, load_engine
 from fastrec.runtime import compile as compile_engine
-from fastrec.runtime.child import memory_mb
-from fastrec.runtime.measure import peak_rss_mb, run_child
-from fastrec.runtime.onnx_export import verify_onnx
 
 
 @pytest.fixture(scope="module")
 def exported(ranker, tmp_path_factory):
-    from fastrec.runtime.model_spec import spec_of
+    from fastrec.exporters.model_spec import spec_of
 
     examples = spec_of(ranker, ()).sample({"m": 16})
     return export(ranker, tmp_path_factory.mktemp("onnx") / "model.onnx", examples)

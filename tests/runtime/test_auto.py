@@ -13,11 +13,12 @@ from torch import nn
 
 import fastrec
 from fastrec.errors import ArgumentError, BackendError
-from fastrec.runtime import compiler, machine, remember
+from fastrec.measure import machine
+from fastrec.measure.choice import contest
+from fastrec.runtime import compiler
 from fastrec.runtime.backends import BACKENDS, backend_module
-from fastrec.runtime.choose import contest
+from fastrec.runtime.choice_cache import model_hash
 from fastrec.runtime.engine import Engine
-from fastrec.runtime.remember import model_hash
 
 X = (torch.linspace(-1, 1, 12).reshape(3, 4),)
 
@@ -69,7 +70,7 @@ def backends(monkeypatch, tmp_path):
 
 
 def _samples(engines: Any) -> dict[str, Any]:
-    from fastrec.runtime.measure import Samples
+    from fastrec.measure.timing import Samples
 
     return {name: Samples(np.full((2, 2), 1_000_000)) for name in engines}
 
@@ -127,7 +128,7 @@ def test_what_the_choice_depends_on(backends, model, monkeypatch):
     assert measured_anew(nn.Sequential(model[0], nn.Sigmoid(), model[2]).eval())
     own = machine.cpu_identity()
     with monkeypatch.context() as patched:
-        patched.setattr(remember, "cpu_identity", lambda: [*own, "another machine"])
+        patched.setattr(choice_cache, "cpu_identity", lambda: [*own, "another machine"])
         assert measured_anew(model)
     with monkeypatch.context() as patched:
         patched.setattr(backend_module("native"), "versions", lambda: {"a": "2"})
@@ -221,8 +222,8 @@ def test_no_cache_folder_is_no_error(backends, model, monkeypatch, tmp_path: Pat
 
 def test_the_contest_tells_apart_what_lies_close(monkeypatch):
     """Engines on a clock of the test's own: the slower one has the one lucky round."""
-    import fastrec.runtime.choose as module
-    from fastrec.runtime.measure import interleaved
+    import fastrec.measure.choice as module
+    from fastrec.measure.timing import interleaved
 
     now, calls = [0], {"steady": 0, "lucky": 0, "slow": 0}
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.copies import remove_copies, through
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.ir import Buffer, Extent, Plan, Step
-from fastrec.runtime.plan.lower import lower
-from fastrec.runtime.plan.passes import optimise
+from fastrec.runtime.native.copies import remove_copies, through
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.ir import Buffer, Extent, Plan, Step
+from fastrec.runtime.native.lower import lower
+from fastrec.runtime.native.passes import optimise
 
 compiled = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

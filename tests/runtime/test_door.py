@@ -14,7 +14,7 @@ import fastrec
 from fastrec.errors import BackendError, FastrecError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.plan.engine import PlanEngine
+from fastrec.runtime.native.engine import PlanEngine
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

@@ -16,15 +16,15 @@ from torch import nn
 
 import fastrec
 from fastrec.errors import ArgumentError, BackendError, DtypeError, IdRangeError, ShapeError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.lower import lower, plan_spec
-from fastrec.runtime.plan.passes import optimise
-from fastrec.runtime.plan.split import candidate_positions
-from fastrec.runtime.plan.state import State
-from fastrec.runtime.spec import InputField, InputSpec
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.passes import optimise
+from fastrec.runtime.native.split import candidate_positions
+from fastrec.runtime.native.state import State
+from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 import fastrec
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, FastrecError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
+from fastrec.measure.memory import run_child
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime import load_engine
 from fastrec.runtime.backends import native
 from fastrec.runtime.engine import BuildOptions, Engine
-from fastrec.runtime.measure import run_child
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.file import MAGIC
+from fastrec.runtime.native.file import MAGIC
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

@@ -20,12 +20,12 @@ from fastrec.errors import (
     MissingDependencyError,
     ShapeError,
 )
+from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime import BACKENDS, Engine, available_backends
 from fastrec.runtime import compile as compile_engine
 from fastrec.runtime.backends import onnxruntime as onnxruntime_backend
-from fastrec.runtime.measure import Tolerance, correctness_gate
 
 REASONS = available_backends()
 FP32 = [name for name in BACKENDS if name not in ("torch_compile", "qnn")]
@@ -48,7 +48,7 @@ def need(backend: str) -> None:
 @pytest.fixture(scope="module")
 def engines(ranker):
     """(backend, precision) -> an engine on two threads, built once from a request of one row."""
-    from fastrec.runtime.model_spec import spec_of
+    from fastrec.exporters.model_spec import spec_of
 
     built: dict[tuple[str, str | None], Engine] = {}
     spec = spec_of(ranker, ())

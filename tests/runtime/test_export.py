@@ -10,17 +10,16 @@ import pytest
 import torch
 
 import fastrec
-from fastrec import kernels
+from fastrec import export, kernels
 from fastrec.errors import BackendError
+from fastrec.exporters.model_spec import spec_of
+from fastrec.exporters.onnx.forms import DECOMPOSITIONS
+from fastrec.exporters.onnx.session import open_session
+from fastrec.exporters.onnx.sparse_attention import sparse_attention
 from fastrec.models import Ranker, RankerConfig
 from fastrec.models.encoder import EncoderConfig
-from fastrec.runtime import export
 from fastrec.runtime.backends import openvino
-from fastrec.runtime.backends._onnxruntime_session import open_session
 from fastrec.runtime.backends._openvino_rounding import round_before_quantising
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.onnx_forms import DECOMPOSITIONS
-from fastrec.runtime.onnx_sparse_attention import sparse_attention
 
 Pattern = fastrec.AttentionPattern
 ops = torch.ops.fastrec

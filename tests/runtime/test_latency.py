@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrec.errors import ArgumentError
-from fastrec.runtime.latency import LatencyHistogram
+from fastrec.measure.latency import LatencyHistogram
 
 
 @given(st.lists(st.integers(0, 2**62), min_size=1, max_size=200), st.floats(0, 100))

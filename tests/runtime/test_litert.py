@@ -14,12 +14,12 @@ from torch import nn
 
 import fastrec
 from fastrec.errors import ArtifactError, BackendError, MissingDependencyError, ShapeError
+from fastrec.exporters.model_spec import spec_of
+from fastrec.exporters.tflite import graph as tflite_graph
+from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.models import Ranker, RankerConfig, SASRec, SASRecConfig
 from fastrec.models.encoder import EncoderConfig
 from fastrec.runtime.backends import litert
-from fastrec.runtime.measure import Tolerance, correctness_gate
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.tflite import graph as tflite_graph
 
 pytestmark = pytest.mark.skipif(litert.can_run() is not None, reason=str(litert.can_run()))
 

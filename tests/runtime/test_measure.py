@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 
 from fastrec.errors import ArgumentError, BackendError, ShapeError
-from fastrec.runtime.measure import (
+from fastrec.measure.memory import peak_rss_mb, run_child
+from fastrec.measure.timing import (
     SETTLE_S,
     Samples,
     Tolerance,
     correctness_gate,
     interleaved,
     measured_spin_s,
-    peak_rss_mb,
     ratio,
-    run_child,
 )
 
 

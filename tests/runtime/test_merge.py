@@ -13,13 +13,13 @@ from torch import nn
 
 import fastrec
 from fastrec import kernels
+from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan import passes
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.ir import Plan
-from fastrec.runtime.plan.lower import lower
-from fastrec.runtime.plan.passes import optimise
+from fastrec.runtime.native import passes
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.ir import Plan
+from fastrec.runtime.native.lower import lower
+from fastrec.runtime.native.passes import optimise
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import fastrec
+from fastrec import export
 from fastrec.errors import ArgumentError, ArtifactError
-from fastrec.runtime import export, onnx_storage
+from fastrec.exporters.onnx import storage
+from fastrec.exporters.onnx.export import verify_onnx
 from fastrec.runtime.backends.onnxruntime import open_session
-from fastrec.runtime.onnx_export import verify_onnx
-from fastrec.runtime.spec import InputSpec
+from fastrec.spec import InputSpec
 
 
 def test_a_model_over_the_limit_is_two_files(ranker, request_of, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_storage, "LARGEST_BYTES", 10_000)  # in place of 2 GB
+    monkeypatch.setattr(storage, "LARGEST_BYTES", 10_000)  # in place of 2 GB
     path = tmp_path / "model.onnx"
     for _ in range(2):  # over an older one: its data are not appended to
         assert export(ranker, path, request_of(2)) == path

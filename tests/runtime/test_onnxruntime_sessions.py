@@ -13,9 +13,9 @@ import pytest
 
 import fastrec
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
+from fastrec.exporters.onnx import session as sessions
+from fastrec.exporters.onnx.session import PROVIDERS, SessionSettings, open_session
 from fastrec.runtime import artifact, load_engine
-from fastrec.runtime.backends import _onnxruntime_session as sessions
-from fastrec.runtime.backends._onnxruntime_session import PROVIDERS, SessionSettings, open_session
 
 ABSENT = [name for name in PROVIDERS if sessions.provider_reason(name) is not None]
 
@@ -26,7 +26,7 @@ def compiled(model: Any, request: Any, **settings: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(ranker, tmp_path_factory):
-    from fastrec.runtime.model_spec import spec_of
+    from fastrec.exporters.model_spec import spec_of
 
     examples = spec_of(ranker, ()).sample({"m": 16})
     return fastrec.export(ranker, tmp_path_factory.mktemp("onnx") / "model.onnx", examples)

@@ -11,7 +11,8 @@ import pytest
 
 import fastrec
 from fastrec.errors import ArgumentError
-from fastrec.runtime import load_engine, machine
+from fastrec.measure import machine
+from fastrec.runtime import load_engine
 
 pytest.importorskip("openvino", reason="OpenVINO comes with fastrec[openvino]")
 
@@ -85,8 +86,8 @@ def test_rounding_as_openvino_does(ranker, request_of):
 
     import torch
 
-    from fastrec.runtime.measure import Tolerance, correctness_gate
-    from fastrec.runtime.model_spec import spec_of
+    from fastrec.exporters.model_spec import spec_of
+    from fastrec.measure.timing import Tolerance, correctness_gate
 
     model, spec = copy.deepcopy(ranker), spec_of(ranker, ())
     drawn = tuple(map(torch.from_numpy, spec.sample({"B": 4, "m": 16})))

@@ -15,13 +15,14 @@ from torch import nn
 
 import fastrec
 from fastrec.errors import BackendError
+from fastrec.exporters.onnx import custom_ops as ort_custom_ops
+from fastrec.exporters.onnx.custom_forms import CustomLinear
 from fastrec.kernels import window_sparse_attention
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
+from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.models import Ranker
 from fastrec.nn import SparseInt8Linear
-from fastrec.runtime import load_engine, ort_custom_ops
-from fastrec.runtime.measure import Tolerance, correctness_gate
-from fastrec.runtime.onnx_custom_forms import CustomLinear
+from fastrec.runtime import load_engine
 
 if (REASON := ort_custom_ops.reason_missing()) is not None:
     pytest.skip(REASON, allow_module_level=True)

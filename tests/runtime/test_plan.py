@@ -17,15 +17,15 @@ from torch import nn
 import fastrec
 from fastrec import kernels
 from fastrec.errors import BackendError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import native, reason_missing
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.emit import ITEMSIZE
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.ir import Buffer, Extent, product
-from fastrec.runtime.plan.lower import lower
-from fastrec.runtime.plan.memory import assign_slots, lifetimes
-from fastrec.runtime.plan.passes import TILES_OUT, optimise
+from fastrec.runtime.native.emit import ITEMSIZE
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.ir import Buffer, Extent, product
+from fastrec.runtime.native.lower import lower
+from fastrec.runtime.native.memory import assign_slots, lifetimes
+from fastrec.runtime.native.passes import TILES_OUT, optimise
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

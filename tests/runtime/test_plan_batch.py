@@ -15,18 +15,18 @@ from torch import Tensor, nn
 import fastrec
 from fastrec import kernels
 from fastrec.errors import ArgumentError, IdRangeError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.batch import batch_symbol, rows_of_layers
-from fastrec.runtime.plan.emit import ITEMSIZE
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.ir import Extent
-from fastrec.runtime.plan.lower import lower, plan_spec
-from fastrec.runtime.plan.memory import assign_slots
-from fastrec.runtime.plan.passes import optimise
-from fastrec.runtime.plan.rows import row_groups
-from fastrec.runtime.spec import InputField, InputSpec
+from fastrec.runtime.native.batch import batch_symbol, rows_of_layers
+from fastrec.runtime.native.emit import ITEMSIZE
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.ir import Extent
+from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.memory import assign_slots
+from fastrec.runtime.native.passes import optimise
+from fastrec.runtime.native.rows import row_groups
+from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

@@ -16,19 +16,19 @@ from typer.testing import CliRunner
 import fastrec
 from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError, ShapeError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.info import explain
 from fastrec.kernels._compiled import reason_missing
+from fastrec.measure.ceilings import Ceilings
 from fastrec.models import Ranker, RankerConfig
 from fastrec.report.plots import png
 from fastrec.report.profile import plot_profile, table
 from fastrec.runtime import load_engine
-from fastrec.runtime.ceilings import Ceilings
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.ir import Buffer, Extent, Step, View
-from fastrec.runtime.plan.lower import lower
-from fastrec.runtime.plan.passes import optimise
-from fastrec.runtime.plan.profile import Request, cost
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.ir import Buffer, Extent, Step, View
+from fastrec.runtime.native.lower import lower
+from fastrec.runtime.native.passes import optimise
+from fastrec.runtime.native.profile import Request, cost
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 

@@ -8,10 +8,10 @@ import torch
 
 import fastrec
 from fastrec.errors import ArgumentError, BackendError, MissingDependencyError, ShapeError
+from fastrec.exporters.model_spec import spec_of
+from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.models import Ranker
 from fastrec.runtime.backends import qnn
-from fastrec.runtime.measure import Tolerance, correctness_gate
-from fastrec.runtime.model_spec import spec_of
 
 pytestmark = pytest.mark.skipif(qnn.can_run() is not None, reason=str(qnn.can_run()))
 

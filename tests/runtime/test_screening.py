@@ -10,8 +10,8 @@ import torch
 
 import fastrec
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, IdRangeError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
 from fastrec.runtime.screening import Screen, Screened, fit, recall
 
 CONFIG = RankerConfig(

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastrec.errors import ArgumentError, DtypeError, IdRangeError, ShapeError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import SASRec, SASRecConfig, validate_inputs
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.spec import InputField, InputSpec
+from fastrec.spec import InputField, InputSpec
 
 
 def _set(index: int, change):

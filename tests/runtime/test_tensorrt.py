@@ -30,12 +30,12 @@ from fastrec.errors import (
     MissingDependencyError,
     ShapeError,
 )
+from fastrec.exporters.model_spec import spec_of
+from fastrec.exporters.onnx.export import write_onnx
+from fastrec.exporters.onnx.symmetric import symmetric_int8
+from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.runtime import available_backends, load_engine
 from fastrec.runtime.backends import tensorrt as backend
-from fastrec.runtime.measure import Tolerance, correctness_gate
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.onnx_export import write_onnx
-from fastrec.runtime.onnx_symmetric import symmetric_int8
 
 SURFACE = Path(__file__).parent / "tensorrt_surface.txt"
 
@@ -59,7 +59,7 @@ def exports(tmp_path_factory):
 @pytest.fixture
 def trt(monkeypatch, tmp_path, exports):
     """The stand-ins in place of the packages, and a cache of the test's own."""
-    monkeypatch.setattr("fastrec.runtime.onnx_export.write_onnx", exports)
+    monkeypatch.setattr("fastrec.exporters.onnx.export.write_onnx", exports)
     modules = fake_tensorrt.cupy_modules() | {"tensorrt": fake_tensorrt.tensorrt_module()}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -112,7 +112,7 @@ def test_what_was_quantised_runs_as_symmetric_int8(trt, int8, request_of):
 
 
 def test_the_stand_in_refuses_uint8_as_tensorrt_does(trt, int8, request_of, monkeypatch):
-    monkeypatch.setattr("fastrec.runtime.onnx_symmetric.symmetric_int8", lambda proto: 0)
+    monkeypatch.setattr("fastrec.exporters.onnx.symmetric.symmetric_int8", lambda proto: 0)
     with pytest.raises(BackendError, match=r"cannot read the model: .*zero point .* of uint8"):
         compiled(int8, request_of(2))
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import fastrec
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
 from fastrec.serving.server import Server, ServerOptions, ServingConfig
 
 CONFIG = RankerConfig(

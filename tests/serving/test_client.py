@@ -17,10 +17,10 @@ pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
 from serving_process import Running
 
 from fastrec.errors import ArgumentError
-from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.client import Client
 from fastrec.serving.core import SLO, Kind, Rejected, ServingConfig
 from fastrec.serving.core.probes import Probing
+from fastrec.spec import InputField, InputSpec
 
 SPEC = InputSpec(
     (InputField("user", ("B",), rows=100), InputField("candidate", ("B", "m"), rows=100)),

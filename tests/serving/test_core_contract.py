@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core import Kind, Rejected, Request, RequestDone, Runtime
+from fastrec.spec import InputField, InputSpec
 
 SPEC = InputSpec(
     (InputField("user", ("B", 2), rows=100), InputField("candidate", ("B", "m"), rows=100)),

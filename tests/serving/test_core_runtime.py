@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from fastrec.errors import ArgumentError, ConfigError, DtypeError, ServingError
-from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core import (
     SLO,
     Canary,
@@ -27,6 +26,7 @@ from fastrec.serving.core import (
     ServingConfig,
 )
 from fastrec.serving.core.process import ProcessEngine
+from fastrec.spec import InputField, InputSpec
 
 SPEC = InputSpec(
     (InputField("user", ("B", 2), rows=100), InputField("candidate", ("B", "m"), rows=100)),

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core import Lanes, Pool, QueuePolicy, ServingConfig
+from fastrec.spec import InputField, InputSpec
 
 grpcclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 

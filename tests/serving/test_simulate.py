@@ -146,7 +146,7 @@ class Slept:
     spec = None
 
     def __init__(self) -> None:
-        from fastrec.runtime.spec import InputField, InputSpec
+        from fastrec.spec import InputField, InputSpec
 
         self.spec = InputSpec((InputField("c", ("B", "m"), rows=5),))
 

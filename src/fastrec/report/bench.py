@@ -15,6 +15,8 @@ from torch import nn
 
 from fastrec.compress import load
 from fastrec.errors import ArgumentError
+from fastrec.exporters.model_spec import quantised_module, spec_of
+from fastrec.measure.machine import machine_card
 from fastrec.models import Ranker, RankerConfig
 from fastrec.report.engines import Built, Request, Spec, Workshop
 from fastrec.report.layout import ENGINE_TITLES, NULL, number
@@ -22,8 +24,6 @@ from fastrec.report.measuring import latency_of, time_engines
 from fastrec.report.networks import float_twin
 from fastrec.report.schema import ENGINES, PRECISIONS
 from fastrec.report.settings import CANDIDATES, Progress, usable_cpus
-from fastrec.runtime import machine_card
-from fastrec.runtime.model_spec import quantised_module, spec_of
 
 _DISTINCT = 8
 

@@ -15,9 +15,9 @@ import numpy as np
 from torch import nn
 
 from fastrec.errors import FastrecError
+from fastrec.measure.timing import Agreement, Tolerance, correctness_gate
 from fastrec.report.settings import Table1Settings
 from fastrec.runtime import Engine, compile
-from fastrec.runtime.measure import Agreement, Tolerance, correctness_gate
 
 Request = tuple[np.ndarray, ...]
 

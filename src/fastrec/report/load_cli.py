@@ -106,7 +106,7 @@ async def _measure(
     config: Path | None,
     note: Callable[[float, float], None],
 ) -> dict[str, Any]:
-    from fastrec.runtime.machine import machine_card
+    from fastrec.measure.machine import machine_card
     from fastrec.serving.core import Runtime, ServingConfig
     from fastrec.serving.load.targets import (
         GrpcTarget,

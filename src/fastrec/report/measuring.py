@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastrec.measure.timing import Samples, interleaved, ratio
 from fastrec.report.engines import Built, Request, attempt
 from fastrec.report.layout import ENGINE_TITLES
 from fastrec.report.schema import PERCENTILES
-from fastrec.runtime.measure import Samples, interleaved, ratio
 
 # Calls of a turn: enough at B=1 to leave the settling call behind, few where a call is long.
 _CALLS = {1: 8, 8: 3}

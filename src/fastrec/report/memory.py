@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastrec.compress import artifact_bytes
+from fastrec.measure.memory import peak_rss_mb
 from fastrec.report.engines import Built, Spec, attempt
 from fastrec.report.settings import CANDIDATES
-from fastrec.runtime.measure import peak_rss_mb
 
 SAVED = ("onnxruntime", "openvino", "litert", "tensorrt")
 """Engines with a file of their own; the others load what fastrec.save wrote."""

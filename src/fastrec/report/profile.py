@@ -10,7 +10,7 @@ from rich.table import Table
 from fastrec.report.plots import _figure
 
 if TYPE_CHECKING:
-    from fastrec.runtime.ceilings import Ceilings
+    from fastrec.measure.ceilings import Ceilings
 
 # Okabe-Ito, as in the other plots: what bounds a step.
 COLOURS = {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastrec.measure.machine import machine_card
 from fastrec.models import RankerConfig
 from fastrec.report import accuracy, pipeline
 from fastrec.report.accuracy import Catalogue
@@ -36,7 +37,6 @@ from fastrec.report.schema import (
 from fastrec.report.settings import CANDIDATES, Progress, Table1Settings
 from fastrec.report.store import Store, fingerprint
 from fastrec.report.variant import VariantRun
-from fastrec.runtime import machine_card
 
 _DISTINCT = {1: 16, 8: 8}
 _BUSY_CORES = 0.2

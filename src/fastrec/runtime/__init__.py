@@ -1,4 +1,4 @@
-"""Engines: a model compiled for a backend, timed, saved, exported. Light to import (PEP 562)."""
+"""Engines: a model compiled for a backend, saved and loaded. Light to import (PEP 562)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ _EXPORTS = {
     "Engine": "engine",
     "available_backends": "compiler",
     "compile": "compiler",
-    "export": "onnx_export",
     "load_engine": "artifact",
-    "machine_card": "machine",
 }
 
 if TYPE_CHECKING:
@@ -22,17 +20,13 @@ if TYPE_CHECKING:
     from fastrec.runtime.backends import BACKENDS
     from fastrec.runtime.compiler import available_backends, compile
     from fastrec.runtime.engine import Engine
-    from fastrec.runtime.machine import machine_card
-    from fastrec.runtime.onnx_export import export
 
 __all__ = [
     "BACKENDS",
     "Engine",
     "available_backends",
     "compile",
-    "export",
     "load_engine",
-    "machine_card",
 ]
 
 

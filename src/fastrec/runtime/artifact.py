@@ -1,7 +1,7 @@
 """An engine on disk. No torch here.
 
-A native engine is one file (``fastrec.runtime.plan.file``); those of other backends are a folder of
-the backend's own files and ``engine.json``.
+A native engine is one file (``fastrec.runtime.native.file``); those of other backends are a
+folder of the backend's own files and ``engine.json``.
 
 ``engine.json`` names the backend, precision, settings and inputs, and every file's SHA-256. A
 folder appears under its name only once it is whole.
@@ -116,7 +116,7 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
         MissingDependencyError: its backend's package is not installed.
     """
     if not Path(path).is_dir():
-        from fastrec.runtime.plan import file
+        from fastrec.runtime.native import file
 
         return file.load(Path(path), threads)
     header = read(path)

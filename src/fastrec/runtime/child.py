@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.errors import ArgumentError, BackendError, FastrecError
+from fastrec.errors import ArgumentError, FastrecError
+from fastrec.measure.latency import LatencyHistogram
+from fastrec.measure.memory import memory_mb
 from fastrec.runtime.engine import Engine
-from fastrec.runtime.latency import LatencyHistogram
 
 # Resident memory is read after each of so many equal shares of the calls.
 _LOOKS = 10
@@ -97,30 +98,14 @@ def _open(args: argparse.Namespace, sizes: dict[str, int]) -> Engine:
 
         return load_engine(args.artifact, threads=args.threads)
     from fastrec.compress import load
+    from fastrec.exporters.model_spec import spec_of
     from fastrec.runtime.compiler import compile
-    from fastrec.runtime.model_spec import spec_of
 
     model = load(args.model)
     if getattr(model, "config", None) is None:
         raise ArgumentError("--model", "a checkpoint of a fastrec model", type(model).__name__)
     examples: tuple[np.ndarray, ...] = spec_of(model, ()).sample(sizes)
     return compile(model, examples, args.backend, args.threads, precision=args.precision)
-
-
-def memory_mb() -> dict[str, float]:
-    """VmRSS (now) and VmHWM (high-water mark) of this process in MB.
-
-    Raises:
-        BackendError: there is no /proc/self/status (not Linux).
-    """
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError as error:
-        raise BackendError("memory can only be read on Linux (/proc/self/status)") from error
-    pairs = (
-        line.split(":", 1) for line in text.splitlines() if line.startswith(("VmRSS", "VmHWM"))
-    )
-    return {key: int(value.split()[0]) * 1024 / 1e6 for key, value in pairs}
 
 
 def _out(report: dict[str, Any]) -> None:

@@ -29,9 +29,9 @@ def export(
 
     from fastrec.compress import load
     from fastrec.compress.artifact import read_manifest
-    from fastrec.runtime.model_spec import spec_of
-    from fastrec.runtime.onnx_export import OPSET, onnx_versions
-    from fastrec.runtime.onnx_export import export as export_onnx
+    from fastrec.exporters.model_spec import spec_of
+    from fastrec.exporters.onnx.export import OPSET, onnx_versions
+    from fastrec.exporters.onnx.export import export as export_onnx
 
     console = Console(stderr=True)
     with console.status("Exporting and checking against torch"):
@@ -64,7 +64,7 @@ def export(
 def _names(model: object) -> tuple[str, ...]:
     from torch import nn
 
-    from fastrec.runtime.model_spec import spec_of
+    from fastrec.exporters.model_spec import spec_of
 
     assert isinstance(model, nn.Module)
     return spec_of(model, ()).names

@@ -18,14 +18,15 @@ from fastrec.errors import (
     FastrecError,
     MissingDependencyError,
 )
+from fastrec.exporters.model_spec import Dims, as_tensors, quantised_module, spec_of
+from fastrec.exporters.trace import evaluated
+from fastrec.measure.choice import choice, contest
+from fastrec.measure.packages import missing
+from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import inference
-from fastrec.runtime.choose import choice, contest
-from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine, missing
-from fastrec.runtime.measure import Tolerance, correctness_gate
-from fastrec.runtime.model_spec import Dims, as_tensors, quantised_module, spec_of
-from fastrec.runtime.remember import choice_file, recall, remember
-from fastrec.runtime.trace import evaluated
+from fastrec.runtime.choice_cache import choice_file, recall, remember
+from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine
 
 FALLBACKS = ("torch", "error")
 _EXTRA = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fastrec.errors import ArgumentError, BackendError
-from fastrec.runtime.spec import InputSpec
+from fastrec.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch
@@ -252,29 +252,6 @@ def closed_loop(
         with ThreadPoolExecutor(clients) as pool:
             total = sum(pool.map(client, range(clients)))
     return total / (time.perf_counter() - start)
-
-
-def package_versions(*packages: str) -> dict[str, str]:
-    """Package -> installed version, from the metadata (nothing is imported)."""
-    from importlib import metadata
-
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def missing(module: str) -> bool:
-    """Whether ``import module`` would fail for want of the package."""
-    from importlib import util
-
-    try:
-        return util.find_spec(module) is None
-    except (ModuleNotFoundError, ValueError):
-        return True
 
 
 def as_backend(module: ModuleType) -> Backend:

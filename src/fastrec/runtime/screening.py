@@ -25,7 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
-from fastrec.runtime.plan.split import candidate_positions
+from fastrec.runtime.native.split import candidate_positions
 
 Arrays = tuple[np.ndarray, ...]
 # An engine's screen lies beside its file, under the file's name and this.

@@ -62,8 +62,8 @@ def autotune(
 
     from fastrec.compress.cli import load_trained
     from fastrec.data import SequenceDataset
+    from fastrec.measure.machine import machine_card
     from fastrec.runtime.compiler import cpus
-    from fastrec.runtime.machine import machine_card
     from fastrec.search.budget import Budget
     from fastrec.search.markdown import markdown
     from fastrec.search.search import autotune as search

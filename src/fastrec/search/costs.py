@@ -16,9 +16,9 @@ from torch import nn
 from fastrec.compress.artifact import artifact_bytes, save
 from fastrec.compress.codec import encode
 from fastrec.compress.quantization import Int8
+from fastrec.measure.timing import interleaved
 from fastrec.runtime.compiler import compile
-from fastrec.runtime.measure import interleaved
-from fastrec.runtime.plan.engine import PlanEngine
+from fastrec.runtime.native.engine import PlanEngine
 from fastrec.search.space import Choice, Chosen, Unit, pruned_, quantised_, restructured
 
 PROFILED_CALLS = 60

@@ -20,9 +20,9 @@ from fastrec.compress.patterns import BlockPruning
 from fastrec.compress.quantization import Int8
 from fastrec.compress.selection import check_count, check_model
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, BudgetError, DtypeError
+from fastrec.exporters.model_spec import as_tensors, spec_of
 from fastrec.models import MODELS
 from fastrec.runtime.compiler import cpus
-from fastrec.runtime.model_spec import as_tensors, spec_of
 from fastrec.search.budget import Budget
 from fastrec.search.costs import (
     CostTable,

@@ -14,8 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoint, engine = sys.argv[1:] if arguments is None else arguments
     try:
         from fastrec.compress import load
+        from fastrec.exporters.model_spec import spec_of
         from fastrec.runtime.compiler import compile
-        from fastrec.runtime.model_spec import spec_of
 
         model = load(checkpoint)
         examples = spec_of(model, ()).sample()

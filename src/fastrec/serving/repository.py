@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fastrec import __version__
 from fastrec.errors import ArtifactError, FastrecError
-from fastrec.runtime.plan.file import is_engine_file
+from fastrec.runtime.native.file import is_engine_file
 from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.core.runtime import Runtime
 

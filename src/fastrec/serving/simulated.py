@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core.clock import VirtualClock
 from fastrec.serving.core.engines import Done, EngineDied, EngineHandle, Ran
 from fastrec.serving.core.latency import LatencyModel
 from fastrec.serving.core.router import Slot
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.signature import Signature
+from fastrec.spec import InputField, InputSpec
 
 SPEC = InputSpec(
     (InputField("user", ("B", 1)), InputField("candidate", ("B", "m"))),

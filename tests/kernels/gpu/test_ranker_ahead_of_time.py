@@ -11,10 +11,10 @@ from ahead_of_time import TARGETS, check, compiled
 
 import fastrec
 from fastrec import env
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.model_spec import spec_of
-from fastrec.runtime.plan.lower import lower
-from fastrec.runtime.plan.passes import simplify
+from fastrec.runtime.native.lower import lower
+from fastrec.runtime.native.passes import simplify
 
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="the interpreter compiles nothing")
 

@@ -14,9 +14,9 @@ import torch
 import fastrec
 from fastrec import env
 from fastrec.errors import ArgumentError, BackendError, IdRangeError
+from fastrec.exporters.model_spec import spec_of
 from fastrec.models import EncoderConfig, Ranker, RankerConfig
 from fastrec.runtime.backends import cuda
-from fastrec.runtime.model_spec import spec_of
 
 WHY_NOT = cuda.can_run()
 runs = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}; TRITON_INTERPRET=1 needs none")

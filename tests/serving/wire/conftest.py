@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastrec.runtime.spec import InputField, InputSpec
 from fastrec.serving.core.clock import LoopClock
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.request import Kind, Rejected, Request, Response
 from fastrec.serving.core.runtime import ModelInfo
+from fastrec.spec import InputField, InputSpec
 
 pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
 

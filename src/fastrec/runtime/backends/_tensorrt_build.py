@@ -19,7 +19,7 @@ import numpy as np
 from fastrec import env
 from fastrec.errors import ArgumentError, BackendError
 from fastrec.runtime.cache import digest, read_checked, write_checked
-from fastrec.runtime.spec import InputSpec
+from fastrec.spec import InputSpec
 
 # (smallest, usual, largest) of each size that stays free.
 Profile = dict[str, tuple[int, int, int]]

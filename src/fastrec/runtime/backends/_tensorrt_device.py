@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.runtime.engine import missing
+from fastrec.measure.packages import missing
 
 
 def reason_missing() -> str | None:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastrec.errors import BackendError
-from fastrec.runtime.engine import Engine, missing, package_versions
+from fastrec.exporters.trace import evaluated
+from fastrec.measure.packages import missing, package_versions
+from fastrec.runtime.engine import Engine
 from fastrec.runtime.threads import with_torch_threads
-from fastrec.runtime.trace import evaluated
 
 # libgomp's idle workers, measured.
 SPIN_S = 0.012

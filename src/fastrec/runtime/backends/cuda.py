@@ -11,12 +11,13 @@ from torch import nn
 import fastrec
 from fastrec import env
 from fastrec.errors import BackendError
+from fastrec.exporters.model_spec import quantised_module
 from fastrec.kernels import _gpu
+from fastrec.measure.packages import package_versions
 from fastrec.runtime.backends._torch import reason_no_torch, torch_versions
-from fastrec.runtime.engine import BuildOptions, Engine, package_versions
-from fastrec.runtime.model_spec import quantised_module
-from fastrec.runtime.plan.lower import lower, plan_spec
-from fastrec.runtime.plan.passes import simplify
+from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.passes import simplify
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

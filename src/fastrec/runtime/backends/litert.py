@@ -1,6 +1,6 @@
 """LiteRT (TFLite) on the CPU: our ONNX export written as a TFLite file, run by ai-edge-litert.
 
-The file is written by ``fastrec.runtime.tflite``. Google's litert-torch needs other versions of
+The file is written by ``fastrec.exporters.tflite``. Google's litert-torch needs other versions of
 torch and protobuf than the rest of fastrec, knows none of fastrec's layers and chooses int8 scales
 of its own (docs/engines/litert.md).
 """
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastrec.errors import ArtifactError, BackendError, MissingDependencyError
+from fastrec.measure.choice import choice
+from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
-from fastrec.runtime.choose import choice
-from fastrec.runtime.engine import BuildOptions, Engine, missing, package_versions
-from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def build(
 
     Settings: ``free_sizes`` ("batch", or "all": history and candidates stay free too), ``int8``
     ("float" or "kernels"): what an int8 layer of ``quantize_`` is, see
-    :func:`fastrec.runtime.tflite.convert.to_tflite`.
+    :func:`fastrec.exporters.tflite.convert.to_tflite`.
     """
     options.allow("free_sizes", "int8")
     with artifact.building("litert") as scratch:
@@ -171,9 +172,9 @@ def _build_in(
     """Build with ``scratch`` for the files, which becomes the engine's."""
     import onnx
 
-    from fastrec.runtime.model_spec import precision_of
-    from fastrec.runtime.onnx_export import static_shapes, write_onnx
-    from fastrec.runtime.tflite.convert import to_tflite
+    from fastrec.exporters.model_spec import precision_of
+    from fastrec.exporters.onnx.export import static_shapes, write_onnx
+    from fastrec.exporters.tflite.convert import to_tflite
 
     free_sizes = options.setting("free_sizes", ("batch", "all"), "batch")
     form = options.setting("int8", INT8_FORMS, "kernels")

@@ -1,8 +1,9 @@
 """fastrec's own kernels: the whole model as one native call, or op by op within torch's forward.
 
-The plan (``fastrec.runtime.plan``) runs without Python or torch; a model that holds an op it lacks,
-runs op by op, and ``describe()`` says which op it was. Both are measured, and so are torch's share
-of the threads and its attention where torch takes part. Models in 16 bits: see ``plan.half``.
+The plan (``fastrec.runtime.native``) runs without Python or torch; a model that holds an op it
+lacks, runs op by op, and ``describe()`` says which op it was. Both are measured, and so are torch's
+share of the threads and its attention where torch takes part. Models in 16 bits: see
+``native.half``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import nn
 import fastrec
 from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError
+from fastrec.exporters.model_spec import quantised_module
+from fastrec.exporters.trace import evaluated
 from fastrec.kernels._compiled import reason_missing
+from fastrec.measure.choice import choice, fastest
 from fastrec.models.attention import Attention, CrossAttention
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.backends._torch import (
@@ -27,16 +31,13 @@ from fastrec.runtime.backends._torch import (
     reason_no_torch,
     torch_versions,
 )
-from fastrec.runtime.choose import choice, fastest
 from fastrec.runtime.engine import BuildOptions, Engine
-from fastrec.runtime.model_spec import quantised_module
-from fastrec.runtime.plan.engine import PlanEngine
-from fastrec.runtime.plan.half import half_of, multiply_bf16, widened
-from fastrec.runtime.plan.lower import lower, plan_spec
-from fastrec.runtime.plan.passes import optimise
-from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.native.engine import PlanEngine
+from fastrec.runtime.native.half import half_of, multiply_bf16, widened
+from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.passes import optimise
 from fastrec.runtime.threads import with_torch_threads
-from fastrec.runtime.trace import evaluated
+from fastrec.spec import InputSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 PLAN = "one plan"

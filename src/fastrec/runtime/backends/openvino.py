@@ -20,13 +20,14 @@ import numpy as np
 
 from fastrec import env
 from fastrec.errors import BackendError, MissingDependencyError
+from fastrec.measure.choice import choice, fastest
+from fastrec.measure.machine import int8_products_saturate
+from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
 from fastrec.runtime.backends._openvino_rounding import round_before_quantising
 from fastrec.runtime.cache import digest
-from fastrec.runtime.choose import choice, fastest
-from fastrec.runtime.engine import BuildOptions, Engine, missing, package_versions
-from fastrec.runtime.machine import int8_products_saturate
-from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ def _openvino() -> Any:
 def _cache_folder() -> Path:
     """Where compiled models lie: a folder a CPU and version, so that none of another machine's is
     ever read, whatever OpenVINO itself would make of it."""
-    from fastrec.runtime.machine import cpu_identity
+    from fastrec.measure.machine import cpu_identity
 
     return env.cache_dir() / "openvino" / digest([cpu_identity(), versions()["openvino"]])
 
@@ -232,8 +233,8 @@ def build(
     """
     import torch
 
-    from fastrec.runtime.model_spec import precision_of
-    from fastrec.runtime.onnx_export import static_shapes
+    from fastrec.exporters.model_spec import precision_of
+    from fastrec.exporters.onnx.export import static_shapes
 
     options.allow("shapes", "hint", "free_sizes", "mode", "cache", "rounding")
     exact = options.setting("rounding", ("exact", "fast"), "exact") == "exact"
@@ -316,10 +317,10 @@ def _convert(
     ov = _openvino()
     import torch
 
-    from fastrec.runtime.model_spec import quantised_module
-    from fastrec.runtime.onnx_export import write_onnx
-    from fastrec.runtime.onnx_forms import needs_forms
-    from fastrec.runtime.trace import evaluated, first_line, quiet
+    from fastrec.exporters.model_spec import quantised_module
+    from fastrec.exporters.onnx.export import write_onnx
+    from fastrec.exporters.onnx.forms import needs_forms
+    from fastrec.exporters.trace import evaluated, first_line, quiet
 
     if free_sizes == "all" or quantised_module(model) is not None or needs_forms(model):
         # The frontend for torch knows none of fastrec's ops; the ONNX export spells them out.
@@ -350,7 +351,7 @@ def _quantise(model: Any, calibration: list[tuple[np.ndarray, ...]]) -> Any:
         import nncf
     except ImportError as error:
         raise MissingDependencyError("nncf", "openvino", "OpenVINO int8") from error
-    from fastrec.runtime.trace import quiet
+    from fastrec.exporters.trace import quiet
 
     nncf.set_log_level(logging.ERROR)
     # Its progress bars go to stdout, which belongs to the program that called.

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, MissingDependencyError
+from fastrec.measure.choice import choice
+from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
-from fastrec.runtime.choose import choice
-from fastrec.runtime.engine import BuildOptions, Engine, missing, package_versions
-from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch
@@ -164,8 +165,8 @@ def _build_in(
     settings: dict[str, str],
 ) -> Engine:
     """Build with ``scratch`` for the files, which becomes the engine's."""
-    from fastrec.runtime.model_spec import quantised_module
-    from fastrec.runtime.onnx_export import write_onnx
+    from fastrec.exporters.model_spec import quantised_module
+    from fastrec.exporters.onnx.export import write_onnx
 
     precision = "fp16" if quantised_module(model) is None else "int8"
     if options.precision not in (None, precision):

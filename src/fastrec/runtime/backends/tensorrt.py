@@ -1,7 +1,7 @@
 """TensorRT on an NVIDIA GPU: fp32, fp16, and what ``fastrec.quantize_`` made as explicit int8.
 
 The ONNX export is parsed as a strongly typed network; uint8 activations are written as symmetric
-int8 first, which TensorRT needs (``fastrec.runtime.onnx_symmetric``). It has never been run on a
+int8 first, which TensorRT needs (``fastrec.exporters.onnx.symmetric``). It has never been run on a
 GPU by its authors: its steps are tested against a stand-in with the signatures of the real package.
 """
 
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
+from fastrec.measure.choice import choice
+from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
 from fastrec.runtime.backends import _tensorrt_build as builder
 from fastrec.runtime.backends import _tensorrt_device as device
-from fastrec.runtime.choose import choice
-from fastrec.runtime.engine import BuildOptions, Engine, missing, package_versions
-from fastrec.runtime.spec import InputSpec
+from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.spec import InputSpec
 
 if TYPE_CHECKING:
     import torch
@@ -207,9 +208,9 @@ def build(
     """
     import onnx
 
-    from fastrec.runtime.model_spec import quantised_module
-    from fastrec.runtime.onnx_export import write_onnx
-    from fastrec.runtime.onnx_symmetric import symmetric_int8
+    from fastrec.exporters.model_spec import quantised_module
+    from fastrec.exporters.onnx.export import write_onnx
+    from fastrec.exporters.onnx.symmetric import symmetric_int8
 
     options.allow("profile", "tf32", "workspace", "level", "sparse_weights", "cuda_graph")
     own = quantised_module(model)

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 
 from fastrec.errors import BackendError
+from fastrec.exporters.model_spec import quantised_module
+from fastrec.exporters.trace import evaluated, first_line, quiet
+from fastrec.measure.choice import choice
 from fastrec.runtime.backends._torch import (
     Forward,
     TorchEngine,
@@ -22,11 +25,8 @@ from fastrec.runtime.backends._torch import (
     refuse_requantising,
     torch_versions,
 )
-from fastrec.runtime.choose import choice
 from fastrec.runtime.engine import BuildOptions, Engine
-from fastrec.runtime.model_spec import quantised_module
 from fastrec.runtime.threads import with_torch_threads
-from fastrec.runtime.trace import evaluated, first_line, quiet
 
 PRECISIONS = ("fp32", "bf16")
 

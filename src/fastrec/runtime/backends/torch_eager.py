@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrec.exporters.model_spec import quantised_module
+from fastrec.exporters.trace import evaluated
+from fastrec.measure.choice import choice, fastest
 from fastrec.runtime.backends._torch import (
     SPIN_S,
     Forward,
@@ -20,11 +23,8 @@ from fastrec.runtime.backends._torch import (
     refuse_requantising,
     torch_versions,
 )
-from fastrec.runtime.choose import choice, fastest
 from fastrec.runtime.engine import BuildOptions, Engine
-from fastrec.runtime.model_spec import quantised_module
 from fastrec.runtime.threads import with_torch_threads
-from fastrec.runtime.trace import evaluated
 
 PRECISIONS = ("fp32", "bf16", "int8")
 

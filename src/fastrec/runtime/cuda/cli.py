@@ -56,8 +56,8 @@ def tune(
     if model is not None:
         import fastrec
         from fastrec.compress import load
+        from fastrec.exporters.model_spec import spec_of
         from fastrec.runtime.cuda import tuning
-        from fastrec.runtime.model_spec import spec_of
 
         loaded = load(model)
         examples = spec_of(loaded, ()).sample({"B": users[0], "m": candidates})

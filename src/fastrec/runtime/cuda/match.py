@@ -26,8 +26,8 @@ from fastrec.runtime.cuda.stages import (
     RankerStages,
     Term,
 )
-from fastrec.runtime.plan.ir import Buffer, Extent, Plan, Step, View
-from fastrec.runtime.plan.passes import ACTIVATIONS
+from fastrec.runtime.native.ir import Buffer, Extent, Plan, Step, View
+from fastrec.runtime.native.passes import ACTIVATIONS
 
 _AGE = [("sub_i64", 0, 1), ("integer", 0), ("max_i64", 2, 3)]
 _COUNT = [("index", 0), ("integer", 1), ("add_i64", 0, 1)]

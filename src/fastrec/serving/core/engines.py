@@ -1,7 +1,7 @@
 """Engines behind one interface: in a thread, in a worker process, in the event loop.
 
 A handle runs one call at a time and answers in the event loop's thread. What it runs is anything
-that is called with arrays, in order, and has a ``spec`` (:class:`fastrec.runtime.spec.InputSpec`):
+that is called with arrays, in order, and has a ``spec`` (:class:`fastrec.spec.InputSpec`):
 what ``load_engine`` returns, or a caller's own.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastrec.errors import DtypeError, ServingError
-from fastrec.runtime.spec import InputSpec
+from fastrec.spec import InputSpec
 
 
 class EngineDied(ServingError):

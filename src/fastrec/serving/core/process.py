@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, ServingError
-from fastrec.runtime.spec import InputSpec
 from fastrec.serving.core.engines import Callee, EngineDied, EntryPoint, Source, ThreadEngine
+from fastrec.spec import InputSpec
 
 _LENGTHS = struct.Struct("<IQ")
 _MOST_BYTES = 1 << 32

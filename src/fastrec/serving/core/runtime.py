@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, FastrecError
-from fastrec.runtime.spec import InputSpec
 from fastrec.serving.core.admission import quotas_of
 from fastrec.serving.core.clock import Clock, LoopClock
 from fastrec.serving.core.config import ServingConfig
@@ -26,6 +25,7 @@ from fastrec.serving.core.rollout import Rollout
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.signature import Signature
 from fastrec.serving.core.snapshot import snapshot
+from fastrec.spec import InputSpec
 
 _LOG = logging.getLogger("fastrec.serving")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.runtime.spec import InputSpec
+from fastrec.spec import InputSpec
 
 Arrays = tuple[np.ndarray, ...]
 Outputs = dict[str, np.ndarray]

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, MissingDependencyError, ServingError
-from fastrec.runtime.spec import InputSpec
 from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Rejected, Request
 from fastrec.serving.core.runtime import Runtime
 from fastrec.serving.load.generator import OK, Answer, Shot
 from fastrec.serving.load.plan import Sizes
+from fastrec.spec import InputSpec
 
 try:
     import grpc

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.runtime.latency import LatencyHistogram
-from fastrec.runtime.spec import InputField, InputSpec
+from fastrec.measure.latency import LatencyHistogram
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.request import Rejected, Request
 from fastrec.serving.core.runtime import Runtime
 from fastrec.serving.simulate.fleet import Fleet, simulate
 from fastrec.serving.simulate.profile import EngineProfile
+from fastrec.spec import InputField, InputSpec
 
 
 class _Sleeper:

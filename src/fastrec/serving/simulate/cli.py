@@ -60,7 +60,7 @@ def simulate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from fastrec.runtime.machine import machine_card
+    from fastrec.measure.machine import machine_card
     from fastrec.serving.core.config import ServingConfig
     from fastrec.serving.simulate import report
     from fastrec.serving.simulate.check import check as run_check

@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArgumentError
-from fastrec.runtime.latency import LatencyHistogram
-from fastrec.runtime.spec import InputField, InputSpec
+from fastrec.measure.latency import LatencyHistogram
 from fastrec.serving.core.clock import VirtualClock
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.lanes import Ticket
@@ -37,6 +36,7 @@ from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.signature import Arrays, Outputs, Signature
 from fastrec.serving.simulate.profile import EngineProfile
 from fastrec.serving.simulated import add_engines
+from fastrec.spec import InputField, InputSpec
 
 POLICIES = ("probes", "random", "round_robin", "least")
 _CHUNK = 4096

@@ -1,0 +1,1 @@
+"""ONNX files of torch models: standard operators, or fastrec's own for ONNX Runtime."""

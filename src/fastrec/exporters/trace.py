@@ -1,0 +1,104 @@
+"""Tracing a model with torch.export, as plans and ONNX both do."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from fastrec.errors import BackendError
+from fastrec.models.attention import Attention
+from fastrec.spec import InputSpec
+
+
+def traced(
+    model: nn.Module, examples: Sequence[torch.Tensor], spec: InputSpec
+) -> tuple[torch.export.ExportedProgram, tuple[str, ...]]:
+    """The widest export that works: all free sizes, then the batch alone, then none.
+
+    Raises:
+        BackendError: torch.export cannot trace the model.
+    """
+    free: list[str] = []
+    for f in spec.fields:
+        free += [d for d in f.dims if isinstance(d, str) and d not in free]
+    problem: Exception | None = None
+    for symbols in dict.fromkeys((tuple(free), ("B",) if "B" in free else (), ())):
+        dims = {s: torch.export.Dim(s, min=1, max=_most(spec, s)) for s in symbols}
+        shapes = tuple(
+            {i: dims[d] for i, d in enumerate(f.dims) if isinstance(d, str) and d in dims}
+            for f in spec.fields
+        )
+        with quiet():
+            try:
+                program = torch.export.export(
+                    model, _apart_from_one(examples, spec, symbols), dynamic_shapes=shapes
+                )
+            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
+                problem = error
+                continue
+        return program, symbols
+    assert problem is not None
+    raise BackendError(f"torch.export can't trace this model: {first_line(problem)}") from problem
+
+
+def _most(spec: InputSpec, symbol: str) -> int:
+    high = spec.limits.get(symbol, (1, None))[1]
+    return 2**20 if high is None else max(high, 2)
+
+
+def _apart_from_one(
+    examples: Sequence[torch.Tensor], spec: InputSpec, symbols: Sequence[str]
+) -> tuple[torch.Tensor, ...]:
+    """The examples with every free size of 1 doubled, in order: torch.export takes a 1 for a
+    constant, and a view's strides for a constraint on its sizes.
+    """
+    grown = []
+    for f, tensor in zip(spec.fields, examples, strict=True):
+        for dim, name in enumerate(f.dims):
+            if name in symbols and tensor.shape[dim] == 1:
+                tensor = torch.cat((tensor, tensor), dim)
+        grown.append(tensor.contiguous())
+    return tuple(grown)
+
+
+def evaluated(model: nn.Module, *, fused: bool = False) -> nn.Module:
+    """The model in eval mode, its attention on our kernel (``fused``) or on torch.
+
+    Itself where it is that already, else a copy that shares its tensors.
+    """
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    ready = all(module.fused == fused for module in attentions)
+    if ready and not any(module.training for module in model.modules()):
+        return model
+    tensors = [*model.parameters(), *model.buffers()]
+    copied: nn.Module = copy.deepcopy(model, memo={id(t): t for t in tensors}).eval()
+    for module in copied.modules():
+        if isinstance(module, Attention):
+            module.fused = fused
+    return copied
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporters' chatter (deprecations, missing torchvision) away from the user."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

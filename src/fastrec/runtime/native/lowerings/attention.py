@@ -1,0 +1,140 @@
+"""Attention: which kernel a mask allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from fastrec.runtime.native.ir import ONE, Buffer, Extent, View
+from fastrec.runtime.native.lower import Lowerer, lowers
+
+aten = torch.ops.aten
+MOST_DIMS = 256  # csrc/cpu/window_sparse_attention: kMaxDims
+
+
+@lowers(aten.scaled_dot_product_attention.default)
+def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    q, k, v, mask, dropout, causal = [*args, *(None, 0.0, False)[len(args) - 3 :]][:6]
+    if dropout:
+        raise to.unsupported(node, "attention with dropout; the nearest supported is without")
+    if kwargs.get("enable_gqa"):
+        raise to.unsupported(node, "grouped queries; the nearest supported is as many keys' heads")
+    if any(x.dtype != "float32" or len(x.shape) != 4 for x in (q, k, v)):
+        raise to.unsupported(node, "the supported form is float32 [B, H, L, D]")
+    if v.shape[3] != q.shape[3] or k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
+        raise to.unsupported(node, "the supported form has one head size and batch for q, k and v")
+    lengths = None
+    if mask is not None:
+        if _is_causal(mask):
+            mask, causal = None, True
+        else:
+            lengths = padding_lengths(to, mask, k.shape[2])
+    q, k, v = (to.rows_contiguous(x) for x in (q, k, v))
+    batch, heads, queries, dims = q.shape
+    scale = kwargs.get("scale")
+    scale = float(dims.coefficient) ** -0.5 if scale is None else scale
+    if causal or (mask is not None and lengths is None):
+        added = [] if mask is None else [_added(to, node, _uncopied(to, mask), q, k)]
+        inputs = [q, k, v, *added]
+        # The window-sparse kernel has as many queries as keys.
+        fast = mask is None and queries == k.shape[2] and dims.coefficient <= MOST_DIMS
+        out = to.emit(
+            node,
+            "causal_attention" if fast else "masked_attention",
+            inputs,
+            (batch, queries, heads, dims),
+            integers=[] if fast else [int(mask is not None), int(causal), 0, 0],
+            numbers=[scale],
+        )
+        return out.permuted((0, 2, 1, 3))
+    inputs = [q, k, v, *([] if lengths is None else [lengths])]
+    out = to.emit(
+        node,
+        "attention",
+        inputs,
+        (batch, queries, heads, dims),
+        integers=[int(lengths is not None)],
+        numbers=[scale],
+    )
+    return out.permuted((0, 2, 1, 3))
+
+
+def _is_causal(mask: View) -> bool:
+    """A constant that lets query i see keys 0..i of as many."""
+    values = mask.constant
+    if values is None or values.ndim < 2 or values.shape[-1] != values.shape[-2]:
+        return False
+    if any(size != 1 for size in values.shape[:-2]):
+        return False
+    values = values.reshape(values.shape[-2:])
+    seen = np.tri(len(values), dtype=bool)
+    wanted = seen if mask.dtype == "bool" else np.where(seen, np.float32(0), np.float32("-inf"))
+    return bool(np.array_equal(values, wanted))
+
+
+def _uncopied(to: Lowerer, mask: View) -> View:
+    """The mask before copies that spread it over heads and queries: nn.MultiheadAttention makes
+    one a head. The kernel takes a mask of the keys alone for padding, and leaves that out."""
+    made = {step.output.buffer: step for step in to.steps}
+    while (step := made.get(mask.buffer)) is not None:
+        whole = mask.offset == 0 and mask.is_contiguous and mask.shape == step.output.shape
+        if step.kind != "map" or step.program or not whole:
+            return mask
+        mask = step.inputs[0]
+    return mask
+
+
+def _added(to: Lowerer, node: Node, mask: View, q: View, k: View) -> View:
+    """The mask as floats to add, seen as [B, H, Lq, Lk]; each row of Lk contiguous."""
+    shape = (*q.shape[:3], k.shape[2])
+    # What is broadcast over batch, heads or queries stays so.
+    own = mask.expanded(shape)
+    for dim in range(3):
+        if own.strides[dim] == Extent(0):
+            own = own.sliced(dim, 0, ONE) or own
+    if own.dtype == "bool":
+        program = [("number", 0.0), ("number", float("-inf")), ("where_f32", 0, 1, 2)]
+        own = to.map(node, [own], program, own.shape)
+    elif own.dtype != "float32":
+        raise to.unsupported(node, f"a mask of {own.dtype}; float32 and bool are supported")
+    return to.rows_contiguous(own).expanded(shape)
+
+
+def padding_lengths(to: Lowerer, mask: View, keys: Extent) -> View | None:
+    """Lengths i64 [B] where ``mask`` adds a large negative number beyond them and 0 before.
+
+    Recognised: (length - (1, 2, .. L) < 0) * -C, C >= 10,000, broadcast over heads and queries.
+    """
+    made = {step.output.buffer: step for step in to.steps}
+    if any(s != ONE for s in mask.shape[1:3]):
+        return None
+    product_ = made.get(mask.buffer)
+    if product_ is None or [i[0] for i in product_.program] != ["number", "mul_f32"]:
+        return None
+    if product_.program[0][1] > -1e4:
+        return None
+    cast = made.get(product_.inputs[0].buffer)
+    if cast is None or cast.program != [("to_f32", 0)]:
+        return None
+    less = made.get(cast.inputs[0].buffer)
+    if less is None or less.program != [("integer", 0), ("lt_i64", 0, 1)]:
+        return None
+    age = made.get(less.inputs[0].buffer)
+    if age is None or age.program != [("sub_i64", 0, 1)]:
+        return None
+    length, positions = age.inputs
+    if length.strides[1] != Extent(0) or not _counts_from_one(made, positions, keys):
+        return None
+    return length.selected(1, 0)
+
+
+def _counts_from_one(made: dict[Buffer, Any], positions: View, keys: Extent) -> bool:
+    if positions.constant is not None:
+        row = positions.constant[0]
+        return keys.number == len(row) and bool(np.array_equal(row, np.arange(1, len(row) + 1)))
+    step = made.get(positions.buffer)
+    wanted = [("index", 0), ("integer", 1), ("add_i64", 0, 1)]
+    return step is not None and step.program == wanted and positions.shape[-1] == keys

@@ -1,0 +1,162 @@
+"""fastrec's own ops: the kernels of ``fastrec.nn``'s layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fastrec.kernels._far import decoded
+from fastrec.kernels.separable_projection.reference import taps_before
+from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention_int8 import MAX_KEYS, exponent_scale_of
+from fastrec.runtime.native.ir import ONE, View
+from fastrec.runtime.native.lower import Lowerer, lowers
+from fastrec.runtime.native.lowerings.attention import MOST_DIMS
+from fastrec.runtime.native.rows import EVERYTHING
+
+ops = torch.ops.fastrec
+
+
+def _weights(to: Lowerer, node: Node, *views: View) -> None:
+    if any(v.constant is None or v.dtype != "float32" for v in views):
+        raise to.unsupported(
+            node, "a weight that is computed; the nearest supported is a parameter"
+        )
+
+
+@lowers(ops.grouped_linear.default)
+def _grouped_linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    x, weight, bias, shuffle = [*args, *(None, False)[len(args) - 2 :]][:4]
+    biases = [] if bias is None else [bias]
+    _weights(to, node, weight, *biases)
+    x = to.contiguous(x)
+    if weight.shape[0] == ONE:
+        # One group is the dense layer, whose weight is packed once.
+        inputs = [x, weight.selected(0, 0), *biases]
+        return to.emit(node, "linear", inputs, to.shape_of(node), integers=[len(biases), 0])
+    return to.emit(
+        node,
+        "grouped_linear",
+        [x, weight, *biases],
+        to.shape_of(node),
+        integers=[len(biases), int(shuffle)],
+    )
+
+
+@lowers(ops.separable_projection.default)
+def _separable(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    x, depthwise, pointwise, bias, lengths, causal = [
+        *args,
+        *(None, None, False)[len(args) - 3 :],
+    ][:6]
+    lengths, causal = kwargs.get("lengths", lengths), kwargs.get("causal", causal)
+    biases = [] if bias is None else [bias]
+    _weights(to, node, depthwise, pointwise, *biases)
+    counts = [] if lengths is None else [to.contiguous(lengths)]
+    return to.emit(
+        node,
+        "separable_projection",
+        [to.rows_contiguous(x), depthwise, pointwise, *biases, *counts],
+        to.shape_of(node),
+        integers=[
+            len(biases),
+            len(counts),
+            taps_before(depthwise.shape[1].coefficient, causal),
+        ],
+    )
+
+
+@lowers(ops.window_sparse_attention.default)
+def _window_sparse_attention(
+    to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
+) -> list[View | None]:
+    q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, *_ = args
+    if cu_seqlens is not None or len(q.shape) != 4:
+        raise to.unsupported(node, "cu_seqlens; the nearest supported is a batch with lengths")
+    if any(user.args[1] == 1 and user.users for user in node.users):
+        raise to.unsupported(node, "the sums' logarithms; the nearest supported is the result")
+    batch, heads, rows, dims = q.shape
+    if dims.coefficient > MOST_DIMS:
+        raise to.unsupported(node, f"heads above {MOST_DIMS}")
+    pattern = decode(window, offsets, causal)
+    longest = to.at_most(node, rows)
+    lists = [
+        pattern.distances(longest, h) for h in range(heads.coefficient if pattern.per_head else 1)
+    ]
+    counts = [] if lengths is None else [to.contiguous(lengths)]
+    # Nothing lies further away than the sequence is long.
+    integers = [len(counts), int(causal), min(window, longest), len(lists)]
+    for distances in lists:
+        integers += [len(distances), *distances]
+    out = to.emit(
+        node,
+        "window_sparse_attention",
+        [*(to.rows_contiguous(x) for x in (q, k, v)), *counts],
+        (batch, rows, heads, dims),
+        integers=integers,
+        numbers=[scale],
+    )
+    return [out.permuted((0, 2, 1, 3)), None]
+
+
+@lowers(ops.window_sparse_attention_int8.default)
+def _window_sparse_attention_int8(
+    to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
+) -> View:
+    q, k, v, text, q_scale, k_scale, q_zero_point = args
+    if kwargs.get("cu_seqlens") is not None or len(q.shape) != 4:
+        raise to.unsupported(node, "cu_seqlens; the nearest supported is a batch with lengths")
+    if kwargs.get("v_scale") is not None:
+        raise to.unsupported(node, "a v_scale a head; the nearest supported is one number")
+    batch, heads, rows, dims = q.shape
+    pattern = decoded(text)
+    keys = longest = to.at_most(node, k.shape[2])
+    if pattern.window < EVERYTHING:
+        longest = max(to.at_most(node, rows), keys)
+    lists = [
+        pattern.distances(longest, h) for h in range(heads.coefficient if pattern.per_head else 1)
+    ]
+    window = EVERYTHING if pattern.window >= longest else pattern.window
+    if min(keys, 2 * window + 1) + 2 * max(map(len, lists)) > MAX_KEYS:
+        raise to.unsupported(node, f"more than {MAX_KEYS} keys a query")
+    lengths = kwargs.get("lengths")
+    counts = [] if lengths is None else [to.contiguous(lengths)]
+    out_scale, out_zero_point = kwargs.get("out_scale"), kwargs.get("out_zero_point")
+    integers = [len(counts), int(pattern.causal), window, len(lists)]
+    integers += [q_zero_point, out_zero_point or 0]
+    for distances in lists:
+        integers += [len(distances), *distances]
+    scale = kwargs.get("scale")
+    scale = dims.coefficient**-0.5 if scale is None else scale
+    exponent = exponent_scale_of(q_scale, k_scale, scale)
+    out = to.emit(
+        node,
+        "window_sparse_attention_int8",
+        [*(to.rows_contiguous(x) for x in (q, k, v)), *counts],
+        (batch, rows, heads, dims),
+        "float32" if out_scale is None else "uint8",
+        integers=integers,
+        numbers=[exponent, kwargs.get("value_scale") or 0.0, out_scale or 1.0],
+    )
+    return out.permuted((0, 2, 1, 3))
+
+
+@lowers(ops.activation_quantize.default)
+def _activation_quantize(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    names = ("activation", "scale", "bias", "out", "out_scale", "out_zero_point")
+    given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
+    x = to.contiguous(args[0])
+    plain = all(given.get(name) is None for name in ("activation", "scale", "bias"))
+    if not plain or given.get("out") != "uint8" or x.dtype != "float32":
+        raise to.unsupported(node, "the supported form is float32 to uint8 alone")
+    return to.emit(
+        node,
+        "quantize",
+        [x],
+        to.shape_of(node),
+        "uint8",
+        integers=[given.get("out_zero_point") or 0],
+        numbers=[given["out_scale"]],
+    )

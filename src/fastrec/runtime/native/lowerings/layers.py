@@ -1,0 +1,103 @@
+"""Embeddings, LayerNorm, linear layers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fastrec.kernels.sparse_int8_linear.packed import PackedWeight
+from fastrec.runtime.native.ir import View
+from fastrec.runtime.native.lower import Lowerer, constant, dtype_of, lowers
+
+aten = torch.ops.aten
+
+# csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: Activation.
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
+
+
+@lowers(aten.embedding.default)
+def _embedding(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    table, ids = args[0], to.contiguous(args[1])
+    return to.emit(node, "gather", [ids, table], to.shape_of(node))
+
+
+@lowers(torch.ops.fastrec.int8_embedding.default)
+def _int8_embedding(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    ids, table, scale = args
+    return to.emit(node, "gather", [to.contiguous(ids), table, scale], to.shape_of(node))
+
+
+@lowers(aten.layer_norm.default)
+def _layer_norm(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    x, shape, weight, bias, eps = [*args[:5], *(None, None, 1e-5)[len(args) - 2 :]][:5]
+    if len(shape) != 1:
+        raise to.unsupported(node, "more than one normalised dimension")
+    if weight is None:
+        weight = constant(torch.ones(shape))
+    if bias is None:
+        bias = constant(torch.zeros(shape))
+    inputs = [to.contiguous(x), weight, bias]
+    return to.emit(
+        node, "layer_norm", inputs, to.shape_of(node), integers=[0, 0, 0], numbers=[eps, 1.0]
+    )
+
+
+@lowers(aten.linear.default)
+def _linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    x, weight, bias = [*args, None][:3]
+    if x.shape[-1].number == 0:
+        # Sums of nothing.
+        fill = constant(torch.zeros(weight.shape[0].coefficient)) if bias is None else bias
+        return fill.expanded(to.shape_of(node))
+    if weight.constant is None:
+        raise to.unsupported(
+            node, "a weight that is computed; the nearest supported is a parameter"
+        )
+    x, order = _rows_as_they_lie(to, x)
+    inputs = [x, weight, *([] if bias is None else [bias])]
+    shape = (*x.shape[:-1], weight.shape[0])
+    y = to.emit(node, "linear", inputs, shape, integers=[int(bias is not None), 0])
+    return y.permuted(order)
+
+
+def _rows_as_they_lie(to: Lowerer, x: View) -> tuple[View, list[int]]:
+    """x contiguous, its leading dimensions in the order of memory where that spares a copy, and
+    the order of dimensions that undoes it."""
+    last = len(x.shape) - 1
+    for order in itertools.permutations(range(min(last, 4))):
+        dims = [*order, *range(len(order), last + 1)]
+        if (moved := x.permuted(dims)).is_contiguous:
+            return moved, [dims.index(d) for d in range(last + 1)]
+    return to.contiguous(x), list(range(last + 1))
+
+
+@lowers(torch.ops.fastrec.sparse_int8_linear.default)
+def _linear_int8(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    x, values, group_index, panel_start, w_scale, bias, x_scale, x_zero, activation, *y = args
+    y_scale, y_zero = y
+    outputs, inputs = len(w_scale.constant), x.shape[-1].coefficient
+    parts = [torch.from_numpy(v.constant) for v in (values, group_index, panel_start, w_scale)]
+    packed = PackedWeight.from_parts(*parts, outputs, inputs)  # type: ignore[call-arg]
+    sums = packed.unpack().to(torch.int32).sum(1, dtype=torch.int32)
+    operands = [to.contiguous(x), values, group_index, panel_start, w_scale, constant(sums)]
+    return to.emit(
+        node,
+        "linear_int8",
+        operands if bias is None else [*operands, bias],
+        to.shape_of(node),
+        dtype_of(node),
+        integers=[
+            outputs,
+            inputs,
+            int(x_zero.constant),
+            ACTIVATIONS[activation],
+            int(bias is not None),
+            0 if y_zero is None else int(y_zero.constant),
+            0,
+            0,
+        ],
+        numbers=[float(x_scale.constant), 1.0 if y_scale is None else float(y_scale.constant)],
+    )
