@@ -15,7 +15,7 @@ import fastrec
 from fastrec.errors import ArgumentError, BackendError
 from fastrec.measure import machine
 from fastrec.measure.choice import contest
-from fastrec.runtime import compiler
+from fastrec.runtime import choice_cache, compiler
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.choice_cache import model_hash
 from fastrec.runtime.engine import Engine
