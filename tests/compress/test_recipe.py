@@ -32,8 +32,8 @@ from fastrec.compress import (
     read_manifest,
     save,
 )
-from fastrec.compress.inheritance import make_student
 from fastrec.compress.recipe import VARIANTS
+from fastrec.compress.student_init import make_student
 from fastrec.data import SequenceBatch
 from fastrec.errors import ArgumentError
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern

@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrec import __version__
-from fastrec.compress.arithmetic import share_arithmetic_
 from fastrec.compress.codec import decode, encode
 from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
+from fastrec.compress.serving_numerics import match_serving_numerics_
 from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import MODELS
@@ -130,7 +130,7 @@ def load(path: PathLike, model: nn.Module | None = None) -> nn.Module:
     check_model(model)
     _restructure(model, manifest["modules"])
     if any(isinstance(m, SparseInt8Linear | Int8Embedding) for m in model.modules()):
-        share_arithmetic_(model)
+        match_serving_numerics_(model)
     _match_dtypes(model, tensors)
     try:
         model.load_state_dict(tensors)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastrec.compress.arithmetic import share_arithmetic_
 from fastrec.compress.calibration import calibrate, leave_uncalled, observed_scores
 from fastrec.compress.fake_quant import (
     WEIGHT_LEVELS,
@@ -39,6 +38,7 @@ from fastrec.compress.selection import (
     named_layers,
     set_module,
 )
+from fastrec.compress.serving_numerics import match_serving_numerics_
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.nn import (
     Int8Embedding,
@@ -442,7 +442,7 @@ def _swap(
                 set_module(model, absorbed, nn.Identity())
     for name, module in swaps.items():
         set_module(model, name, module.train(model.get_submodule(name).training))
-    share_arithmetic_(model)
+    match_serving_numerics_(model)
     attend_in_int8(model, {} if steps is None else steps)
     packed = {
         name: m.pointwise if isinstance(m, SeparableInt8Projection) else m

@@ -23,11 +23,11 @@ from fastrec.compress.distillation import (
     LogitKL,
     distillation_loss,
 )
-from fastrec.compress.inheritance import make_student
 from fastrec.compress.pruning import MIN_TABLE_ROWS, BlockPruning, NMPruning, prune_
 from fastrec.compress.quantization import QAT, Int8, quantize_
 from fastrec.compress.replacement import Grouped, LowRank, Replacement, WindowSparse, replace_
 from fastrec.compress.selection import check_count, check_fraction, check_model
+from fastrec.compress.student_init import make_student
 from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import Ranker

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrec.compress.inheritance import make_student, principal, vectors
 from fastrec.compress.layers import computes_linear
 from fastrec.compress.selection import bypassed_children, check_model
+from fastrec.compress.student_init import make_student, principal, vectors
 from fastrec.errors import ArgumentError
 from fastrec.models import Ranker, SASRec
 from fastrec.models.attention import EncoderBlock

@@ -15,7 +15,7 @@ from fastrec.models import fuse_attention_
 from fastrec.nn.layer_norm import LayerNorm
 
 
-def share_arithmetic_(model: nn.Module) -> None:
+def match_serving_numerics_(model: nn.Module) -> None:
     """From now on, norms and the models' own attention round in ``model`` as in the engine.
 
     In place, for inference; training, other devices and other dtypes stay torch's.
