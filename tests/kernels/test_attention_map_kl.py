@@ -13,9 +13,9 @@ from fastrec import AttentionPattern, kernels
 from fastrec.errors import ArgumentError, BackendError, DtypeError, ShapeError
 from fastrec.kernels import attention_map_kl
 from fastrec.kernels._compiled import reason_missing
-from fastrec.kernels._far import encoded
 from fastrec.kernels.attention_map_kl import teacher_mass_outside
 from fastrec.kernels.attention_map_kl.reference import divergence_and_gradients
+from fastrec.kernels.pattern_tables import encoded
 
 
 def available() -> list[str]:

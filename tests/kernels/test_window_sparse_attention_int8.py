@@ -14,7 +14,7 @@ from fastrec import AttentionPattern, kernels
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.kernels import window_sparse_attention_int8
 from fastrec.kernels._compiled import reason_missing
-from fastrec.kernels._far import encoded
+from fastrec.kernels.pattern_tables import encoded
 
 
 def available() -> list[str]:

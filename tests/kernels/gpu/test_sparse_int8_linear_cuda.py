@@ -34,8 +34,8 @@ from fastrec.kernels.sparse_int8_linear._device import (
     DeviceWeight,
     device_weight,
 )
-from fastrec.kernels.sparse_int8_linear._two_four import fragments, keeps_two_of_four
 from fastrec.kernels.sparse_int8_linear.samples import compare, random_weight, sample
+from fastrec.kernels.sparse_int8_linear.sparsity_2_4 import fragments, keeps_two_of_four
 
 pytestmark = pytest.mark.skipif(env.triton_interpret(), reason="nothing here is Triton's")
 ROOT = Path(__file__).parents[3]

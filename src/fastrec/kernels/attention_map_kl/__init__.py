@@ -19,7 +19,6 @@ import torch
 from fastrec.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.kernels._compiled import Signature, cpu_can_run
-from fastrec.kernels._far import check_pattern, decoded, encoded, far_table
 from fastrec.kernels._registry import Backends, OpSpec, always
 from fastrec.kernels.attention_map_kl.outside import teacher_mass_outside
 from fastrec.kernels.attention_map_kl.reference import (
@@ -28,6 +27,7 @@ from fastrec.kernels.attention_map_kl.reference import (
     reduce,
 )
 from fastrec.kernels.attention_map_kl.samples import compare, samples
+from fastrec.kernels.pattern_tables import check_pattern, decoded, encoded, far_table
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 
 __all__ = ["SPEC", "attention_map_kl", "teacher_mass_outside"]

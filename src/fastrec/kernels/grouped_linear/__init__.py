@@ -16,10 +16,10 @@ import torch
 
 from fastrec.errors import DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
-from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels.dlpack import takes_arrays
 from fastrec.kernels.grouped_linear.int8 import pack_grouped_int8
 from fastrec.kernels.grouped_linear.reference import (
     grouped_linear_backward_reference,

@@ -16,9 +16,9 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
-from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels.dlpack import takes_arrays
 from fastrec.kernels.grouped_linear import (
     bypasses_dispatcher,
     check_projection,

@@ -17,10 +17,10 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _gpu as gpus
-from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._compiled import cpu_can_run
 from fastrec.kernels._cuda import cuda_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Signature, always
+from fastrec.kernels.dlpack import takes_arrays
 from fastrec.kernels.sparse_int8_linear import _cpu, _gpu
 from fastrec.kernels.sparse_int8_linear.packed import PackedWeight, check_vector
 from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_reference

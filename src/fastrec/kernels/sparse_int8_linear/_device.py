@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastrec.kernels.sparse_int8_linear import _two_four
+from fastrec.kernels.sparse_int8_linear import sparsity_2_4
 from fastrec.kernels.sparse_int8_linear.packed import (
     GROUP_BYTES,
     GROUP_INPUTS,
@@ -32,7 +32,7 @@ class DeviceWeight:
     """T steps of G = 8 groups, or 16 in the 2:4 form, over P panels and C chunks.
 
     Attributes:
-        values: int8 [T, 8, 128]; 2:4: [T, 2, 32, 16], see ``_two_four.fragments``.
+        values: int8 [T, 8, 128]; 2:4: [T, 2, 32, 16], see ``sparsity_2_4.fragments``.
         meta: 2:4: int32 [T, 2, 32]; else None.
         index: int32 [T, G]; first input of the group / 4 (Triton).
         offset: int16 [T, G]; first input of the group within its chunk (CUDA C++).
@@ -79,7 +79,7 @@ class DeviceWeight:
 def device_weight(packed: PackedWeight, *, two_four: bool = False) -> DeviceWeight:
     """The form of a packed weight on any device; the result is on the weight's. ``two_four`` is for
     weights that keep 2 of every 4 inputs."""
-    step_groups = _two_four.STEP_GROUPS if two_four else STEP_GROUPS
+    step_groups = sparsity_2_4.STEP_GROUPS if two_four else STEP_GROUPS
     device = packed.values.device
     starts, index = packed.panel_start.cpu().long(), packed.group_index.cpu().long()
     panels = len(starts) - 1
@@ -122,7 +122,7 @@ def device_weight(packed: PackedWeight, *, two_four: bool = False) -> DeviceWeig
 
     meta = None
     if two_four:
-        values, meta = _two_four.fragments(values)
+        values, meta = sparsity_2_4.fragments(values)
     else:
         values = values.view(total, STEP_GROUPS, GROUP_BYTES)
     offset = where % CHUNK_GROUPS * GROUP_INPUTS

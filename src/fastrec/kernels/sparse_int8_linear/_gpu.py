@@ -11,8 +11,8 @@ import torch
 
 from fastrec.kernels.sparse_int8_linear._cpu import OUT_DTYPES
 from fastrec.kernels.sparse_int8_linear._device import DeviceWeight, device_weight
-from fastrec.kernels.sparse_int8_linear._two_four import keeps_two_of_four
 from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight
+from fastrec.kernels.sparse_int8_linear.sparsity_2_4 import keeps_two_of_four
 
 
 @dataclass(frozen=True)

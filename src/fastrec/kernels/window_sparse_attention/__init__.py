@@ -14,8 +14,8 @@ from typing import Literal, overload
 import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from fastrec.kernels._arrays import takes_arrays
 from fastrec.kernels._registry import OpSpec
+from fastrec.kernels.dlpack import takes_arrays
 from fastrec.kernels.window_sparse_attention import _torch_op
 from fastrec.kernels.window_sparse_attention._spec import encode, encode_cached
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern

@@ -16,8 +16,8 @@ import torch
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.kernels._compiled import Signature, cpu_can_run
-from fastrec.kernels._far import check_pattern, decoded, encoded, far_table
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels.pattern_tables import check_pattern, decoded, encoded, far_table
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.kernels.window_sparse_attention_int8.reference import (
     exponent_scale_of,

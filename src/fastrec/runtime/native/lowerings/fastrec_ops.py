@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastrec.kernels._far import decoded
+from fastrec.kernels.pattern_tables import decoded
 from fastrec.kernels.separable_projection.reference import taps_before
 from fastrec.kernels.window_sparse_attention._spec import decode
 from fastrec.kernels.window_sparse_attention_int8 import MAX_KEYS, exponent_scale_of

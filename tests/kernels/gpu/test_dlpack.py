@@ -13,7 +13,7 @@ import torch
 from fastrec import env
 from fastrec.errors import ArgumentError
 from fastrec.kernels import (
-    _arrays,
+    dlpack,
     grouped_linear,
     separable_projection,
     sparse_int8_linear,
@@ -49,7 +49,7 @@ def test_numpy_in_numpy_out() -> None:
 
 def test_dlpack_in_tensor_out_and_nothing_is_copied() -> None:
     x = torch.randn(4, 6)
-    taken = _arrays.tensor_of("x", Array(x))
+    taken = dlpack.tensor_of("x", Array(x))
     assert taken.data_ptr() == x.data_ptr()
     weight = torch.randn(2, 5, 3)
     y = grouped_linear(Array(x), Array(weight))
@@ -80,7 +80,7 @@ def test_the_stream_of_a_cuda_array_is_waited_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "as_tensor", lambda value, device: x)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address: ("stream", address))
-    assert _arrays.tensor_of("x", OnGpu()) is x
+    assert dlpack.tensor_of("x", OnGpu()) is x
     assert waited == [("stream", 77)]
 
 
