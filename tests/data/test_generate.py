@@ -10,7 +10,7 @@ import pytest
 from fastrec.data import SequenceDataset, generate, generation, prepare
 from fastrec.data.sessions import SESSION_GAP, draw_sessions
 from fastrec.data.statistics import read_log, statistics
-from fastrec.data.world import World
+from fastrec.data.synthetic_catalogue import World
 from fastrec.errors import ArgumentError
 
 # The published log's first 983 users (44 rows outside the window included or not: no digit below

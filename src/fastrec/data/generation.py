@@ -1,8 +1,8 @@
 """Synthetic logs with the statistics of Taobao's, in its five-column format.
 
-The model is in ``walk.py`` and ``sessions.py``; ``docs/data.md`` compares what it yields with the
-real log. Users come in fixed blocks, each with its own random stream, so a log depends on the
-arguments alone.
+The model is in ``synthetic_behaviour.py``, ``synthetic_catalogue.py`` and ``sessions.py``;
+``docs/data.md`` compares its logs with the real one. Users come in fixed blocks, each with its own
+random stream, so a log depends on the arguments alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastrec.data.parse import BEHAVIOURS, TAOBAO_WINDOW, polars
 from fastrec.data.preparation import Progress
 from fastrec.data.sessions import draw_sessions
 from fastrec.data.storage import fsync_folder
-from fastrec.data.walk import MAX_LENGTH, STRESS, Habits, Walk
-from fastrec.data.world import World
+from fastrec.data.synthetic_behaviour import MAX_LENGTH, STRESS, Habits, Walk
+from fastrec.data.synthetic_catalogue import World
 from fastrec.errors import ArgumentError
 
 if TYPE_CHECKING:

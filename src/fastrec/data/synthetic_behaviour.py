@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrec.data.preparation import mix64
-from fastrec.data.world import N_STYLES, N_SUCCESSORS, World
+from fastrec.data.synthetic_catalogue import N_STYLES, N_SUCCESSORS, World
 
 MAX_LENGTH = 540
 MAX_SLOTS = 128
