@@ -1,0 +1,145 @@
+// What a kind of step is: told once, in steps/<kind>.cpp, and asked by the check, the executor, the
+// planner and the Python front end.
+//
+// A kind is a struct:
+//
+//   struct Gather {
+//     static constexpr const char* name = "gather";
+//     enum { ids, table, scale, y };  // positions of the operands
+//     static constexpr OperandRule operands[] = {
+//         {.name = "ids"}, {.name = "table"}, {.name = "scale", .optional = true},
+//         {.name = "y", .output = true}};
+//     struct Fields {
+//       template <class V> void each(V& visit) { visit("activation", activation, kNames); ... }
+//     };
+//     static constexpr Traits traits = {...};
+//     static Rows rows(const Fields&);                  // which rows it keeps apart
+//     static void check(const StepCheck&, const Fields&);    // throws InvalidProgram
+//     static Status run(const Fields&, const Tensor*, const void* prepared);
+//     static void cost(const Fields&, const Tensor*, Cost&);
+//     // where there is work that depends on constants alone, done once
+//     static std::shared_ptr<void> prepare(const Fields&, const Tensor*);
+//     // where operands may lie in the tiles of linear_int8: a bit for each such operand
+//     static uint32_t tiled(const Fields&);
+//     // where it is causal attention: the fields of resumed_attention, or null
+//     static std::shared_ptr<const void> resumed(const Fields&);
+//     // where it reads positions: the fields with `dim`'s counted on by one more input, the last
+//     static std::shared_ptr<const void> moved_on(const Fields&, int inputs, int dim);
+//   };
+//
+// A kind that has not told what has no default does not compile.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine/extent.h"
+#include "engine/json.h"
+#include "engine/tensor.h"
+
+namespace fastrec::engine {
+
+// A program that no kernel may see, and what a sound one has.
+class InvalidProgram : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct OperandRule {
+  const char* name;
+  bool optional = false;
+  bool output = false;
+  // The kernel reads any strides but the last dimension's, which is contiguous; others read
+  // contiguous operands alone.
+  bool strided = false;
+  bool many = false;  // any number of operands under this name (map's inputs); any strides
+};
+
+// What went wrong in a step: nothing, or an id outside its range, or a NaN.
+enum class Fault : int { none, id_out_of_range, not_a_number };
+struct Status {
+  Fault fault = Fault::none;
+  int step = -1;
+  int64_t value = 0;
+};
+
+// Which rows of one user a step keeps apart, so that threads may share them out.
+enum class Rows {
+  mixed,     // none
+  elements,  // an element of the result follows from the operands' at its position (map, gather)
+  last,      // a row along the last dimension from the operands' row (linear layers, norms)
+  queries,   // a query's row from that query and from all keys
+};
+
+// Whether the users of a batch, its first dimension, are kept apart.
+enum class Users {
+  mixed,
+  apart,         // always
+  apart_of_two,  // where the first operand has another dimension, which the step reduces
+};
+
+// What a fault means to the caller: the operand with the value, and what its values must be.
+struct Checked {
+  int operand = -1;                       // -1: the kind reads no ids and no lengths
+  const char* what = "";                  // "ids" or "lengths"
+  int limit_operand = -1, limit_dim = 0;  // ids lie below that size; lengths may equal it
+};
+
+struct Traits {
+  const char* op;     // the op whose kernel runs it; "" for the engine's own loops
+  const char* shown;  // the name in describe()
+  Users users;
+  Checked checked = {};
+};
+
+// Memory traffic and arithmetic of one call of a step.
+struct Cost {
+  int64_t constant_bytes = 0, activation_bytes = 0, written_bytes = 0;
+  std::optional<int64_t> macs;  // multiply-adds
+  std::optional<std::string>
+      peak;                       // "fp32", "bf16", "int8"; "": it only moves bytes; none: unknown
+  std::optional<double> density;  // share of its weights' groups that are kept
+};
+
+struct FieldRule {
+  std::string name;
+  std::string type;  // "flag", "integer", "number", "choice", "lists", "program"
+  std::vector<std::string> choices;
+};
+
+class StepCheck;  // engine/check.h
+
+struct Kind {
+  const char* name;
+  std::span<const OperandRule> operands;
+  std::vector<FieldRule> fields;
+  Traits traits;
+  // Throws json::Error: a field is missing, unknown or of another type.
+  std::shared_ptr<const void> (*read)(const json::Value& fields);
+  json::Value (*write)(const void* fields);
+  Rows (*rows)(const void* fields);
+  void (*check)(const StepCheck& check, const void* fields);
+  Status (*run)(const void* fields, const Tensor* operands, const void* prepared);
+  void (*cost)(const void* fields, const Tensor* operands, Cost& cost);
+  // Null where the kind has none.
+  std::shared_ptr<void> (*prepare)(const void* fields, const Tensor* operands);
+  uint32_t (*tiled)(const void* fields);
+  std::shared_ptr<const void> (*resumed)(const void* fields);
+  std::shared_ptr<const void> (*moved_on)(const void* fields, int inputs, int dim);
+  // The instruction set of the kernel that runs it now, or null.
+  const char* (*isa)(const void* fields);
+
+  // The position of the operand of that name, or -1.
+  int operand(std::string_view of) const;
+};
+
+// All kinds, in the order of steps/kinds.h; and one by its name, or null.
+std::span<const Kind> kinds();
+const Kind* find_kind(std::string_view name);
+
+}  // namespace fastrec::engine
