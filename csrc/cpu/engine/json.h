@@ -56,6 +56,12 @@ class Value {
   // An item of a list; throws Error where it is too short.
   const Value& operator[](size_t index) const;
 
+  // Calls `visitor` with the value as it is held.
+  template <class Visitor>
+  void visit(Visitor&& visitor) const {
+    std::visit(visitor, value_);
+  }
+
  private:
   std::variant<std::monostate, bool, int64_t, double, std::string, List, Object> value_;
 };

@@ -31,6 +31,8 @@ struct View {
   Shape sizes, strides;
 
   bool absent() const { return buffer < 0; }
+  // Elements follow each other in row-major order.
+  bool is_contiguous() const;
   bool operator==(const View&) const = default;
 };
 
@@ -41,8 +43,9 @@ struct ProgramStep {
       operands;  // in the kind's order; those under a name of `many` beside each other
   std::shared_ptr<const void> fields;
 
-  // Whether operand `position` is written. (Operands of a kind with `many` come before its output.)
-  bool writes(size_t position) const;
+  // How operand `position` is declared. (A name of `many` operands comes first.)
+  const OperandRule& rule(size_t position) const;
+  bool writes(size_t position) const { return rule(position).output; }
 };
 
 struct Constant {
@@ -55,12 +58,13 @@ struct Program {
   std::vector<Buffer> buffers;
   std::vector<int> inputs;  // buffers
   std::vector<ProgramStep> steps;
-  std::vector<View> outputs;  // whole buffers
+  std::vector<View> outputs;  // whole buffers; of a model, one
   // Borrowed: whoever holds the program keeps them.
   std::vector<Constant> constants;
 
   bool is_whole(const View& view) const;
-  bool is_contiguous(const View& view) const;
+  // All of a buffer.
+  View whole(int buffer) const;
 };
 
 // From JSON and back: {"symbols": [name], "buffers": [{"space", "dtype", "shape", "index"}],
