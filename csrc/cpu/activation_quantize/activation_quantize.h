@@ -15,6 +15,7 @@
 namespace fastrec::activation_quantize {
 
 enum class Activation : int { none, relu, gelu };
+inline constexpr const char* kActivationNames[] = {"none", "relu", "gelu"};
 enum class Input : int { f32, bf16, s32 };
 enum class Output : int { u8, bf16, f32 };
 

@@ -13,21 +13,6 @@
 
 namespace fastrec::engine {
 
-int64_t bytes_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32:
-    case Dtype::i32:
-      return 4;
-    case Dtype::i64:
-      return 8;
-    case Dtype::u8:
-    case Dtype::s8:
-    case Dtype::b8:
-      return 1;
-  }
-  return 0;
-}
-
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -169,16 +154,15 @@ Executor::Executor(Plan plan)
     : plan_(std::move(plan)),
       row_ps_(std::make_unique<std::atomic<int64_t>[]>(plan_.groups.size())) {
   for (Step& step : plan_.steps) {
-    const Prepare prepare = find_kind(step.kind)->prepare;
-    if (!prepare || step.prepared) continue;
+    if (!step.kind->prepare || step.prepared) continue;
     Tensor tensors[kMaxOperands];
     for (size_t o = 0; o < step.operands.size(); ++o) {
       const Operand& operand = step.operands[o];
-      const bool constant = operand.space == Space::constant;
+      const bool constant = operand.space == Space::constant && operand.index >= 0;
       std::byte* data = constant ? const_cast<std::byte*>(plan_.constants[operand.index]) : nullptr;
       tensors[o] = resolve(operand, data, Symbols{});
     }
-    step.prepared = prepare(step, tensors);
+    step.prepared = step.kind->prepare(step.fields.get(), {tensors, step.operands.size()});
   }
 }
 
@@ -219,20 +203,20 @@ Status Executor::run_step(const Place& place, size_t position, const Rows* rows)
   for (size_t o = 0; o < step.operands.size(); ++o) {
     const Operand& operand = step.operands[o];
     std::byte* data = nullptr;
-    switch (operand.space) {
-      case Space::input:
-        data = const_cast<std::byte*>(request.inputs[operand.index]);
-        break;
-      case Space::constant:
-        data = const_cast<std::byte*>(plan_.constants[operand.index]);
-        break;
-      case Space::arena:
-        data = place.base + place.slot_begin[operand.index];
-        break;
-      case Space::output:
-        data = request.outputs[operand.index];
-        break;
-    }
+    if (operand.index >= 0) switch (operand.space) {
+        case Space::input:
+          data = const_cast<std::byte*>(request.inputs[operand.index]);
+          break;
+        case Space::constant:
+          data = const_cast<std::byte*>(plan_.constants[operand.index]);
+          break;
+        case Space::arena:
+          data = place.base + place.slot_begin[operand.index];
+          break;
+        case Space::output:
+          data = request.outputs[operand.index];
+          break;
+      }
     Tensor& tensor = tensors[o] = resolve(operand, data, place.symbols);
     const bool of_call = operand.space == Space::input || operand.space == Space::output;
     if (of_call && place.user0 > 0 && tensor.dims > 0 && operand.sizes[0].exponent[plan_.users])
@@ -241,7 +225,8 @@ Status Executor::run_step(const Place& place, size_t position, const Rows* rows)
     if (rows) narrow(tensor, operand, rows->symbol, rows->begin, rows->count);
   }
   const auto start = request.step_ns ? Clock::now() : Clock::time_point{};
-  Status status = step.run(step, tensors);
+  Status status =
+      step.kind->run(step.fields.get(), {tensors, step.operands.size()}, step.prepared.get());
   if (request.step_ns)
     std::atomic_ref(request.step_ns[position])
         .fetch_add(std::chrono::nanoseconds(Clock::now() - start).count() / place.beside,

@@ -1,7 +1,7 @@
-// What a kind of step is: told once, in steps/<kind>.cpp, and asked by the check, the executor, the
-// planner and the Python front end.
+// A kind of step, told once in steps/<kind>.cpp: its operands, fields, check, kernel and traits.
 //
-// A kind is a struct:
+// The check, the executor, the planner and the Python front end ask the Kind; no list of kinds
+// stands anywhere but in steps/kinds.h. A kind is a struct that make_kind (make_kind.h) reads:
 //
 //   struct Gather {
 //     static constexpr const char* name = "gather";
@@ -13,30 +13,36 @@
 //       template <class V> void each(V& visit) { visit("activation", activation, kNames); ... }
 //     };
 //     static constexpr Traits traits = {...};
-//     static Rows rows(const Fields&);                  // which rows it keeps apart
-//     static void check(const StepCheck&, const Fields&);    // throws InvalidProgram
-//     static Status run(const Fields&, const Tensor*, const void* prepared);
-//     static void cost(const Fields&, const Tensor*, Cost&);
+//     static Rows rows(const Fields&);                         // which rows it keeps apart
+//     static void check(const StepCheck&, const Fields&);      // throws InvalidProgram
+//     static Status run(const Fields&, Tensors, const void* prepared);
+//     static void cost(const Fields&, Tensors, Cost&);
+//     // where an op's kernel runs it: the instruction set of the kernel that runs it now
+//     static std::optional<Isa> isa(const Fields&, Tensors);
+//     // where describe() calls it otherwise for some operands
+//     static const char* shown(const Fields&, Tensors);
 //     // where there is work that depends on constants alone, done once
-//     static std::shared_ptr<void> prepare(const Fields&, const Tensor*);
+//     static std::shared_ptr<void> prepare(const Fields&, Tensors);
 //     // where operands may lie in the tiles of linear_int8: a bit for each such operand
 //     static uint32_t tiled(const Fields&);
-//     // where it is causal attention: the fields of resumed_attention, or null
+//     // where it may be causal attention: the fields of resumed_attention, or null
 //     static std::shared_ptr<const void> resumed(const Fields&);
-//     // where it reads positions: the fields with `dim`'s counted on by one more input, the last
+//     // where it may read positions: whether it reads those along dimension `dim`; and the fields
+//     // with them counted on by one more input, the last (null where it does not read them)
+//     static bool reads_index(const Fields&, int dim);
 //     static std::shared_ptr<const void> moved_on(const Fields&, int inputs, int dim);
 //   };
 //
-// A kind that has not told what has no default does not compile.
+// A kind that has not told a trait that has no default does not compile.
 #pragma once
 
-#include <concepts>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/extent.h"
@@ -91,18 +97,19 @@ struct Checked {
 };
 
 struct Traits {
-  const char* op;     // the op whose kernel runs it; "" for the engine's own loops
+  const char* op;     // the op whose kernel runs it; "": the engine's own loops
   const char* shown;  // the name in describe()
   Users users;
   Checked checked = {};
 };
 
-// Memory traffic and arithmetic of one call of a step.
+// Memory traffic and arithmetic of one call of a step. Each byte counts once, however often a
+// kernel comes back to it.
 struct Cost {
   int64_t constant_bytes = 0, activation_bytes = 0, written_bytes = 0;
   std::optional<int64_t> macs;  // multiply-adds
-  std::optional<std::string>
-      peak;                       // "fp32", "bf16", "int8"; "": it only moves bytes; none: unknown
+  // "fp32", "bf16", "int8"; "": it only moves bytes; none: unknown
+  std::optional<std::string> peak;
   std::optional<double> density;  // share of its weights' groups that are kept
 };
 
@@ -114,6 +121,9 @@ struct FieldRule {
 
 class StepCheck;  // engine/check.h
 
+// A step's operands in the kind's order; an optional one that is absent has no address.
+using Tensors = std::span<const Tensor>;
+
 struct Kind {
   const char* name;
   std::span<const OperandRule> operands;
@@ -124,17 +134,21 @@ struct Kind {
   json::Value (*write)(const void* fields);
   Rows (*rows)(const void* fields);
   void (*check)(const StepCheck& check, const void* fields);
-  Status (*run)(const void* fields, const Tensor* operands, const void* prepared);
-  void (*cost)(const void* fields, const Tensor* operands, Cost& cost);
+  Status (*run)(const void* fields, Tensors operands, const void* prepared);
+  // The bytes are in `cost` already: each kind says what it knows better.
+  void (*cost)(const void* fields, Tensors operands, Cost& cost);
+  const char* (*shown)(const void* fields, Tensors operands);
+  // Whether it reads positions along dimension `dim`.
+  bool (*reads_index)(const void* fields, int dim);
   // Null where the kind has none.
-  std::shared_ptr<void> (*prepare)(const void* fields, const Tensor* operands);
+  std::shared_ptr<void> (*prepare)(const void* fields, Tensors operands);
   uint32_t (*tiled)(const void* fields);
   std::shared_ptr<const void> (*resumed)(const void* fields);
   std::shared_ptr<const void> (*moved_on)(const void* fields, int inputs, int dim);
-  // The instruction set of the kernel that runs it now, or null.
-  const char* (*isa)(const void* fields);
+  // The name of the instruction set of the kernel that runs it now, or null.
+  const char* (*isa)(const void* fields, Tensors operands);
 
-  // The position of the operand of that name, or -1.
+  // The position of the operand of that name, or -1. (Of kinds without `many`.)
   int operand(std::string_view of) const;
 };
 

@@ -1,35 +1,15 @@
-// linear: y = x W^T + b in fp32, on the micro-kernel of grouped_linear with one group.
-// linear_bf16: the same for a weight that bfloat16 holds exactly. Where the CPU multiplies bf16, x
-// is rounded to it too; sums stay fp32. Elsewhere it is linear.
-//
-// operands  x [.., K] f32 contiguous; W [N, K] f32, a constant; b [N] f32 if integers[0]; result
-//           f32 [.., N] contiguous
-// integers  whether there is a bias, activation (activation_quantize's)
-//
-// The weight is packed into panels once, when the plan is made; few outputs use it as it lies.
-#include <algorithm>
-#include <bit>
-#include <memory>
-#include <stdexcept>
-#include <vector>
+#include "engine/steps/packed_linear.h"
 
-#include "activation_quantize/activation_quantize.h"
-#include "element.h"
-#include "engine/steps.h"
-#include "grouped_linear/grouped_linear.h"
+#include <algorithm>
+#include <memory>
+
+#include "engine/check.h"
 #include "parallel.h"
 #include "scratch.h"
 
 namespace fastrec::engine {
-namespace {
-
 namespace grouped = grouped_linear;
-
-struct Packed {
-  const grouped::Kernel* kernel;
-  std::vector<float> memory;
-  grouped::Panels panels;
-};
+namespace {
 
 struct alignas(64) Line {
   float units[grouped::kLine];
@@ -75,58 +55,43 @@ void run_few_outputs(const Tensor& x, const Tensor& weight, const float* bias, c
 
 }  // namespace
 
-std::shared_ptr<void> prepare_linear(const Step& step, const Tensor* operands) {
-  const Tensor& weight = operands[1];
-  const float* bias = step.integers[0] ? operands[2].as<float>() : nullptr;
-  if (weight.sizes[0] < 1 || weight.sizes[1] < 1)
-    throw std::invalid_argument("linear: a weight without outputs or inputs");
-  auto packed = std::make_shared<Packed>();
+void PackedLinear::check(const StepCheck& check, const Fields&) {
+  const Matrix in = check.rows(x);
+  check.dense(x, {Dtype::f32});
+  require(check.sizes(weight).size() == 2, "a weight of two dimensions");
+  const int64_t outputs = check.sizes(weight)[0].coefficient;
+  require(outputs > 0, "outputs");
+  check.table(weight, Dtype::f32, {outputs, in.width});
+  if (check.has(bias)) check.table(bias, Dtype::f32, {outputs});
+  check.dense(y, {Dtype::f32});
+  check.result(y, {in.rows, outputs}, false);
+}
+
+std::shared_ptr<void> PackedLinear::prepare(const Fields&, Tensors operands) {
+  const Tensor& from = operands[weight];
+  auto packed = std::make_shared<PackedWeight>();
   packed->kernel = &grouped::select(grouped::Dtype::f32);
-  const int64_t outputs = weight.sizes[0], inputs = weight.sizes[1];
+  const int64_t outputs = from.sizes[0], inputs = from.sizes[1];
   packed->memory.resize(grouped::panel_floats(*packed->kernel, 1, outputs, inputs));
-  packed->panels = grouped::pack(*packed->kernel, weight.data, grouped::Dtype::f32, bias, 1,
-                                 outputs, inputs, true, packed->memory.data());
+  packed->panels =
+      grouped::pack(*packed->kernel, from.data, grouped::Dtype::f32, operands[bias].as<float>(), 1,
+                    outputs, inputs, true, packed->memory.data());
   return packed;
 }
 
-std::shared_ptr<void> prepare_linear_bf16(const Step& step, const Tensor* operands) {
-  const Tensor& weight = operands[1];
-  const grouped::Kernel& kernel = grouped::select(grouped::Dtype::bf16);
-  const int64_t count = weight.count();
-  const float* const values = weight.as<float>();
-  const bool exact = std::all_of(values, values + count, [](float value) {
-    return (std::bit_cast<uint32_t>(value) & 0xffff) == 0;
-  });
-  if (kernel.unit_inputs == 1 || !exact) return prepare_linear(step, operands);
-  if (weight.sizes[0] < 1 || weight.sizes[1] < 1)
-    throw std::invalid_argument("linear_bf16: a weight without outputs or inputs");
-  auto packed = std::make_shared<Packed>();
-  packed->kernel = &kernel;
-  std::vector<uint16_t> halves(count);
-  std::transform(values, values + count, halves.begin(), to_bf16);
-  const int64_t outputs = weight.sizes[0], inputs = weight.sizes[1];
-  packed->memory.resize(grouped::panel_floats(kernel, 1, outputs, inputs));
-  packed->panels = grouped::pack(kernel, halves.data(), grouped::Dtype::bf16, nullptr, 1, outputs,
-                                 inputs, true, packed->memory.data());
-  // The bias may be no bf16: it begins the fp32 sums as it is.
-  float* const start = packed->memory.data() + (packed->panels.start - packed->panels.values);
-  if (step.integers[0]) std::copy_n(operands[2].as<float>(), outputs, start);
-  return packed;
-}
-
-Status run_linear(const Step& step, const Tensor* operands) {
-  const Packed& packed = *static_cast<const Packed*>(step.prepared.get());
+Status PackedLinear::run(const Fields& fields, Tensors operands, const void* prepared) {
+  const PackedWeight& packed = *static_cast<const PackedWeight*>(prepared);
   const grouped::Kernel& kernel = *packed.kernel;
-  const Tensor &x = operands[0], &weight = operands[1], &y = operands[step.operands.size() - 1];
+  const Tensor &x = operands[PackedLinear::x], &weight = operands[PackedLinear::weight],
+               &y = operands[PackedLinear::y];
   const int64_t outputs = weight.sizes[0], inputs = weight.sizes[1];
   const int64_t rows = x.count() / inputs;
   activation_quantize::Call activation{};
-  activation.activation = static_cast<activation_quantize::Activation>(step.integers[1]);
+  activation.activation = fields.activation;
   activation.x_type = activation_quantize::Input::f32;
   activation.y_type = activation_quantize::Output::f32;
   if (kernel.dots && outputs <= kFewOutputs) {
-    const float* const bias = step.integers[0] ? operands[2].as<float>() : nullptr;
-    run_few_outputs(x, weight, bias, y, kernel, activation);
+    run_few_outputs(x, weight, operands[bias].as<float>(), y, kernel, activation);
     return {};
   }
   const int64_t tiles = (rows + grouped::kTileRows - 1) / grouped::kTileRows;
@@ -168,6 +133,12 @@ Status run_linear(const Step& step, const Tensor* operands) {
     }
   });
   return {};
+}
+
+void PackedLinear::cost(const Fields&, Tensors operands, Cost& cost) {
+  cost.macs = operands[y].count() * operands[weight].sizes[1];
+  cost.peak = "fp32";
+  cost.density = 1.0;
 }
 
 }  // namespace fastrec::engine

@@ -1,20 +1,15 @@
 // map: an elementwise program over broadcast operands, interpreted a block at a time, so that a
 // chain of any length reads and writes memory once.
 //
-// operands  the inputs, expanded to the result's dims (stride 0 where they are broadcast), then the
-//           result
-// integers  four an instruction: MapOp, then registers a, b, c. Registers 0 .. inputs - 1 are the
-//           inputs, each instruction appends one; the last one is the result (without
-//           instructions: a copy).
-//           number and integer: a = position in `numbers`; index: a = dimension
+// x: the inputs, expanded to the result's dims (stride 0 where they are broadcast); y f32, i64 or
+// bool.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
-#include "engine/map_ops.h"
-#include "engine/steps.h"
+#include "engine/check.h"
+#include "engine/make_kind.h"
+#include "engine/map_program.h"
 #include "parallel.h"
 
 namespace fastrec::engine {
@@ -24,7 +19,6 @@ constexpr int kBlock = 128;  // elements: 24 registers fit the first-level cache
 // Elements times registers, some 3 us: below, a second thread costs more than it brings.
 constexpr int64_t kParallelWork = 40'000;
 constexpr int64_t kChunksPerThread = 4;
-constexpr int kInstruction = 4;
 
 union Register {
   float f32[kBlock];
@@ -244,45 +238,12 @@ void execute(MapOp op, To to, From a, From b, From c) {
   }
 }
 
-[[noreturn]] void refuse(int instruction, const std::string& why) {
-  throw std::invalid_argument("map: instruction " + std::to_string(instruction) + " " + why);
-}
-
-}  // namespace
-
-std::shared_ptr<void> check_map(const Step& step, const Tensor*) {
-  const size_t size = step.integers.size();
-  const int inputs = static_cast<int>(step.operands.size()) - 1;
-  const int instructions = static_cast<int>(size) / kInstruction;
-  if (size % kInstruction || inputs < 0 || inputs + instructions == 0)
-    throw std::invalid_argument("map: half an instruction, or nothing to compute");
-  if (inputs + instructions > kMaxRegisters)
-    refuse(instructions - 1, "has no register: there are " + std::to_string(kMaxRegisters));
-  for (int p = 0; p < instructions; ++p) {
-    const int64_t* instruction = step.integers.data() + p * kInstruction;
-    if (instruction[0] < 0 || instruction[0] >= kMapOps) refuse(p, "is unknown");
-    const int reads = kMapOpReads[instruction[0]];
-    int64_t there[] = {1, 1, 1};  // what is not read is 0
-    std::fill_n(there, reads, inputs + p);
-    if (instruction[0] == static_cast<int64_t>(MapOp::index))
-      there[0] = static_cast<int64_t>(step.operands.back().sizes.size());
-    else if (reads == 0)
-      there[0] = static_cast<int64_t>(step.numbers.size());
-    for (int o = 0; o < kInstruction - 1; ++o)
-      if (instruction[1 + o] < 0 || instruction[1 + o] >= there[o])
-        refuse(p, std::string("(") + kMapOpNames[instruction[0]] + ") reads " +
-                      std::to_string(instruction[1 + o]) + " of " + std::to_string(there[o]));
-  }
-  return nullptr;
-}
-
-Status run_map(const Step& step, const Tensor* operands) {
-  const int inputs = static_cast<int>(step.operands.size()) - 1;
-  const int instructions = static_cast<int>(step.integers.size()) / kInstruction;
+Status run_program(const std::vector<MapInstruction>& program, Tensors operands) {
+  const int inputs = static_cast<int>(operands.size()) - 1;
+  const int instructions = static_cast<int>(program.size());
   bool has_index = false;
-  for (int p = 0; p < instructions; ++p)
-    has_index |= step.integers[p * kInstruction] == static_cast<int64_t>(MapOp::index);
-  const Loop loop = collapse(operands, inputs + 1, has_index);
+  for (const MapInstruction& instruction : program) has_index |= instruction.op == MapOp::index;
+  const Loop loop = collapse(operands.data(), inputs + 1, has_index);
   const Tensor& result = operands[inputs];
   const int inner = loop.dims - 1;
   const int64_t width = loop.sizes[inner];
@@ -301,12 +262,9 @@ Status run_map(const Step& step, const Tensor* operands) {
     for (int r = 0; r < inputs + instructions; ++r) values[r] = from(registers[r]);
     // Constants are filled once, not once a block.
     for (int p = 0; p < instructions; ++p) {
-      const int64_t* instruction = step.integers.data() + p * kInstruction;
       Register& to = registers[inputs + p];
-      if (static_cast<MapOp>(instruction[0]) == MapOp::number)
-        std::fill_n(to.f32, kBlock, static_cast<float>(step.numbers[instruction[1]]));
-      if (static_cast<MapOp>(instruction[0]) == MapOp::integer)
-        std::fill_n(to.i64, kBlock, static_cast<int64_t>(step.numbers[instruction[1]]));
+      if (program[p].op == MapOp::number) std::fill_n(to.f32, kBlock, program[p].number);
+      if (program[p].op == MapOp::integer) std::fill_n(to.i64, kBlock, program[p].integer);
     }
     for (int64_t block = begin; block < end; ++block) {
       const int64_t at = block % blocks_a_row * kBlock;
@@ -335,18 +293,17 @@ Status run_map(const Step& step, const Tensor* operands) {
       }
       // The last instruction that computes may write the result itself.
       const bool direct = instructions > 0 && lies_so(result, loop.strides[inputs][inner], n) &&
-                          kMapOpReads[step.integers[(instructions - 1) * kInstruction]] > 0;
+                          kMapOpReads[static_cast<int>(program.back().op)] > 0;
       for (int p = 0; p < instructions; ++p) {
-        const int64_t* instruction = step.integers.data() + p * kInstruction;
-        const MapOp op = static_cast<MapOp>(instruction[0]);
+        const MapInstruction& instruction = program[p];
         Register& own = registers[inputs + p];
-        if (op == MapOp::index) {
-          const bool along = instruction[1] == inner;
-          for (int i = 0; i < n; ++i) own.i64[i] = position[instruction[1]] + (along ? i : 0);
+        if (instruction.op == MapOp::index) {
+          const bool along = instruction.a == inner;
+          for (int i = 0; i < n; ++i) own.i64[i] = position[instruction.a] + (along ? i : 0);
         } else {
           const bool last = direct && p + 1 == instructions;
-          execute(op, last ? block_of(result, start(inputs), own) : to(own), values[instruction[1]],
-                  values[instruction[2]], values[instruction[3]]);
+          execute(instruction.op, last ? block_of(result, start(inputs), own) : to(own),
+                  values[instruction.a], values[instruction.b], values[instruction.c]);
         }
       }
       if (!direct)
@@ -356,5 +313,53 @@ Status run_map(const Step& step, const Tensor* operands) {
   });
   return {};
 }
+
+struct Map {
+  static constexpr const char* name = "map";
+  static constexpr OperandRule operands[] = {{.name = "x", .many = true},
+                                             {.name = "y", .output = true}};
+  struct Fields {
+    MapProgram program;
+
+    template <class V>
+    void each(V& visit) {
+      visit("program", program);
+    }
+  };
+  static constexpr Traits traits = {.op = "", .shown = "map", .users = Users::apart};
+
+  static Rows rows(const Fields&) { return Rows::elements; }
+  static bool reads_index(const Fields& fields, int dim) { return fields.program.reads_index(dim); }
+
+  static void check(const StepCheck& check, const Fields& fields) {
+    const int y = check.count() - 1;
+    require(check.is(y, {Dtype::f32, Dtype::i64, Dtype::b8}), "maps to float32, int64 or bool");
+    for (size_t d = 0; d < check.sizes(y).size(); ++d)
+      require(check.view(y).strides[d].coefficient > 0 || check.sizes(y)[d].coefficient <= 1,
+              "a result with a place for each element");
+    for (int o = 0; o < y; ++o)
+      require(check.sizes(o) == check.sizes(y), "operands expanded to the result's shape");
+    fields.program.check(y, static_cast<int>(check.sizes(y).size()));
+  }
+
+  static Status run(const Fields& fields, Tensors operands, const void*) {
+    return run_program(fields.program.instructions, operands);
+  }
+
+  static std::shared_ptr<const void> moved_on(const Fields& fields, int inputs, int dim) {
+    if (!fields.program.reads_index(dim)) return nullptr;
+    return map_fields(fields.program.moved_on(inputs, dim));
+  }
+
+  static void cost(const Fields&, Tensors, Cost& cost) { cost.peak = ""; }
+};
+
+}  // namespace
+
+std::shared_ptr<const void> map_fields(MapProgram program) {
+  return std::make_shared<Map::Fields>(Map::Fields{std::move(program)});
+}
+
+Kind map_kind() { return make_kind<Map>(); }
 
 }  // namespace fastrec::engine

@@ -1,0 +1,110 @@
+// reduce: the sum, mean or maximum of the middle dimension.
+//
+// x f32 or i64 [A, N, C]; y of its dtype, A * C elements; both contiguous. No mean of i64; of a
+// maximum a NaN wins, as in torch.
+#include <algorithm>
+#include <limits>
+
+#include "engine/make_kind.h"
+#include "engine/steps/middle.h"
+#include "scratch.h"
+
+namespace fastrec::engine {
+namespace {
+
+enum class Operation { sum, mean, max };
+constexpr const char* kOperationNames[] = {"sum", "mean", "max"};
+
+// The sum of a row: several partial ones, so that an addition need not wait for the one before.
+double sum_of(const float* row, int64_t count) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t n = 0;
+  for (; n + kSums <= count; n += kSums)
+    for (int i = 0; i < kSums; ++i) sums[i] += row[n + i];
+  for (; n < count; ++n) sums[0] += row[n];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// Integers wrap, as in torch.
+void reduce_integers(const Tensor& x, bool maximum, int64_t* result) {
+  const int64_t count = x.sizes[1], width = x.sizes[2];
+  parallel_for(x.sizes[0], 1, threads_for(x), [&](int64_t begin, int64_t end) {
+    for (int64_t a = begin; a < end; ++a)
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t* from = x.as<int64_t>() + a * count * width + c;
+        uint64_t sum = 0;
+        int64_t top = std::numeric_limits<int64_t>::min();
+        for (int64_t n = 0; n < count; ++n, from += width) {
+          sum += static_cast<uint64_t>(*from);
+          top = std::max(top, *from);
+        }
+        result[a * width + c] = maximum ? top : static_cast<int64_t>(sum);
+      }
+  });
+}
+
+struct Reduce {
+  static constexpr const char* name = "reduce";
+  enum { x, y };
+  static constexpr OperandRule operands[] = {{.name = "x"}, {.name = "y", .output = true}};
+  struct Fields {
+    Operation operation = Operation::sum;
+
+    template <class V>
+    void each(V& visit) {
+      visit("operation", operation, kOperationNames);
+    }
+  };
+  static constexpr Traits traits = {.op = "", .shown = "reduce", .users = Users::apart_of_two};
+
+  static Rows rows(const Fields&) { return Rows::mixed; }
+
+  static void check(const StepCheck& check, const Fields& fields) {
+    check_middle(check, x, y, fields.operation != Operation::mean);
+    const Shape& sizes = check.sizes(x);
+    check.elements(y, times(sizes[0], sizes[2]), "a result of the outer sizes");
+  }
+
+  static Status run(const Fields& fields, Tensors operands, const void*) {
+    const Tensor& x = operands[Reduce::x];
+    const int64_t count = x.sizes[1], width = x.sizes[2];
+    const bool maximum = fields.operation == Operation::max;
+    const double divisor = fields.operation == Operation::mean ? static_cast<double>(count) : 1.0;
+    if (x.dtype == Dtype::i64) {
+      reduce_integers(x, maximum, operands[y].as<int64_t>());
+      return {};
+    }
+    parallel_for(x.sizes[0], 1, threads_for(x), [&](int64_t begin, int64_t end) {
+      if (width == 1 && !maximum) {
+        for (int64_t a = begin; a < end; ++a)
+          operands[y].as<float>()[a] =
+              static_cast<float>(sum_of(x.as<float>() + a * count, count) / divisor);
+        return;
+      }
+      double* const total = scratch<double>(width);
+      for (int64_t a = begin; a < end; ++a) {
+        const float* row = x.as<float>() + a * count * width;
+        std::fill_n(total, width, maximum ? -std::numeric_limits<double>::infinity() : 0.0);
+        for (int64_t n = 0; n < count; ++n, row += width) {
+          if (maximum)
+            for (int64_t c = 0; c < width; ++c)
+              total[c] = row[c] > total[c] || row[c] != row[c] ? row[c] : total[c];
+          else
+            for (int64_t c = 0; c < width; ++c) total[c] += row[c];
+        }
+        float* result = operands[y].as<float>() + a * width;
+        for (int64_t c = 0; c < width; ++c) result[c] = static_cast<float>(total[c] / divisor);
+      }
+    });
+    return {};
+  }
+
+  static void cost(const Fields&, Tensors, Cost& cost) { cost.peak = ""; }
+};
+
+}  // namespace
+
+Kind reduce_kind() { return make_kind<Reduce>(); }
+
+}  // namespace fastrec::engine
