@@ -147,7 +147,7 @@ Engine::Engine(const json::Value& header, std::vector<Constant> constants,
   if (threads < 1 || threads > kMaxThreads) throw InvalidProgram("a sound number of threads");
   threads_ = static_cast<int>(threads);
   check_interface(program_, inputs_);
-  check(program_, inputs_.limits);
+  check(program_, {inputs_.limits.begin(), inputs_.limits.begin() + program_.symbols.size()});
   const int output = program_.outputs[0].buffer;
   program_.outputs.clear();
   program_.buffers[output].space = Space::arena;
