@@ -296,6 +296,9 @@ void bind(py::module_& parent) {
                              "Read-only bytes, as the engine holds them.")
       .def("__call__", call, py::arg("inputs"), py::arg("threads"),
            "The scores; None where the inputs are not numpy arrays as the specification says.")
+      .def(
+          "plan", [](const BoundEngine& self) { return json::write(self.engine->plan()); },
+          "JSON: see Engine::plan in engine.h.")
       .def("profile", profiled, py::arg("inputs"), py::arg("calls"), py::arg("threads"))
       .def(
           "split",
