@@ -1,0 +1,192 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "engine/check.h"
+#include "engine/planner.h"
+#include "engine/split.h"
+#include "engine/user_state.h"
+#include "parallel.h"
+
+namespace fastrec::engine {
+namespace {
+
+constexpr int64_t kMaxThreads = 1024;
+
+// The inputs as the specification says, and one whole float32 output.
+void check_interface(const Program& program, const InputSpec& spec) {
+  const auto require = [](bool true_, const char* what) {
+    if (!true_) throw InvalidProgram(std::string("an invalid plan: ") + what);
+  };
+  require(program.inputs.size() == spec.fields.size(), "an input buffer for each input");
+  for (size_t i = 0; i < spec.fields.size(); ++i) {
+    const InputField& field = spec.fields[i];
+    const Buffer& buffer = program.buffers[program.inputs[i]];
+    Shape shape;
+    for (const SpecSize& dim : field.dims) {
+      require(dim.symbol < static_cast<int>(program.symbols.size()), "inputs of known symbols");
+      shape.push_back(dim.symbol < 0 ? Extent(dim.number) : Extent::of_symbol(dim.symbol));
+    }
+    const bool fits = buffer.shape == shape && buffer.dtype == field.dtype &&
+                      buffer.space == Space::input && buffer.index == static_cast<int>(i);
+    if (!fits) throw InvalidProgram("an invalid plan: input " + field.name + " as specified");
+  }
+  require(program.outputs.size() == 1, "one output");
+  const View& output = program.outputs[0];
+  require(program.buffers[output.buffer].dtype == Dtype::f32 && program.is_whole(output),
+          "a whole float32 output");
+}
+
+// Positions of the inputs that a view's values come from, as steps before `end` made them.
+std::set<int> sources(const Program& program, int end, int buffer) {
+  std::vector<int> open{buffer};
+  std::set<int> seen, found;
+  while (!open.empty()) {
+    const int b = open.back();
+    open.pop_back();
+    if (!seen.insert(b).second) continue;
+    for (int p = 0; p < end; ++p) {
+      const ProgramStep& step = program.steps[p];
+      const auto writes = [&](size_t o) {
+        return step.writes(o) && !step.operands[o].absent() && step.operands[o].buffer == b;
+      };
+      bool made = false;
+      for (size_t o = 0; o < step.operands.size(); ++o) made = made || writes(o);
+      for (size_t o = 0; made && o < step.operands.size(); ++o)
+        if (!step.operands[o].absent() && !step.writes(o)) open.push_back(step.operands[o].buffer);
+    }
+  }
+  for (size_t i = 0; i < program.inputs.size(); ++i)
+    if (seen.count(program.inputs[i])) found.insert(static_cast<int>(i));
+  return found;
+}
+
+// Whether a buffer holds an input's own values, perhaps copied.
+bool is_input(const Program& program, int end, int buffer) {
+  while (program.buffers[buffer].space != Space::input) {
+    const ProgramStep* made = nullptr;
+    for (int p = 0; p < end; ++p)
+      for (size_t o = 0; o < program.steps[p].operands.size(); ++o)
+        if (program.steps[p].writes(o) && program.steps[p].operands[o].buffer == buffer) {
+          if (made) return false;
+          made = &program.steps[p];
+          end = p;
+        }
+    if (!made || !made->kind->operands[0].many || made->operands.size() != 2) return false;
+    if (made->kind->write(made->fields.get()).at("program").list().size()) return false;
+    buffer = made->operands[0].buffer;
+  }
+  return true;
+}
+
+bool holds(const Array& array, int64_t value) {
+  const int64_t count = array.count();
+  const auto in = [&](const auto* ids) {
+    return std::find(ids, ids + count, value) != ids + count;
+  };
+  if (array.dtype == Dtype::i64) return in(reinterpret_cast<const int64_t*>(array.data));
+  if (array.dtype == Dtype::i32) return in(reinterpret_cast<const int32_t*>(array.data));
+  return false;
+}
+
+bool holds_nan(const Array& array) {
+  if (array.dtype != Dtype::f32) return false;
+  const float* const values = reinterpret_cast<const float*>(array.data);
+  return std::any_of(values, values + array.count(), [](float v) { return std::isnan(v); });
+}
+
+}  // namespace
+
+CallThreads::CallThreads(int threads) : before(exchange_call_threads(threads)) {}
+CallThreads::~CallThreads() { exchange_call_threads(before); }
+
+Symbols symbols_of(const SpecSizes& sizes) {
+  Symbols symbols;
+  for (int s = 0; s < kMaxSymbols; ++s) symbols[s] = std::max<int64_t>(sizes[s], 0);
+  return symbols;
+}
+
+Refused refusal_of(const Program& program, const std::vector<std::string>& names,
+                   const Array* inputs, const Symbols& symbols, const Status& status) {
+  const ProgramStep& step = program.steps[status.step];
+  const std::string where = step.module.empty() ? step.kind->name : step.module;
+  if (status.fault == Fault::not_a_number) {
+    std::string name = where;
+    for (size_t i = names.size(); i-- > 0;)
+      if (holds_nan(inputs[i])) name = names[i];
+    return {Refused::Kind::argument, name, "an input of numbers", "a NaN"};
+  }
+  const Checked& checked = step.kind->traits.checked;
+  const View& limit = step.operands[checked.limit_operand];
+  const std::string what = checked.what;
+  const int dim = checked.limit_dim;
+  const int64_t last =
+      limit.sizes[dim < 0 ? limit.sizes.size() + dim : dim].at(symbols) - (what == "ids" ? 1 : 0);
+  const std::string expected = what + " in 0.." + std::to_string(last);
+  const std::string came = std::to_string(status.value);
+  const int buffer = step.operands[checked.operand].buffer;
+  const std::set<int> found = sources(program, status.step, buffer);
+  if (found.empty()) return {Refused::Kind::id_range, where, expected, came};
+  std::string any;
+  for (const int i : found) {
+    if (holds(inputs[i], status.value)) return {Refused::Kind::id_range, names[i], expected, came};
+    any += (any.empty() ? "" : " or ") + names[i];
+  }
+  if (is_input(program, status.step, buffer)) return {Refused::Kind::id_range, any, expected, came};
+  return {Refused::Kind::id_range, any, "values of which " + where + " gets " + expected, came};
+}
+
+Engine::Engine(const json::Value& header, std::vector<Constant> constants,
+               std::shared_ptr<void> memory)
+    : memory_(std::move(memory)),
+      program_(read_program(header.at("program"), std::move(constants))),
+      inputs_(InputSpec::read(header.at("spec"), program_.symbols)) {
+  const int64_t threads = header.at("threads").integer();
+  if (threads < 1 || threads > kMaxThreads) throw InvalidProgram("a sound number of threads");
+  threads_ = static_cast<int>(threads);
+  check_interface(program_, inputs_);
+  check(program_, inputs_.limits);
+  const int output = program_.outputs[0].buffer;
+  program_.outputs.clear();
+  program_.buffers[output].space = Space::arena;
+  add_output(program_, output);
+  order_by_rows(program_);
+  executor_ = std::make_unique<Executor>(make_plan(program_));
+}
+
+Engine::~Engine() = default;
+
+std::vector<int64_t> Engine::output_sizes(const SpecSizes& sizes) const {
+  const Symbols symbols = symbols_of(sizes);
+  std::vector<int64_t> result;
+  for (const Extent& size : program_.outputs[0].sizes) result.push_back(size.at(symbols));
+  return result;
+}
+
+void Engine::run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads,
+                 int64_t* step_ns) {
+  const std::byte* addresses[kMaxOperands];
+  for (size_t i = 0; i < inputs_.fields.size(); ++i) addresses[i] = inputs[i].data;
+  std::byte* const outputs[] = {reinterpret_cast<std::byte*>(scores)};
+  const Symbols symbols = symbols_of(sizes);
+  Status status;
+  {
+    const CallThreads limit(threads);
+    status = executor_->run(symbols, addresses, outputs, step_ns);
+  }
+  if (status.fault == Fault::none) return;
+  std::vector<std::string> names;
+  for (const InputField& field : inputs_.fields) names.push_back(field.name);
+  throw refusal_of(program_, names, inputs, symbols, status);
+}
+
+std::shared_ptr<SplitExecutors> Engine::split(const std::vector<int>& candidates, bool appendable) {
+  const std::lock_guard lock(mutex_);
+  std::shared_ptr<SplitExecutors>& made = splits_[{candidates, appendable}];
+  if (!made) made = std::make_shared<SplitExecutors>(*this, candidates, appendable);
+  return made;
+}
+
+}  // namespace fastrec::engine
