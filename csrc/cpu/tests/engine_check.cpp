@@ -63,14 +63,14 @@ constexpr double kMostRun = 1 << 20;
 void run(const Sample& sample, const Symbols& symbols, Random& random) {
   const Program& program = sample.program;
   double total = 0;
-  for (const Buffer& buffer : program.buffers) {
+  for (const engine::Buffer& buffer : program.buffers) {
     double count = 8;
     for (const Extent& size : buffer.shape) count *= size.roughly(symbols);
     total += count;
   }
   if (total > kMostRun) return;
   std::vector<std::unique_ptr<Block>> blocks;
-  for (const Buffer& buffer : program.buffers) {
+  for (const engine::Buffer& buffer : program.buffers) {
     const int64_t count = elements(buffer.shape, symbols);
     const auto bytes = static_cast<size_t>(count * bytes_of(buffer.dtype));
     blocks.push_back(std::make_unique<Block>(bytes));
@@ -90,7 +90,7 @@ void run(const Sample& sample, const Symbols& symbols, Random& random) {
     for (const View& view : step.operands) {
       Tensor& t = tensors.emplace_back();
       if (view.absent()) continue;
-      const Buffer& buffer = program.buffers[view.buffer];
+      const engine::Buffer& buffer = program.buffers[view.buffer];
       t.dtype = buffer.dtype;
       t.data =
           static_cast<std::byte*>(blocks[view.buffer]->data) + view.offset * bytes_of(buffer.dtype);
@@ -135,7 +135,7 @@ class Mutator {
       case 0:
         return change(program.buffers[pick(program.buffers.size())].shape);
       case 1: {
-        Buffer& buffer = program.buffers[pick(program.buffers.size())];
+        engine::Buffer& buffer = program.buffers[pick(program.buffers.size())];
         if (pick(2))
           buffer.dtype = static_cast<Dtype>(pick(6));
         else
