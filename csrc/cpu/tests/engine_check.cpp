@@ -197,24 +197,26 @@ class Mutator {
       case 2:
         return change(view.strides);
       case 3:
-        if (!view.absent()) view = program.whole(view.buffer);
-        return;
+        return take_all(view, program);
       default:
         return change(view.sizes);
     }
+  }
+  // The view takes all of its buffer.
+  static void take_all(View& view, const Program& program) {
+    if (view.buffer < 0 || view.buffer >= static_cast<int>(program.buffers.size())) return;
+    view.sizes = program.buffers[view.buffer].shape;
+    double product = 1;
+    for (const Extent& size : view.sizes)
+      product *= std::abs(static_cast<double>(size.coefficient)) + 1;
+    if (product < 1e15) view.strides = contiguous_strides(view.sizes);
   }
   void change_all(Program& program) {
     const int at = static_cast<int>(pick(program.buffers.size()));
     change(program.buffers[at].shape);
     for (ProgramStep& step : program.steps)
       for (View& view : step.operands)
-        if (view.buffer == at) {
-          view.sizes = program.buffers[at].shape;
-          double product = 1;
-          for (const Extent& size : view.sizes)
-            product *= std::abs(static_cast<double>(size.coefficient)) + 1;
-          if (product < 1e15) view.strides = contiguous_strides(view.sizes);
-        }
+        if (view.buffer == at) take_all(view, program);
   }
   void change_constant(Sample& sample) {
     if (sample.constants.empty()) return;
