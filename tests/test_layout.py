@@ -92,3 +92,17 @@ def test_only_one_module_reads_the_environment() -> None:
         if re.search(r"os\.(environ|getenv)", path.read_text())
     }
     assert readers <= {"env.py"}
+
+
+def test_a_step_kind_is_one_file_and_one_line() -> None:
+    engine = ROOT / "csrc" / "cpu" / "engine"
+    listed = re.findall(r"X\((\w+)\)\s*\\?$", (engine / "steps" / "kinds.h").read_text(), re.M)
+    sources = {path.stem: path.read_text() for path in (engine / "steps").glob("*.cpp")}
+    defined = {stem for stem, text in sources.items() if f"Kind {stem}_kind()" in text}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == defined
+    # Causal kinds become resumed_attention where histories are taken further, and copies are maps.
+    allowed = {"resumed_attention", "attention", "map"}
+    for path in engine.glob("*.cpp"):
+        named = {kind for kind in listed if f'"{kind}"' in path.read_text()}
+        assert named <= (allowed if path.name == "split.cpp" else set()), path.name

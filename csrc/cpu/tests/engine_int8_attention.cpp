@@ -1,12 +1,17 @@
 // The step window_sparse_attention_int8 on operands that begin or end at a guard page: all
 // instruction sets give the bits of the scalar kernels.
-#include "engine/steps.h"
 #include "engine_plans.h"
 
 namespace fastrec::tests {
 namespace {
 
-void compare(int64_t queries, int64_t keys, const std::vector<int64_t>& pattern, bool floats) {
+struct Pattern {
+  bool causal;
+  int64_t window;
+  json::List distances;
+};
+
+void compare(int64_t queries, int64_t keys, const Pattern& pattern, bool floats) {
   constexpr int64_t kBatch = 2, kHeads = 2, kDims = 9;
   Random random(5);
   const auto count = [&](int64_t rows) { return kBatch * kHeads * rows * kDims; };
@@ -15,9 +20,10 @@ void compare(int64_t queries, int64_t keys, const std::vector<int64_t>& pattern,
   const auto v = random.integers<uint8_t>(count(keys), 0, 255);
   const auto wide = random.floats(count(keys), 3.0f);
   const std::vector<int64_t> lengths{keys, keys / 3};
-  // Whether there are lengths, causal, window, lists, two zero points, then the distances.
-  std::vector<int64_t> integers{1, pattern[0], pattern[1], pattern[2], 128, 90};
-  integers.insert(integers.end(), pattern.begin() + 3, pattern.end());
+  const json::Object fields{{"exponent_scale", 1e-4},   {"v_scale", 0.02},
+                            {"y_scale", 0.03},          {"q_zero_point", 128},
+                            {"y_zero_point", 90},       {"causal", pattern.causal},
+                            {"window", pattern.window}, {"distances", pattern.distances}};
 
   const auto run_at = [&](Place place) {
     const Buffer<uint8_t> q_at(q, place), k_at(k, place), v_at(v, place);
@@ -32,10 +38,7 @@ void compare(int64_t queries, int64_t keys, const std::vector<int64_t>& pattern,
                : tensor(v_at.data(), Dtype::u8, of_keys),
         tensor(lengths_at.data(), Dtype::i64, {kBatch}),
         tensor(out.data(), Dtype::u8, {kBatch, queries, kHeads, kDims})};
-    Step step = make_step("window_sparse_attention_int8", {}, integers, {1e-4, 0.02, 0.03});
-    step.operands.resize(operands.size());
-    step.prepared = find_kind(step.kind)->prepare(step, operands.data());
-    CHECK(step.run(step, operands.data()).fault == Fault::none);
+    CHECK(run_step("window_sparse_attention_int8", operands, fields).fault == Fault::none);
     return out.values();
   };
   std::vector<uint8_t> expected;
@@ -49,8 +52,9 @@ void compare(int64_t queries, int64_t keys, const std::vector<int64_t>& pattern,
 TEST(step_window_sparse_attention_int8) {
   for (const int64_t queries : {1, 15, 33})
     for (const bool floats : {false, true}) {
-      compare(queries, queries, {queries % 2, 2, 2, 2, 4, 8, 0}, floats);
-      for (const int64_t keys : {0, 1, 16, 40}) compare(queries, keys, {0, 1 << 30, 1, 0}, floats);
+      compare(queries, queries, {queries % 2 != 0, 2, {json::List{4, 8}, json::List{}}}, floats);
+      for (const int64_t keys : {0, 1, 16, 40})
+        compare(queries, keys, {false, 1 << 30, {json::List{}}}, floats);
     }
 }
 

@@ -2,14 +2,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "check.h"
 #include "engine/map_ops.h"
-#include "engine/steps.h"
+#include "engine_plans.h"
 
 namespace fastrec::tests {
 namespace {
-
-using namespace engine;
 
 constexpr int64_t kSizes[] = {0, 1, 127, 128, 129, 300, 40'000};  // the last one on threads
 
@@ -23,16 +20,16 @@ Tensor line(const void* data, Dtype dtype, int64_t size, int64_t stride = 1) {
   return tensor;
 }
 
-void run_program(const std::vector<Tensor>& operands, const std::vector<int64_t>& program,
-                 const std::vector<double>& numbers = {}) {
-  Step step{};
-  step.operands.resize(operands.size());
-  step.integers = program;
-  step.numbers = numbers;
-  CHECK(run_map(step, operands.data()).fault == Fault::none);
+void run_program(const std::vector<Tensor>& operands, json::List program) {
+  CHECK(run_step("map", operands, {{"program", std::move(program)}}).fault == Fault::none);
 }
 
-int64_t code(MapOp op) { return static_cast<int64_t>(op); }
+// A call of `op` on the first registers.
+json::List instruction(MapOp op) {
+  json::List row{kMapOpNames[static_cast<int>(op)]};
+  for (int o = 0; o < kMapOpReads[static_cast<int>(op)]; ++o) row.push_back(o);
+  return row;
+}
 
 // Same number, or a NaN both.
 bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
@@ -70,7 +67,7 @@ void compare(MapOp op, Dtype from, Dtype to, const Expected& expected) {
       Buffer<To> out(x.size(), place);
       run_program(
           {line(xs.data(), from, count), line(ys.data(), from, count), line(out.data(), to, count)},
-          {code(op), 0, 1, 0});
+          {instruction(op)});
       for (int64_t i = 0; i < count; ++i) {
         const To wanted = static_cast<To>(expected(x[i], y[i]));
         if constexpr (std::is_same_v<To, float>)
@@ -156,10 +153,9 @@ TEST(map_of_broadcast_and_strided_operands) {
       };
       run_program({tensor(mask.data(), Dtype::b8, 1, 0), tensor(x.data(), Dtype::f32, 1, kRows),
                    tensor(out.data(), Dtype::f32, columns, 1)},
-                  {code(MapOp::number),  0, 0, 0, code(MapOp::where_f32), 0, 1, 2,
-                   code(MapOp::index),   1, 0, 0, code(MapOp::to_f32),    4, 0, 0,
-                   code(MapOp::add_f32), 3, 5, 0},
-                  {7.0});
+                  json::parse(R"([["number", 7], ["where_f32", 0, 1, 2], ["index", 1],
+                                  ["to_f32", 4], ["add_f32", 3, 5]])")
+                      .list());
       for (int64_t r = 0; r < kRows; ++r)
         for (int64_t c = 0; c < columns; ++c)
           CHECK(out.data()[r * columns + c] ==

@@ -89,7 +89,7 @@ struct Branches {
       return dense(space, index, dtype, {B, L, extent(width)});
     };
     const auto layer = [&](int which, int64_t outputs, int64_t inputs, const Operand& x,
-                           const Operand& y, int64_t activation, bool x_tiles, bool y_tiles) {
+                           const Operand& y, const char* activation, bool x_tiles, bool y_tiles) {
       static constexpr Dtype kDtypes[] = {Dtype::s8,  Dtype::i32, Dtype::i32,
                                           Dtype::f32, Dtype::i32, Dtype::f32};
       std::vector<Operand> operands = {x};
@@ -100,8 +100,15 @@ struct Branches {
       }
       operands.push_back(y);
       plan.steps.push_back(make_step("linear_int8", operands,
-                                     {outputs, inputs, 113, activation, 1, 101, x_tiles, y_tiles},
-                                     {0.03, 0.05}));
+                                     {{"outputs", outputs},
+                                      {"inputs", inputs},
+                                      {"x_scale", 0.03},
+                                      {"x_zero_point", 113},
+                                      {"activation", activation},
+                                      {"y_scale", 0.05},
+                                      {"y_zero_point", 101},
+                                      {"x_tiles", x_tiles},
+                                      {"y_tiles", y_tiles}}));
     };
     const auto affine = [&](int which) {
       return dense(Space::constant, 3 * kParts + which, Dtype::f32, {extent(kWidth)});
@@ -114,12 +121,13 @@ struct Branches {
         make_step("layer_norm",
                   {rows(Space::input, 0, Dtype::f32, kWidth),
                    rows(Space::input, 1, Dtype::f32, kWidth), affine(0), affine(1), sum, normed},
-                  {1, 113, tiles}, {1e-5, 0.03}));
-    layer(0, kHidden, kWidth, normed, hidden, 1, tiles, tiles);
-    layer(1, kScores, kHidden, hidden, score, 0, tiles, false);
+                  {{"eps", 1e-5}, {"y_scale", 0.03}, {"y_zero_point", 113}, {"y_tiles", tiles}}));
+    layer(0, kHidden, kWidth, normed, hidden, "relu", tiles, tiles);
+    layer(1, kScores, kHidden, hidden, score, "none", tiles, false);
     plan.steps.push_back(
-        make_step("softmax", {score, rows(Space::output, shares, Dtype::f32, kScores)}, {}, {}));
-    layer(2, kScores, kWidth, sum, rows(Space::output, codes, Dtype::u8, kScores), 2, false, false);
+        make_step("softmax", {score, rows(Space::output, shares, Dtype::f32, kScores)}));
+    layer(2, kScores, kWidth, sum, rows(Space::output, codes, Dtype::u8, kScores), "gelu", false,
+          false);
     return plan;
   }
 

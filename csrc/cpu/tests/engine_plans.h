@@ -1,11 +1,10 @@
 // Plans written by hand, for the executor's tests.
 #pragma once
 
-#include <cstring>
+#include <string>
 #include <vector>
 
 #include "check.h"
-#include "engine/map_ops.h"
 #include "engine/plan.h"
 
 namespace fastrec::tests {
@@ -16,23 +15,15 @@ inline constexpr int kBatch = 0, kLength = 1;  // the symbols
 
 // coefficient * B^batches * L^lengths
 inline Extent extent(int64_t coefficient, uint8_t batches = 0, uint8_t lengths = 0) {
-  Extent e;
-  e.coefficient = coefficient;
+  Extent e(coefficient);
   e.exponent[kBatch] = batches;
   e.exponent[kLength] = lengths;
   return e;
 }
 inline const Extent B = extent(1, 1), L = extent(1, 0, 1);
 
-inline Operand dense(Space space, int index, Dtype dtype, const std::vector<Extent>& sizes) {
-  Operand operand{space, index, dtype, 0, sizes, sizes};
-  Extent stride = extent(1);
-  for (size_t d = sizes.size(); d-- > 0;) {
-    operand.strides[d] = stride;
-    stride.coefficient *= sizes[d].coefficient;
-    for (int s = 0; s < kMaxSymbols; ++s) stride.exponent[s] += sizes[d].exponent[s];
-  }
-  return operand;
+inline Operand dense(Space space, int index, Dtype dtype, const Shape& sizes) {
+  return {space, index, dtype, 0, sizes, contiguous_strides(sizes)};
 }
 
 // What lies in memory already; dense without strides.
@@ -51,15 +42,22 @@ inline Tensor tensor(const void* data, Dtype dtype, const std::vector<int64_t>& 
 }
 
 inline Step make_step(const char* kind, const std::vector<Operand>& operands,
-                      const std::vector<int64_t>& integers, const std::vector<double>& numbers) {
-  return {kind, find_kind(kind)->run, operands, integers, numbers, nullptr};
+                      json::Object fields = {}) {
+  const Kind* const known = find_kind(kind);
+  CHECK(known && (known->operands[0].many || operands.size() == known->operands.size()));
+  return {known, known->read(std::move(fields)), operands, nullptr};
 }
 
-inline int64_t op(const char* name) {
-  for (int i = 0; i < kMapOps; ++i)
-    if (!std::strcmp(kMapOpNames[i], name)) return i;
-  CHECK(false);
-  return -1;
+// A step by itself, on memory.
+inline Status run_step(const char* kind, const std::vector<Tensor>& operands,
+                       json::Object fields = {}) {
+  const Kind* const known = find_kind(kind);
+  CHECK(known && (known->operands[0].many || operands.size() == known->operands.size()));
+  const auto made = known->read(std::move(fields));
+  std::shared_ptr<void> prepared;
+  if (known->prepare) prepared = known->prepare(made.get(), operands);
+  return known->run(made.get(), operands, prepared.get());
 }
+inline const Tensor kAbsent{};  // an optional operand that is not there
 
 }  // namespace fastrec::tests

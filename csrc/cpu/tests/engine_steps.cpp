@@ -4,22 +4,12 @@
 #include <limits>
 
 #include "element.h"
-#include "engine/steps.h"
 #include "engine_plans.h"
 
 namespace fastrec::tests {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-Status run_step(const char* kind, const std::vector<Tensor>& operands,
-                const std::vector<int64_t>& integers, const std::vector<double>& numbers = {}) {
-  Step step = make_step(kind, {}, integers, numbers);
-  step.operands.resize(operands.size());
-  if (const Prepare prepare = find_kind(kind)->prepare)
-    step.prepared = prepare(step, operands.data());
-  return step.run(step, operands.data());
-}
 
 std::string named(const char* kind, const std::vector<int64_t>& sizes) {
   std::string name = kind;
@@ -109,13 +99,14 @@ void compare_masked(const Heads& s, Masking masking, bool causal, bool caps, boo
         std::vector<Tensor> operands = {
             tensor(qs.data(), Dtype::f32, {s.batch, s.heads, s.queries, s.dims}),
             tensor(ks.data(), Dtype::f32, rows), tensor(vs.data(), Dtype::f32, rows)};
-        if (has_mask)
-          operands.push_back(
-              tensor(ms.data(), Dtype::f32, {s.batch, s.heads, s.queries, s.keys}, strides));
+        operands.push_back(
+            has_mask ? tensor(ms.data(), Dtype::f32, {s.batch, s.heads, s.queries, s.keys}, strides)
+                     : kAbsent);
         operands.push_back(tensor(out.data(), Dtype::f32, {s.batch, s.queries, s.heads, s.dims}));
         CHECK(
-            run_step("masked_attention", operands, {has_mask, causal, caps, nans}, {scale}).fault ==
-            Fault::none);
+            run_step("masked_attention", operands,
+                     {{"scale", scale}, {"causal", causal}, {"caps", caps}, {"empty_is_nan", nans}})
+                .fault == Fault::none);
         for (size_t i = 0; i < expected.size(); ++i)
           CHECK(same(out.data()[i], expected[i]) ||
                 std::abs(out.data()[i] - expected[i]) <= kAttentionError);
@@ -136,25 +127,27 @@ void compare_causal(const Heads& s) {
                        {tensor(qs.data(), Dtype::f32, rows), tensor(ks.data(), Dtype::f32, rows),
                         tensor(vs.data(), Dtype::f32, rows),
                         tensor(out.data(), Dtype::f32, {s.batch, s.keys, s.heads, s.dims})},
-                       {}, {0.5})
+                       {{"scale", 0.5}})
                   .fault == Fault::none);
         CHECK(worst_error(out.values(), expected, kAttentionError, 0) <= 1);
       });
 }
 
 // The last `now` of s.keys positions as new events, the others as the past in a buffer with room.
-void compare_resumed(const Heads& s, int64_t now, const std::vector<int64_t>& pattern) {
+// Without distances they see all.
+void compare_resumed(const Heads& s, int64_t now, int64_t window,
+                     const std::vector<int64_t>& distances) {
   Random random(23);
   const int64_t past = s.keys - now, room = past + 2;
   const auto q = random.floats(s.count(s.keys)), k = random.floats(s.count(s.keys)),
              v = random.floats(s.count(s.keys));
-  // What the pattern hides is masked: window, then one list of distances.
+  // What the pattern hides is masked.
   std::vector<float> mask(s.keys * s.keys, 0.0f);
-  if (!pattern.empty())
+  if (!distances.empty())
     for (int64_t i = 0; i < s.keys; ++i)
       for (int64_t j = 0; j <= i; ++j) {
-        const bool far = std::find(pattern.begin() + 5, pattern.end(), i - j) != pattern.end();
-        if (i - j > pattern[2] && !far) mask[i * s.keys + j] = -kInfinity;
+        const bool far = std::find(distances.begin(), distances.end(), i - j) != distances.end();
+        if (i - j > window && !far) mask[i * s.keys + j] = -kInfinity;
       }
   const auto expected =
       attended(s, q.data(), k.data(), v.data(), mask.data(), {0, 0, s.keys, 1}, true, 0.5);
@@ -171,8 +164,7 @@ void compare_resumed(const Heads& s, int64_t now, const std::vector<int64_t>& pa
   for (int64_t b = 0; b < s.batch; ++b)
     wanted.insert(wanted.end(), expected.begin() + (b * s.keys + past) * s.heads * s.dims,
                   expected.begin() + (b + 1) * s.keys * s.heads * s.dims);
-  std::vector<int64_t> integers = {!pattern.empty()};
-  integers.insert(integers.end(), pattern.begin(), pattern.end());
+  const json::List lists{json::List(distances.begin(), distances.end())};
   for_every_setting(
       named("resumed_attention", {s.batch, s.heads, past, now, s.dims}), [&](Place place) {
         const Buffer<float> qs(rows(q, past, now, now), place), ks(rows(k, past, now, now), place),
@@ -190,29 +182,33 @@ void compare_resumed(const Heads& s, int64_t now, const std::vector<int64_t>& pa
                       tensor(old_v.data(), Dtype::f32, kept),
                       tensor(lengths.data(), Dtype::i64, {s.batch}),
                       tensor(out.data(), Dtype::f32, {s.batch, now, s.heads, s.dims})},
-                     integers, {0.5})
+                     {{"scale", 0.5},
+                      {"has_pattern", !distances.empty()},
+                      {"window", window},
+                      {"distances", lists}})
                 .fault == Fault::none);
         CHECK(worst_error(out.values(), wanted, kAttentionError, 0) <= 1);
       });
 }
 
-void compare_reduce(const std::vector<int64_t>& sizes, int64_t kind) {
+void compare_reduce(const std::vector<int64_t>& sizes, const std::string& operation) {
+  const bool maximum = operation == "max";
   const int64_t outer = sizes[0], count = sizes[1], width = sizes[2];
   auto x = Random(17).floats(outer * count * width);
   for (size_t i = 7; i < x.size(); i += 211) x[i] = NAN;
   std::vector<float> expected;
   for (int64_t a = 0; a < outer; ++a)
     for (int64_t c = 0; c < width; ++c) {
-      double total = kind == 2 ? -kInfinity : 0.0;
+      double total = maximum ? -kInfinity : 0.0;
       for (int64_t n = 0; n < count; ++n) {
         const float value = x[(a * count + n) * width + c];
-        if (kind != 2)
+        if (!maximum)
           total += value;
         else if (std::isnan(value) || value > total)
           total = value;
       }
       expected.push_back(
-          static_cast<float>(kind == 1 ? total / static_cast<double>(count) : total));
+          static_cast<float>(operation == "mean" ? total / static_cast<double>(count) : total));
     }
   for_every_setting(named("reduce", sizes), [&](Place place) {
     const Buffer<float> in(x, place);
@@ -220,7 +216,7 @@ void compare_reduce(const std::vector<int64_t>& sizes, int64_t kind) {
     CHECK(run_step("reduce",
                    {tensor(in.data(), Dtype::f32, sizes),
                     tensor(out.data(), Dtype::f32, {outer, width})},
-                   {kind})
+                   {{"operation", operation}})
               .fault == Fault::none);
     // Doubles that are added in another order, rounded once.
     for (size_t i = 0; i < expected.size(); ++i)
@@ -253,10 +249,9 @@ void compare_integers(const std::vector<int64_t>& sizes) {
     const auto result = [&](Buffer<int64_t>& to) {
       return tensor(to.data(), Dtype::i64, {outer, width});
     };
-    CHECK(run_step("reduce", {from, result(sum)}, {0}).fault == Fault::none);
-    CHECK(run_step("reduce", {from, result(top)}, {2}).fault == Fault::none);
-    CHECK(run_step("cumsum", {from, tensor(all.data(), Dtype::i64, sizes)}, {}).fault ==
-          Fault::none);
+    CHECK(run_step("reduce", {from, result(sum)}, {{"operation", "sum"}}).fault == Fault::none);
+    CHECK(run_step("reduce", {from, result(top)}, {{"operation", "max"}}).fault == Fault::none);
+    CHECK(run_step("cumsum", {from, tensor(all.data(), Dtype::i64, sizes)}).fault == Fault::none);
     CHECK(sum.values() == sums && top.values() == tops && all.values() == running);
   });
 }
@@ -283,7 +278,7 @@ void compare_matmul(int64_t m, int64_t k, int64_t n, bool columns) {
     CHECK(run_step("matmul",
                    {tensor(as.data(), Dtype::f32, {2, 3, m, k}), right,
                     tensor(out.data(), Dtype::f32, {2, 3, m, n})},
-                   {columns})
+                   {{"transposed", columns}})
               .fault == Fault::none);
     const double bound = 1e-5 + static_cast<double>(k) * 0x1p-24;
     CHECK(worst_error(out.values(), expected, bound, 1e-6) <= 1);
@@ -299,8 +294,7 @@ struct Given {
 // A step on inputs in order, against itself on the scalar kernels: sums of some hundred products of
 // values within 1.
 void compare_with_scalar(const char* kind, const std::vector<Given>& inputs,
-                         const std::vector<int64_t>& result, const std::vector<int64_t>& integers,
-                         const std::vector<double>& numbers = {}) {
+                         const std::vector<int64_t>& result, const json::Object& fields) {
   int64_t count = 1;
   for (const int64_t size : result) count *= size;
   const auto run_at = [&](Place place) {
@@ -317,7 +311,7 @@ void compare_with_scalar(const char* kind, const std::vector<Given>& inputs,
       }
     Buffer<float> out(static_cast<size_t>(count), place);
     operands.push_back(tensor(out.data(), Dtype::f32, result));
-    CHECK(run_step(kind, operands, integers, numbers).fault == Fault::none);
+    CHECK(run_step(kind, operands, fields).fault == Fault::none);
     return out.values();
   };
   std::vector<float> expected;
@@ -342,10 +336,8 @@ void compare_softmax(int64_t rows, int64_t width) {
   for_every_setting(named("softmax", {rows, width}), [&](Place place) {
     const Buffer<float> in(x, place);
     Buffer<float> out(x.size(), place);
-    CHECK(run_step("softmax",
-                   {tensor(in.data(), Dtype::f32, {rows, width}),
-                    tensor(out.data(), Dtype::f32, {rows, width})},
-                   {})
+    CHECK(run_step("softmax", {tensor(in.data(), Dtype::f32, {rows, width}),
+                               tensor(out.data(), Dtype::f32, {rows, width})})
               .fault == Fault::none);
     // exp of a difference up to 40 that is rounded (40 * 2^-24), and a sum of `width` terms.
     const double bound = (45 + static_cast<double>(width)) * 0x1p-24;
@@ -357,6 +349,8 @@ void compare_softmax(int64_t rows, int64_t width) {
           CHECK(std::abs(out.data()[i] - expected[i]) <= bound * expected[i] + 1e-30);
   });
 }
+
+constexpr const char* kActivations[] = {"none", "relu", "gelu"};
 
 void compare_linear(int64_t rows, int64_t outputs, int64_t inputs, bool bias, int64_t activation) {
   Random random(23);
@@ -377,9 +371,10 @@ void compare_linear(int64_t rows, int64_t outputs, int64_t inputs, bool bias, in
     Buffer<float> out(expected.size(), place);
     std::vector<Tensor> operands = {tensor(xs.data(), Dtype::f32, {rows, inputs}),
                                     tensor(ws.data(), Dtype::f32, {outputs, inputs})};
-    if (bias) operands.push_back(tensor(bs.data(), Dtype::f32, {outputs}));
+    operands.push_back(bias ? tensor(bs.data(), Dtype::f32, {outputs}) : kAbsent);
     operands.push_back(tensor(out.data(), Dtype::f32, {rows, outputs}));
-    CHECK(run_step("linear", operands, {bias, activation}).fault == Fault::none);
+    CHECK(run_step("linear", operands, {{"activation", kActivations[activation]}}).fault ==
+          Fault::none);
     // Products within 1 added in any order: K units of 2^-24 of partial sums up to K, on average
     // far less; gelu's erf is off by 4.3e-7 of the sum.
     const double bound = 1e-5 + static_cast<double>(inputs) * 0x1p-24;
@@ -404,7 +399,8 @@ void compare_linear_bf16(int64_t rows, int64_t outputs, int64_t inputs, int64_t 
                                           tensor(ws.data(), Dtype::f32, {outputs, inputs}),
                                           tensor(bs.data(), Dtype::f32, {outputs}),
                                           tensor(out.data(), Dtype::f32, {rows, outputs})};
-    CHECK(run_step(kind, operands, {1, activation}).fault == Fault::none);
+    CHECK(run_step(kind, operands, {{"activation", kActivations[activation]}}).fault ==
+          Fault::none);
     return out.values();
   };
   std::vector<float> expected;
@@ -439,8 +435,8 @@ TEST(step_resumed_attention) {
   for (const Heads& s : {Heads{1, 1, 1, 1, 1}, Heads{2, 2, 15, 15, 8}, Heads{1, 3, 17, 17, 32},
                          Heads{2, 1, 33, 33, 9}})
     for (const int64_t now : {int64_t{1}, (s.keys + 2) / 3, s.keys}) {
-      compare_resumed(s, now, {});
-      compare_resumed(s, now, {0, 1, 2, 1, 2, 4, 9});  // window 2; distances 4 and 9
+      compare_resumed(s, now, 0, {});
+      compare_resumed(s, now, 2, {4, 9});
     }
 }
 
@@ -452,7 +448,7 @@ TEST(step_reduce) {
                                             {2, 16, 65},
                                             {5, 70, 129},
                                             {9, 71, 1}}) {
-    for (const int64_t kind : {0, 1, 2}) compare_reduce(sizes, kind);
+    for (const char* operation : {"sum", "mean", "max"}) compare_reduce(sizes, operation);
     compare_integers(sizes);
   }
 }
@@ -490,12 +486,12 @@ TEST(step_grouped_linear) {
   Random random(61);
   for (const int64_t rows : {0, 1, 17})
     for (const int64_t inputs : {1, 7, 16, 33})
-      for (const int64_t shuffle : {0, 1})
+      for (const bool shuffle : {false, true})
         compare_with_scalar("grouped_linear",
                             {{{rows, 3 * inputs}, random.floats(rows * 3 * inputs), {}},
                              {{3, 5, inputs}, random.floats(15 * inputs), {}},
                              {{15}, random.floats(15), {}}},
-                            {rows, 15}, {1, shuffle});
+                            {rows, 15}, {{"shuffle", shuffle}});
 }
 
 TEST(step_separable_projection) {
@@ -508,19 +504,23 @@ TEST(step_separable_projection) {
                            {{2, 5, 6}, random.floats(60), {}},
                            {{10}, random.floats(10), {}},
                            {{2}, {}, {length, length / 2}}},
-                          {2, length, 10}, {1, 1, taps / 2});
+                          {2, length, 10}, {{"before", taps / 2}});
 }
 
 TEST(step_window_sparse_attention) {
   Random random(71);
   for (const int64_t length : {1, 15, 33})
-    for (const int64_t causal : {0, 1}) {
+    for (const bool causal : {false, true}) {
       const std::vector<int64_t> sizes = {2, 2, length, 9};
       const auto draw = [&] { return Given{sizes, random.floats(36 * length), {}}; };
       const Given lengths{{2}, {}, {length, length / 3}};
       // A window of 2; the heads see two and no further distances.
       compare_with_scalar("window_sparse_attention", {draw(), draw(), draw(), lengths},
-                          {2, length, 2, 9}, {1, causal, 2, 2, 2, 4, 8, 0}, {0.3});
+                          {2, length, 2, 9},
+                          {{"scale", 0.3},
+                           {"causal", causal},
+                           {"window", 2},
+                           {"distances", json::List{json::List{4, 8}, json::List{}}}});
     }
 }
 
