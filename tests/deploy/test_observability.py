@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as families
 
 from fastrec.serving.core import ServingConfig
 from fastrec.serving.core.events import BatchDone, RequestDone, RolloutChanged
+from fastrec.serving.core.inference_core import ModelInfo
 from fastrec.serving.core.request import Kind
-from fastrec.serving.core.runtime import ModelInfo
 from fastrec.serving.observe.metrics import Metrics
 from fastrec.serving.observe.recorder import Recorder
 

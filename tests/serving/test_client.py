@@ -52,7 +52,7 @@ def serve() -> Any:
     def begin(engine: Sleeper, slo_ms: float = 10_000.0, **options: Any) -> str:
         server = Running(None, ServingConfig(slo=SLO(slo_ms)), http_port=None, **options)
         running.append(server)
-        server.run(server.server.runtime.load("ranker", lambda: engine))
+        server.run(server.server.core.load("ranker", lambda: engine))
         return server.grpc
 
     begin.running = running  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import typer
 from fastrec.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from fastrec.serving.load import Mix, Plan, Stage
+    from fastrec.serving.load import LoadPlan, Mix, Stage
 
 
 def loadtest(
@@ -69,16 +69,16 @@ def loadtest(
     from rich.console import Console
 
     from fastrec.report.loadtest import print_result, write_report
-    from fastrec.serving.load import Plan, Retry, Sizes, Stage, run_precisely
+    from fastrec.serving.load import LoadPlan, RequestSizes, Retry, Stage, run_precisely
 
     if plan is not None:
-        made = Plan.load(plan)
+        made = LoadPlan.load(plan)
     else:
-        made = Plan(
+        made = LoadPlan(
             stages=(Stage(seconds, rate),) if profile is None else _stages(profile),
             arrivals=arrivals,
             mix=_mix(tiers, tenants, timeout_ms),
-            sizes=Sizes(users, candidates, tail, max(most, candidates)),
+            sizes=RequestSizes(users, candidates, tail, max(most, candidates)),
             retry=Retry(tries, obey=not stubborn),
             slo_ms=slo_ms,
             seed=seed,
@@ -99,7 +99,7 @@ def loadtest(
 async def _measure(
     target: str,
     model: str,
-    plan: Plan,
+    plan: LoadPlan,
     capacity: bool,
     request: Path | None,
     token: str,
@@ -107,25 +107,25 @@ async def _measure(
     note: Callable[[float, float], None],
 ) -> dict[str, Any]:
     from fastrec.measure.machine import machine_card
-    from fastrec.serving.core import Runtime, ServingConfig
+    from fastrec.serving.core import InferenceCore, ServingConfig
     from fastrec.serving.load.targets import (
+        CoreTarget,
         GrpcTarget,
-        RuntimeTarget,
         requests_in,
         requests_of,
     )
 
     if Path(target).is_file():
         name = model or Path(target).stem
-        runtime = Runtime(ServingConfig() if config is None else ServingConfig.load(config))
+        core = InferenceCore(ServingConfig() if config is None else ServingConfig.load(config))
         try:
-            info = await runtime.load(name, target)
+            info = await core.load(name, target)
             requests = (
                 requests_of(info.spec, plan.sizes) if request is None else requests_in(request)
             )
-            result = await _run(plan, RuntimeTarget(runtime, name, requests), capacity, note)
+            result = await _run(plan, CoreTarget(core, name, requests), capacity, note)
         finally:
-            await runtime.close()
+            await core.close()
         return {"target": f"{Path(target).name}, in this process", **result,
                 "machine": machine_card()}  # fmt: skip
     if ":" not in target:
@@ -149,7 +149,7 @@ async def _measure(
 
 
 async def _run(
-    plan: Plan, target: Any, capacity: bool, note: Callable[[float, float], None]
+    plan: LoadPlan, target: Any, capacity: bool, note: Callable[[float, float], None]
 ) -> dict[str, Any]:
     """The plan; with ``capacity``, a search first, and then the plan's last stage at that rate."""
     from fastrec.serving.core import LoopClock

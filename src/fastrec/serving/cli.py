@@ -116,7 +116,7 @@ def serve(
     def started(server: Server) -> None:
         ports = {"grpc_port": server.grpc_port, "http_port": server.http_port}
         scheme = "http" if tls is None else "https"
-        names = ", ".join(f"{i.name}:{i.version}" for i in server.runtime.models())
+        names = ", ".join(f"{i.name}:{i.version}" for i in server.core.models())
         console.print(f"[green]serving[/] {names}", highlight=False)
         if server.grpc_port is not None:
             console.print(f"  gRPC  {host}:{server.grpc_port}", highlight=False)

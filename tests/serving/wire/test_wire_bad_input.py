@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fastrec.errors import FastrecError
 from fastrec.serving.wire.grpc_server import Limits
-from fastrec.serving.wire.hints import from_values, of_parameters
 from fastrec.serving.wire.messages import InferRequest, InferResponse
+from fastrec.serving.wire.request_parameters import from_values, parameter_values
 from fastrec.serving.wire.tensors import DATATYPES, datatype, from_raw, tensor_inputs, to_raw
 from fastrec.serving.wire.tensors import from_values as tensor_of
 
@@ -141,7 +141,7 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read(served):
             method(request.SerializeToString(), timeout=20)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         method(good().SerializeToString(), timeout=20)
-    assert len(served.runtime.requests) == 1
+    assert len(served.core.requests) == 1
 
 
 def test_clients_that_never_finish_are_sent_away(served):
@@ -183,7 +183,7 @@ def test_fuzz_any_bytes_parse_or_are_refused(data):
     except DecodeError:
         return
     try:
-        from_values(of_parameters(request.parameters))
+        from_values(parameter_values(request.parameters))
         held = sum(array.nbytes for array in tensor_inputs(request).values())
     except FastrecError as error:
         told = str(error)
@@ -207,7 +207,7 @@ def test_fuzz_changed_messages(data):
     try:
         request = InferRequest.FromString(bytes(wire[:cut]))
         tensor_inputs(request)
-        from_values(of_parameters(request.parameters))
+        from_values(parameter_values(request.parameters))
     except (DecodeError, FastrecError):
         pass
 

@@ -1,7 +1,7 @@
 """The server's configuration: frozen, checked when it is made, read from JSON or TOML.
 
 Every duration says its unit in its name. ``ServingConfig()`` is a sensible server: one tier, no
-quota, an express lane for priority 1, batches that end within a quarter of the latency goal.
+quota, an express queue for priority 1, batches that end within a quarter of the latency goal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastrec.errors import ConfigError
-from fastrec.serving.core.values import FromValues, check
+from fastrec.serving.core.config_parsing import ParsedConfig, check
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Tier:
         quota: of each tenant; None = none.
         latency_ms: this tier's latency goal, and its requests' deadline where they bring none;
             None = the server's.
-        express: whether its requests of default priority take the express lane.
+        express: whether its requests of default priority take the express queue.
         max_tenants: tenants whose quota is remembered; the longest unseen is forgotten first.
     """
 
@@ -90,11 +90,11 @@ class QueuePolicy:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class Queueing:
     """How requests queue.
 
     Args:
-        express_priorities: levels that bypass batching; () = no express lane.
+        express_priorities: levels that bypass batching; () = no express queue.
         reserved_slots: engine slots that only express requests take; None = 1 where there are at
             least two slots, else 0.
         express_share: the largest share of engine time that counts as express; requests beyond it
@@ -339,13 +339,13 @@ class Canary:
 
 
 @dataclass(frozen=True)
-class ServingConfig(FromValues):
+class ServingConfig(ParsedConfig):
     """All of it. ``tiers`` by name; requests that name none are of ``default_tier``."""
 
     slo: SLO = SLO()
     tiers: Mapping[str, Tier] = field(default_factory=lambda: {"default": Tier()})
     default_tier: str = ""
-    lanes: Lanes = Lanes()
+    lanes: Queueing = Queueing()
     batching: Batching = Batching()
     pool: Pool = Pool()
     admission: Admission = Admission()

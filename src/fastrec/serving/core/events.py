@@ -1,6 +1,6 @@
-"""What the runtime tells its observers: metrics, traces and tests hang on these, nothing else.
+"""What the core tells its observers: metrics, traces and tests hang on these, nothing else.
 
-Observers are called in the runtime's thread and on the request path: they count and return.
+Observers are called in the core's thread and on the request path: they count and return.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class RequestDone(NamedTuple):
     model: str
     version: str
     tier: str
-    lane: str
+    queue: str
     priority: int
     outcome: str
     rows: int
@@ -32,7 +32,7 @@ class BatchDone(NamedTuple):
     model: str
     version: str
     engine: str
-    lane: str
+    queue: str
     requests: int
     rows: int
     seconds: float

@@ -32,7 +32,7 @@ from fastrec.serving.core.process import ProcessEngine
 from fastrec.serving.core.router import Slot
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.screened import screened_source
-from fastrec.serving.core.signature import Arrays, Outputs, Signature
+from fastrec.serving.core.signature import Arrays, ModelSignature, Outputs
 
 _LOG = logging.getLogger("fastrec.serving")
 _KINDS: dict[str, Callable[[str, Source, int | None], EngineHandle]] = {
@@ -43,7 +43,7 @@ _KINDS: dict[str, Callable[[str, Source, int | None], EngineHandle]] = {
 _numbers = itertools.count()
 
 
-class State(str, enum.Enum):
+class EngineState(str, enum.Enum):
     """Of an engine."""
 
     COLD = "COLD"
@@ -59,7 +59,7 @@ class Instance:
     """One engine and where it stands; ``slot`` once it has taken requests."""
 
     handle: EngineHandle
-    state: State = State.COLD
+    state: EngineState = EngineState.COLD
     slot: Slot | None = None
     model: LatencyModel = field(default_factory=LatencyModel)
 
@@ -79,7 +79,7 @@ class EnginePool:
         config: ServingConfig,
         clock: Clock,
         emit: Callable[[Event], None],
-        make_scheduler: Callable[[Signature], Scheduler],
+        make_scheduler: Callable[[ModelSignature], Scheduler],
         *,
         engines: int | None = None,
         kind: str | None = None,
@@ -91,7 +91,7 @@ class EnginePool:
         self.kind = config.pool.kind if kind is None else kind
         self._make_scheduler = make_scheduler
         self.instances: list[Instance] = []
-        self.signature: Signature | None = None
+        self.signature: ModelSignature | None = None
         self.scheduler: Scheduler | None = None
         self.draining = False
         self.failures = 0
@@ -124,12 +124,12 @@ class EnginePool:
             await asyncio.wait_for(self._prepare(instance), limit)
         except BaseException as error:
             handle.kill()
-            self._change(instance, State.CLOSED, f"{type(error).__name__}: {error}")
+            self._change(instance, EngineState.CLOSED, f"{type(error).__name__}: {error}")
             self.instances.remove(instance)
             if isinstance(error, asyncio.TimeoutError):
                 raise ServingError(f"{handle.name} was not ready after {limit:g} s") from error
             raise
-        self._change(instance, State.READY, "every shape bucket has run")
+        self._change(instance, EngineState.READY, "every shape bucket has run")
         handle.on_death = partial(self._found_dead, instance)
         if self.draining:
             await self._end(instance, "the pool is closing")
@@ -137,18 +137,18 @@ class EnginePool:
             self._fill()
 
     async def _prepare(self, instance: Instance) -> None:
-        self._change(instance, State.LOADING, "")
+        self._change(instance, EngineState.LOADING, "")
         await instance.handle.open()
-        self._change(instance, State.WARMING, "")
+        self._change(instance, EngineState.WARMING, "")
         if self.signature is None:
-            signature = Signature(
+            signature = ModelSignature(
                 instance.handle.spec, self.config.batching.candidate_symbol, self._scored
             )
             await _examine(signature, instance.handle)
             self.signature = signature
         await self._warm(instance, self.signature)
 
-    async def _warm(self, instance: Instance, signature: Signature) -> None:
+    async def _warm(self, instance: Instance, signature: ModelSignature) -> None:
         """Run every bucket; what they take is what the latency model begins with."""
         cap_s = self._cap_s()
         for candidates in self._candidate_buckets(signature):
@@ -173,7 +173,7 @@ class EnginePool:
         cap = self.config.batching.max_batch_ms
         return goal / 4 if cap is None else cap / 1e3
 
-    def _user_buckets(self, signature: Signature) -> list[int]:
+    def _user_buckets(self, signature: ModelSignature) -> list[int]:
         if self.config.pool.warm_users:
             return list(self.config.pool.warm_users)
         low = signature.spec.limits.get("B", (1, None))[0]
@@ -183,7 +183,7 @@ class EnginePool:
         most = min(most, signature.most("B") or most)
         return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if low <= n <= most] or [low]
 
-    def _candidate_buckets(self, signature: Signature) -> Sequence[int | None]:
+    def _candidate_buckets(self, signature: ModelSignature) -> Sequence[int | None]:
         symbol = self.config.batching.candidate_symbol
         if not any(symbol in f.dims for f in signature.spec.fields):
             return [None]
@@ -205,11 +205,11 @@ class EnginePool:
             assert self.signature is not None
             self.scheduler = self._make_scheduler(self.signature)
             self.scheduler.router.model = self.instances[0].model.copy()
-        taking = sum(i.slot is not None and i.state is State.READY for i in self.instances)
+        taking = sum(i.slot is not None and i.state is EngineState.READY for i in self.instances)
         for instance in self.instances:
             if taking >= self.wanted:
                 break
-            if instance.state is State.READY and instance.slot is None:
+            if instance.state is EngineState.READY and instance.slot is None:
                 instance.slot = Slot(instance.handle, instance.model)
                 self.scheduler.add_engine(instance.handle, instance.slot)
                 taking += 1
@@ -220,7 +220,7 @@ class EnginePool:
         instance = next((i for i in self.instances if i.slot is slot), None)
         if instance is None or reason in ("slow", "failing"):
             if instance is not None:
-                state = State.READY
+                state = EngineState.READY
                 self._emit(
                     EngineChanged(
                         self.clock.now(),
@@ -245,7 +245,7 @@ class EnginePool:
             self._gone(instance, "died")
 
     def _gone(self, instance: Instance, reason: str) -> None:
-        self._change(instance, State.CLOSED, reason)
+        self._change(instance, EngineState.CLOSED, reason)
         self.instances.remove(instance)
         self.failures += 1
         instance.handle.kill()
@@ -300,18 +300,18 @@ class EnginePool:
     async def _end(self, instance: Instance, reason: str) -> None:
         if instance not in self.instances:
             return
-        self._change(instance, State.DRAINING, reason)
+        self._change(instance, EngineState.DRAINING, reason)
         self.instances.remove(instance)
         if instance.slot is not None and self.scheduler is not None:
             self.scheduler.remove_engine(instance.slot)
         await instance.handle.close()
-        self._change(instance, State.CLOSED, reason)
+        self._change(instance, EngineState.CLOSED, reason)
 
     def states(self) -> dict[str, int]:
         """How many engines are in which state."""
         return dict(Counter(i.state.value for i in self.instances))
 
-    def _change(self, instance: Instance, state: State, reason: str) -> None:
+    def _change(self, instance: Instance, state: EngineState, reason: str) -> None:
         old, instance.state = instance.state, state
         self._emit(
             EngineChanged(
@@ -345,8 +345,8 @@ async def _ran(handle: EngineHandle, arrays: Arrays) -> Ran:
     return await future
 
 
-async def _examine(signature: Signature, handle: EngineHandle) -> None:
-    """``Signature.examine`` with an engine that answers later: its calls, one after another."""
+async def _examine(signature: ModelSignature, handle: EngineHandle) -> None:
+    """``ModelSignature.examine`` on an engine that answers later: one call after another."""
     loop = asyncio.get_running_loop()
 
     def call(arrays: Arrays) -> Outputs:

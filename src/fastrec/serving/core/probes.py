@@ -73,7 +73,7 @@ class Probing:
         return max(1.0, (1 + self.delta) / kept)
 
 
-class _Answer(Generic[Host]):
+class _ProbeResult(Generic[Host]):
     __slots__ = ("at", "each_s", "host", "in_flight", "latency_s", "used")
 
     def __init__(
@@ -99,7 +99,7 @@ class ProbePool(Generic[Host]):
     ) -> None:
         self.probing = probing or Probing()
         self._rng = rng or random.Random()
-        self._answers: list[_Answer[Host]] = []
+        self._answers: list[_ProbeResult[Host]] = []
         self._seen: deque[float] = deque(maxlen=_SEEN)
         self._sorted: list[float] = []
         self._owed_probes = self._owed_removals = 0.0
@@ -141,7 +141,7 @@ class ProbePool(Generic[Host]):
         self._answers = [a for a in self._answers if a.host != host]
         if len(self._answers) >= self.probing.pool:
             self._answers.pop(0)
-        self._answers.append(_Answer(host, in_flight, latency_s, each_s, now))
+        self._answers.append(_ProbeResult(host, in_flight, latency_s, each_s, now))
 
     def fresh(self, now: float) -> bool:
         """Whether there are answers to choose by."""
@@ -178,7 +178,7 @@ class ProbePool(Generic[Host]):
         return self._sorted[int(quantile * (len(self._sorted) - 1))] if quantile else -1.0
 
     @staticmethod
-    def _rank(answer: _Answer[Host], hot: float) -> tuple[int, float, float]:
+    def _rank(answer: _ProbeResult[Host], hot: float) -> tuple[int, float, float]:
         if answer.in_flight > hot:
             return 1, answer.in_flight, answer.latency_s
         return 0, answer.latency_s, answer.in_flight

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fastrec.serving.core.clock import Clock, Timer
 from fastrec.serving.core.config import Pool
 from fastrec.serving.core.engines import EngineHandle
-from fastrec.serving.core.lanes import Part, Queues
 from fastrec.serving.core.latency import LatencyModel
+from fastrec.serving.core.queues import Queues, SubRequest
 
 if TYPE_CHECKING:
     from fastrec.serving.core.batcher import Batch
@@ -89,7 +89,7 @@ class Router:
         return min(choice, key=lambda s: (s.model.predict(1, 50), s.used_s))
 
     def pick(
-        self, idle: list[Slot], seed: Part, queues: Queues, gain: float, now: float
+        self, idle: list[Slot], seed: SubRequest, queues: Queues, gain: float, now: float
     ) -> Slot | None:
         """The engine for the batch that ``seed`` begins; None where a busy one would be done with
         it earlier than every idle one, and there is not enough queued to use both."""

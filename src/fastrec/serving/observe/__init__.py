@@ -1,1 +1,1 @@
-"""What a server tells about itself, from the runtime's events: metrics, traces, status page."""
+"""What a server tells about itself, from the core's events: metrics, traces, status page."""

@@ -1,7 +1,7 @@
-"""Counts what the runtime tells: a few dict look-ups and additions an event, nothing else.
+"""Counts what the core tells: a few dict look-ups and additions an event, nothing else.
 
 Metrics, Triton's statistics and the status page read the same counts. Labels are bounded: tiers,
-lanes and priorities are configured ones, model names are loaded ones, tenants never appear.
+queues and priorities are configured ones, model names are loaded ones, tenants never appear.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Statistics:
 
 
 class Recorder:
-    """An observer of a runtime.
+    """An observer of a core.
 
     Args:
         config: its tiers and goals; each latency goal is an edge of the buckets.
@@ -145,7 +145,7 @@ class Recorder:
         # A request for an unknown model has no version; its name is the client's invention.
         model = event.model if event.version or ok else "unknown"
         tier = event.tier if event.tier in self.config.tiers else "unknown"
-        key = (model, event.version, tier, event.lane, event.outcome)
+        key = (model, event.version, tier, event.queue, event.outcome)
         histogram = self.requests.get(key)
         if histogram is None:
             if len(self.requests) >= _MOST_SERIES:
@@ -156,9 +156,9 @@ class Recorder:
         second.outcomes[tier, event.outcome] += 1
         statistics = self._statistics[model, event.version]
         if ok:
-            waited = self.queue.get((model, event.lane))
+            waited = self.queue.get((model, event.queue))
             if waited is None:
-                waited = self.queue[model, event.lane] = Histogram(self.edges)
+                waited = self.queue[model, event.queue] = Histogram(self.edges)
             waited.add(event.queue_s)
             counts = second.latency.get(tier)
             if counts is None:
@@ -175,7 +175,7 @@ class Recorder:
             statistics.failed_s += event.total_s
 
     def _batch(self, event: BatchDone) -> None:
-        key = (event.model, event.version, event.lane)
+        key = (event.model, event.version, event.queue)
         if key not in self.batches:
             self.batches[key] = Histogram(self.edges)
             self.batch_rows[key] = Histogram(_ROW_EDGES)

@@ -1,6 +1,6 @@
 """Requests as OpenTelemetry spans: ``ModelInfer`` > admission, queue, engine; and the batch.
 
-Spans are made when a request has ended, from times that the runtime keeps anyway, so that a request
+Spans are made when a request has ended, from times that the core keeps anyway, so that a request
 that is not traced costs one look at its outcome, and one that was refused or slow can be kept
 whatever share is sampled. The parent comes from the caller's metadata or headers (W3C's
 ``traceparent``, or what OTEL_PROPAGATORS names).
@@ -46,7 +46,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastrec.serving.core.runtime import Runtime
+    from fastrec.serving.core.inference_core import InferenceCore
 
 _OUTCOME, _SLOW = "fastrec.outcome", "fastrec.slow"
 # Refusals that come before anything is queued; the others have waited.
@@ -58,16 +58,16 @@ class Traces:
 
     Args:
         provider: where spans go; see :func:`over_otlp`.
-        runtime: whose requests they are.
+        core: whose requests they are.
     """
 
-    def __init__(self, provider: trace.TracerProvider, runtime: Runtime) -> None:
+    def __init__(self, provider: trace.TracerProvider, core: InferenceCore) -> None:
         self._tracer = provider.get_tracer("fastrec.serving")
-        self._runtime = runtime
-        self._goals_s = {tier: runtime.config.latency_s(tier) for tier in runtime.config.tiers}
+        self._core = core
+        self._goals_s = {tier: core.config.latency_s(tier) for tier in core.config.tiers}
         # By engine, the call that ended last: a member's task runs before the engine's next call.
         self._batches: dict[str, _Batch] = {}
-        runtime.subscribe(self)
+        core.subscribe(self)
 
     def on_event(self, event: Event) -> None:
         """Keep the last call of each engine."""
@@ -76,19 +76,19 @@ class Traces:
         elif isinstance(event, EngineChanged) and event.new in ("DEAD", "CLOSED", "GONE", "COLD"):
             self._batches.pop(event.engine, None)
 
-    def begin(self, headers: Iterable[tuple[str, Any]]) -> Open:
+    def begin(self, headers: Iterable[tuple[str, Any]]) -> OpenTrace:
         """A request has come.
 
         Args:
             headers: (name, value) pairs of gRPC metadata or HTTP headers, names in lower case.
         """
-        return Open(self, time.time_ns(), headers)
+        return OpenTrace(self, time.time_ns(), headers)
 
-    def answered(self, opened: Open, request: Request, response: Response) -> None:
+    def answered(self, opened: OpenTrace, request: Request, response: Response) -> None:
         """It was answered."""
         end = time.time_ns()
         times = response.timings
-        tier = request.tier or self._runtime.config.default_tier
+        tier = request.tier or self._core.config.default_tier
         slow = times.total_s > self._goals_s.get(tier, float("inf"))
         root = self._root(opened, request, response.version, "ok", slow)
         if root.is_recording():
@@ -110,7 +110,7 @@ class Traces:
             )  # fmt: skip
         root.end(end)
 
-    def failed(self, opened: Open, request: Request, error: BaseException) -> None:
+    def failed(self, opened: OpenTrace, request: Request, error: BaseException) -> None:
         """It was refused, failed, or was taken back."""
         end = time.time_ns()
         kind = Kind.INTERNAL
@@ -129,13 +129,13 @@ class Traces:
         root.end(end)
 
     def _root(
-        self, opened: Open, request: Request, version: str, outcome: str, slow: bool
+        self, opened: OpenTrace, request: Request, version: str, outcome: str, slow: bool
     ) -> trace.Span:
         attributes: dict[str, str | int | bool] = {
             "rpc.method": "ModelInfer",
             "fastrec.model": request.model,
             "fastrec.version": version,
-            "fastrec.tier": request.tier or self._runtime.config.default_tier,
+            "fastrec.tier": request.tier or self._core.config.default_tier,
             "fastrec.priority": request.priority,
             "fastrec.request_id": request.id,
             _OUTCOME: outcome,
@@ -165,7 +165,7 @@ class Traces:
         span.end(end)
 
 
-class Open:
+class OpenTrace:
     """A request under way."""
 
     __slots__ = ("_headers", "_traces", "start_ns")
@@ -209,7 +209,7 @@ class _Batch:
             within,
             attributes={
                 "fastrec.engine": event.engine,
-                "fastrec.lane": event.lane,
+                "fastrec.lane": event.queue,
                 "fastrec.requests": event.requests,
                 "fastrec.rows": event.rows,
                 "fastrec.predicted_s": event.predicted_s,

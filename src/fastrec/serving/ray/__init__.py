@@ -1,6 +1,6 @@
-"""The same runtime on many machines, through Ray Serve (extra ``ray``).
+"""The same core on many machines, through Ray Serve (extra ``ray``).
 
-A replica is a runtime with its engines: admission, lanes and batches are its own. Ray starts
+A replica is a core with its engines: admission, queues and batches are its own. Ray starts
 replicas, replaces them, tells them requests over gRPC, and has these parts of ours:
 
 - :mod:`.routing`: to the replica expected to answer first, the way there included;

@@ -43,8 +43,13 @@ def simulate(
     seconds: Annotated[float, typer.Option(help="Virtual, counted.")] = 1.0,
     warm_s: Annotated[float, typer.Option(help="Virtual, before counting.")] = 0.3,
     round_trip_us: Annotated[float, typer.Option(help="Between caller and host.")] = 200.0,
-    door_us: Annotated[
-        float, typer.Option(help="A host's event loop for each request, before the scheduler.")
+    event_loop_us: Annotated[
+        float,
+        typer.Option(
+            "--event-loop-us",
+            "--door-us",
+            help="Event loop time of a request on a host, before the scheduler.",
+        ),
     ] = 0.0,
     candidates: Annotated[int, typer.Option(help="Of a request.")] = 50,
     slow_share: Annotated[float, typer.Option(help="Share of hosts that are slower.")] = 0.0,
@@ -85,7 +90,7 @@ def simulate(
         Fleet(
             engines=engines, host_engines=host_engines, cell_hosts=cell_hosts, cells=cells,
             rate=each, seconds=seconds, warm_s=warm_s, policy=rule, round_trip_us=round_trip_us,
-            door_us=door_us, candidates={candidates: 1.0}, slow_share=slow_share,
+            event_loop_us=event_loop_us, candidates={candidates: 1.0}, slow_share=slow_share,
             slow_factor=slow_factor, seed=seed,
         )
         for each in rates

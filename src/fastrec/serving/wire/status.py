@@ -76,7 +76,7 @@ class Refused(FastrecError):
         super().__init__(message)
 
 
-class Answer(NamedTuple):
+class ErrorReply(NamedTuple):
     """An error as the protocols carry it."""
 
     code: grpc.StatusCode
@@ -87,7 +87,7 @@ class Answer(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def trailers(told: Answer) -> tuple[tuple[str, str | bytes], ...]:
+def trailers(told: ErrorReply) -> tuple[tuple[str, str | bytes], ...]:
     """gRPC's trailing metadata: details, and whether a retry makes sense."""
     status = _Status(code=told.code.value[0], message=told.text)
     info = status.details.add()
@@ -126,7 +126,7 @@ def rejected(code: grpc.StatusCode, text: str | None, trailers: Iterable[Any] | 
     return Rejected(kind, text or code.name, retry_s)
 
 
-def answer(error: BaseException) -> Answer:
+def answer(error: BaseException) -> ErrorReply:
     """What to tell the caller; an error that is not fastrec's own keeps its text to the log."""
     if isinstance(error, Rejected):
         code, http = _CODES[error.kind]
@@ -134,9 +134,11 @@ def answer(error: BaseException) -> Answer:
         if retry_s is not None:
             # In whole milliseconds: refusals under overload are then alike, and made once.
             retry_s = math.ceil(retry_s * 1e3) / 1e3
-        return Answer(code, http, str(error), error.kind.value, retry_s)
+        return ErrorReply(code, http, str(error), error.kind.value, retry_s)
     if isinstance(error, Refused):
-        return Answer(error.code, error.http, str(error), error.reason, None)
+        return ErrorReply(error.code, error.http, str(error), error.reason, None)
     if isinstance(error, FastrecError) and isinstance(error, ValueError | TypeError):
-        return Answer(grpc.StatusCode.INVALID_ARGUMENT, 400, str(error), Kind.INVALID.value, None)
-    return Answer(grpc.StatusCode.INTERNAL, 500, "internal error", Kind.INTERNAL.value, None)
+        return ErrorReply(
+            grpc.StatusCode.INVALID_ARGUMENT, 400, str(error), Kind.INVALID.value, None
+        )
+    return ErrorReply(grpc.StatusCode.INTERNAL, 500, "internal error", Kind.INTERNAL.value, None)

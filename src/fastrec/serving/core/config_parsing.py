@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fastrec.errors import ConfigError
 
-Own = TypeVar("Own", bound="FromValues")
+Own = TypeVar("Own", bound="ParsedConfig")
 
 
 def check(
@@ -29,7 +29,7 @@ def check(
         )
 
 
-class FromValues:
+class ParsedConfig:
     """What a dataclass of settings has beside its fields."""
 
     @classmethod
@@ -80,11 +80,11 @@ def _build(wanted: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where or 'configuration'}: expected a table, got {value!r}")
-        hints = typing.get_type_hints(wanted)
+        types_of = typing.get_type_hints(wanted)
         names = {f.name for f in dataclasses.fields(wanted)}
         if unknown := sorted(set(value) - names):
             raise ConfigError(f"{_at(where, unknown[0])}: expected one of {sorted(names)}, got it")
-        parts = {key: _build(hints[key], part, _at(where, key)) for key, part in value.items()}
+        parts = {key: _build(types_of[key], part, _at(where, key)) for key, part in value.items()}
         try:
             return wanted(**parts)
         except TypeError as error:

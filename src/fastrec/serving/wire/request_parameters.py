@@ -20,7 +20,7 @@ _MAX_PRIORITY = 2**32 - 1
 
 
 @dataclass(slots=True)
-class Hints:
+class RequestParameters:
     """As the client claims them; see :mod:`fastrec.serving.wire.auth` for what is believed.
 
     Args:
@@ -35,29 +35,29 @@ class Hints:
     tenant: str = ""
 
 
-def from_values(values: Mapping[str, Any]) -> Hints:
-    """Hints of plain Python values; other keys are none of our business.
+def from_values(values: Mapping[str, Any]) -> RequestParameters:
+    """RequestParameters of plain Python values; other keys are none of our business.
 
     Raises:
         ArgumentError: a value of the wrong type or range.
     """
-    hints = Hints()
+    parameters = RequestParameters()
     if not values:
-        return hints
+        return parameters
     priority = values.get(PRIORITY)
     if priority is not None:
-        hints.priority = _whole(PRIORITY, priority, _MAX_PRIORITY)
+        parameters.priority = _whole(PRIORITY, priority, _MAX_PRIORITY)
     timeout = values.get("timeout")
     if timeout is not None:
         micros = _whole("timeout", timeout, 2**63 - 1)
         # As for Triton, 0 is no timeout of the request's own.
-        hints.timeout_s = micros / 1e6 if micros else None
-    hints.tier = _text(TIER, values.get(TIER))
-    hints.tenant = _text(TENANT, values.get(TENANT))
-    return hints
+        parameters.timeout_s = micros / 1e6 if micros else None
+    parameters.tier = _text(TIER, values.get(TIER))
+    parameters.tenant = _text(TENANT, values.get(TENANT))
+    return parameters
 
 
-def of_parameters(parameters: Any) -> dict[str, Any]:
+def parameter_values(parameters: Any) -> dict[str, Any]:
     """The values of a map of InferParameter.
 
     A parameter of a type that its sender's schema has and ours has not (or the other way round: the

@@ -1,9 +1,9 @@
 """Queues: tiers share the engines by weight, and within a tier the earliest deadline goes first.
 
-A part's order is its deadline, moved by its priority, and never later than its arrival plus the
-ageing time, so that later requests cannot pass it for ever. Across tiers, each has a virtual time
-that advances by the engine time taken over the weight; the tier that is furthest behind is next.
-Removal is at once for all counts; the heaps drop what is gone when they meet it.
+A sub-request's order is its deadline, moved by its priority, and never later than its arrival plus
+the ageing time, so later requests cannot pass it forever. Each tier has a virtual time that
+advances by the engine time taken over its weight; the tier that is furthest behind is next. Counts
+change at once when a sub-request leaves; its heap entries are dropped when they reach the head.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from fastrec.serving.core.request import Rejected, Request
-from fastrec.serving.core.terms import Terms
+from fastrec.serving.core.request_policy import RequestPolicy
 
 QUEUED, RUNNING, DONE = 0, 1, 2
 EXPRESS, STANDARD = "express", "standard"
 
 
-class Ticket:
+class PendingRequest:
     """A request on its way."""
 
     __slots__ = (
@@ -38,24 +38,24 @@ class Ticket:
         "engine",
         "error",
         "expected",
-        "lane",
-        "open_parts",
+        "open_subs",
         "order",
         "outputs",
-        "parts",
-        "pieces",
+        "policy",
         "priority",
+        "queue",
         "request",
         "rows",
         "started",
         "state",
-        "terms",
+        "sub_count",
+        "subs",
         "tier",
         "tries",
         "users",
     )
 
-    terms: Terms
+    policy: RequestPolicy
     tier: str
     priority: int
     users: int
@@ -67,14 +67,17 @@ class Ticket:
     cost_s: float
 
     def __init__(
-        self, request: Request, arrays: tuple[np.ndarray, ...], done: Callable[[Ticket], None]
+        self,
+        request: Request,
+        arrays: tuple[np.ndarray, ...],
+        done: Callable[[PendingRequest], None],
     ) -> None:
         self.request = request
         self.done = done
         self.outputs: dict[str, np.ndarray] = {}
         self.error: Rejected | None = None
         self.state = QUEUED
-        self.lane = STANDARD
+        self.queue = STANDARD
         self.tries = 1
         self.delayed = False  # timed out under the DELAY policy
         self.started = self.compute_s = self.expected = 0.0
@@ -82,11 +85,11 @@ class Ticket:
         self.engine = ""
         self.bytes = sum([a.nbytes for a in arrays])
         # Chunks of users, each of chunks of candidates.
-        self.parts: list[list[Part]] = []
-        self.open_parts = self.pieces = 0
+        self.subs: list[list[SubRequest]] = []
+        self.open_subs = self.sub_count = 0
 
 
-class Part:
+class SubRequest:
     """What is batched: a request, or a piece of a large one."""
 
     __slots__ = (
@@ -96,23 +99,23 @@ class Part:
         "cost_s",
         "key",
         "outputs",
+        "pending",
         "rows",
         "solo",
         "state",
-        "ticket",
         "users",
     )
 
     def __init__(
         self,
-        ticket: Ticket,
+        pending: PendingRequest,
         arrays: tuple[np.ndarray, ...],
         users: int,
         candidates: int,
         key: Any,
         cost_s: float,
     ) -> None:
-        self.ticket, self.arrays, self.key, self.cost_s = ticket, arrays, key, cost_s
+        self.pending, self.arrays, self.key, self.cost_s = pending, arrays, key, cost_s
         self.users, self.candidates, self.rows = users, candidates, users * candidates
         self.state = QUEUED
         self.solo = False
@@ -120,11 +123,11 @@ class Part:
         self.outputs: dict[str, np.ndarray] = {}
 
 
-_Heap = list[tuple[float, int, Part]]
+_Heap = list[tuple[float, int, SubRequest]]
 
 
 class TierQueue:
-    """Parts of one tier."""
+    """Sub-requests of one tier."""
 
     def __init__(self, name: str, weight: float) -> None:
         self.name, self.weight = name, weight
@@ -137,50 +140,52 @@ class TierQueue:
         self._by_key: dict[Any, _Heap] = {}
         self._made = itertools.count()
 
-    def push(self, part: Part) -> None:
-        """Queue a part."""
-        ticket = part.ticket
-        entry = (ticket.order, next(self._made), part)
+    def push(self, sub: SubRequest) -> None:
+        """Queue a sub-request."""
+        pending = sub.pending
+        entry = (pending.order, next(self._made), sub)
         heapq.heappush(self._all, entry)
-        heap = self._by_key.get(part.key)
+        heap = self._by_key.get(sub.key)
         if heap is None:
-            heap = self._by_key[part.key] = []
+            heap = self._by_key[sub.key] = []
         heapq.heappush(heap, entry)
         self.count += 1
-        self.queued_s += part.cost_s
-        self.by_priority[ticket.priority] = self.by_priority.get(ticket.priority, 0.0) + part.cost_s
+        self.queued_s += sub.cost_s
+        self.by_priority[pending.priority] = (
+            self.by_priority.get(pending.priority, 0.0) + sub.cost_s
+        )
 
-    def left(self, part: Part) -> None:
-        """A queued part has been taken or taken back: the counts, at once."""
+    def left(self, sub: SubRequest) -> None:
+        """A queued sub-request has been taken or taken back: the counts, at once."""
         self.count -= 1
-        priority = part.ticket.priority
+        priority = sub.pending.priority
         if self.count:
-            self.queued_s = max(self.queued_s - part.cost_s, 0.0)
-            self.by_priority[priority] = max(self.by_priority[priority] - part.cost_s, 0.0)
+            self.queued_s = max(self.queued_s - sub.cost_s, 0.0)
+            self.by_priority[priority] = max(self.by_priority[priority] - sub.cost_s, 0.0)
         else:
-            # Nothing is left of rounding either, nor of the entries of parts that are gone.
+            # Nothing is left of rounding either, nor of the entries of sub-requests that are gone.
             self.queued_s = 0.0
             self.by_priority.clear()
             self._all.clear()
             self._by_key.clear()
 
-    def head(self) -> Part | None:
-        """The next part."""
+    def head(self) -> SubRequest | None:
+        """The next sub-request."""
         return _head(self._all)
 
-    def head_of(self, key: Any) -> Part | None:
-        """The next part that can share a call with others of ``key``."""
+    def head_of(self, key: Any) -> SubRequest | None:
+        """The next sub-request that can share a call with others of ``key``."""
         heap = self._by_key.get(key)
         if heap is None:
             return None
-        part = _head(heap)
-        if part is None:
+        sub = _head(heap)
+        if sub is None:
             del self._by_key[key]
-        return part
+        return sub
 
-    def drop(self, part: Part) -> None:
-        """Forget entries at the heads that are gone (``part`` has just been taken)."""
-        self.head_of(part.key)
+    def drop(self, sub: SubRequest) -> None:
+        """Forget entries at the heads that are gone (``sub`` has just been taken)."""
+        self.head_of(sub.key)
         _head(self._all)
 
     def ahead_s(self, priority: int) -> float:
@@ -190,17 +195,17 @@ class TierQueue:
         return sum([cost for level, cost in self.by_priority.items() if level <= priority])
 
 
-def _head(heap: _Heap) -> Part | None:
+def _head(heap: _Heap) -> SubRequest | None:
     while heap:
-        order, _, part = heap[0]
-        if part.state == QUEUED and part.ticket.order == order:
-            return part
+        order, _, sub = heap[0]
+        if sub.state == QUEUED and sub.pending.order == order:
+            return sub
         heapq.heappop(heap)
     return None
 
 
 class Queues:
-    """The express lane and the tiers of one model version."""
+    """The express queue and the tiers of one model version."""
 
     def __init__(self, weights: dict[str, float]) -> None:
         self.tiers = {name: TierQueue(name, weight) for name, weight in weights.items()}
@@ -213,56 +218,56 @@ class Queues:
         self._virtual = 0.0
 
     def queued_s(self) -> float:
-        """Engine seconds of the parts that wait, the express lane apart."""
+        """Engine seconds of the sub-requests that wait, the express queue apart."""
         return sum([queue.queued_s for queue in self.tiers.values()])
 
-    def of(self, ticket: Ticket) -> TierQueue:
-        """The queue a ticket's parts stand in."""
-        return self.express if ticket.lane == EXPRESS else self.tiers[ticket.tier]
+    def of(self, pending: PendingRequest) -> TierQueue:
+        """The queue a request's sub-requests stand in."""
+        return self.express if pending.queue == EXPRESS else self.tiers[pending.tier]
 
-    def enter(self, ticket: Ticket) -> None:
-        """A ticket begins to wait."""
-        self.bytes += ticket.bytes
+    def enter(self, pending: PendingRequest) -> None:
+        """A request begins to wait."""
+        self.bytes += pending.bytes
         counts = self.by_priority
-        counts[ticket.priority] = counts.get(ticket.priority, 0) + 1
-        for chunk in ticket.parts:
-            for part in chunk:
-                self.push(part)
+        counts[pending.priority] = counts.get(pending.priority, 0) + 1
+        for chunk in pending.subs:
+            for sub in chunk:
+                self.push(sub)
 
-    def leave(self, ticket: Ticket) -> None:
-        """A ticket waits no more: a part of it starts, or it is not wanted."""
-        self.bytes -= ticket.bytes
-        self.by_priority[ticket.priority] -= 1
+    def leave(self, pending: PendingRequest) -> None:
+        """A request waits no more: a sub-request of it starts, or it is not wanted."""
+        self.bytes -= pending.bytes
+        self.by_priority[pending.priority] -= 1
 
-    def pass_by(self, part: Part) -> None:
+    def pass_by(self, sub: SubRequest) -> None:
         """What :meth:`push` and :meth:`take` come to where nothing is queued."""
-        queue = self.of(part.ticket)
+        queue = self.of(sub.pending)
         self._virtual = max(self._virtual, queue.passed)
-        queue.passed = self._virtual + part.cost_s / queue.weight
-        part.state = RUNNING
+        queue.passed = self._virtual + sub.cost_s / queue.weight
+        sub.state = RUNNING
 
-    def push(self, part: Part) -> None:
-        """Queue a part; a tier that was away starts level with the others, not ahead."""
-        queue = self.of(part.ticket)
+    def push(self, sub: SubRequest) -> None:
+        """Queue a sub-request; a tier that was away starts level with the others, not ahead."""
+        queue = self.of(sub.pending)
         if not queue.count:
             queue.passed = max(queue.passed, self._virtual)
-        queue.push(part)
+        queue.push(sub)
         self.count += 1
 
-    def take(self, part: Part) -> None:
-        """The part goes into a batch."""
-        queue = self.of(part.ticket)
+    def take(self, sub: SubRequest) -> None:
+        """The sub-request goes into a batch."""
+        queue = self.of(sub.pending)
         self._virtual = max(self._virtual, queue.passed)
-        queue.passed += part.cost_s / queue.weight
-        part.state = RUNNING
-        queue.left(part)
-        queue.drop(part)
+        queue.passed += sub.cost_s / queue.weight
+        sub.state = RUNNING
+        queue.left(sub)
+        queue.drop(sub)
         self.count -= 1
 
-    def remove(self, part: Part) -> None:
-        """The part is not wanted any more."""
-        part.state = DONE
-        self.of(part.ticket).left(part)
+    def remove(self, sub: SubRequest) -> None:
+        """The sub-request is not wanted any more."""
+        sub.state = DONE
+        self.of(sub.pending).left(sub)
         self.count -= 1
 
     def tier_next(self, aged_before: float) -> TierQueue | None:
@@ -274,21 +279,21 @@ class Queues:
             if not queue.count:
                 continue
             head = queue.head()
-            if head is not None and head.ticket.arrival < oldest:
-                aged, oldest = queue, head.ticket.arrival
+            if head is not None and head.pending.arrival < oldest:
+                aged, oldest = queue, head.pending.arrival
             if best is None or queue.passed < best.passed:
                 best = queue
         return aged or best
 
-    def heads(self, key: Any) -> Iterator[Part]:
-        """Parts of ``key`` in the order of the tiers' turns; take each before asking for more."""
+    def heads(self, key: Any) -> Iterator[SubRequest]:
+        """Sub-requests of ``key`` in the order of the tiers' turns; take each before the next."""
         while True:
-            best: tuple[float, Part] | None = None
+            best: tuple[float, SubRequest] | None = None
             for queue in self.tiers.values():
-                part = queue.head_of(key) if queue.count else None
+                sub = queue.head_of(key) if queue.count else None
                 behind = best is None or queue.passed < best[0]
-                if part is not None and not part.solo and behind:
-                    best = (queue.passed, part)
+                if sub is not None and not sub.solo and behind:
+                    best = (queue.passed, sub)
             if best is None:
                 return
             yield best[1]
