@@ -6,6 +6,19 @@ class; each also derives from the built-in a Python user would expect (ValueErro
 
 from __future__ import annotations
 
+# The name on PyPI, where "fastrec" is another project's package.
+DISTRIBUTION = "fastrec-kernels"
+
+
+def install_command(*extras: str) -> str:
+    """The shell command that installs fastrec with ``extras``, such as ``"torch"``."""
+    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
+
+
+def not_installed(package: str, extra: str) -> str:
+    """Why something cannot run: ``package``, which ``extra`` brings, is missing."""
+    return f"{package} is not installed: {install_command(extra)}"
+
 
 class FastrecError(Exception):
     """Base of every error that fastrec raises on purpose."""
@@ -87,11 +100,17 @@ class CudaError(BackendError):
 
 
 class MissingDependencyError(BackendError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the command that installs it.
+
+    Args:
+        package: name of the package, e.g. ``"polars"``.
+        extra: extra of the distribution that brings it, e.g. ``"data"``.
+        purpose: what needs it, e.g. ``"fastrec.export"``.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         self.package, self.extra, self.purpose = package, extra, purpose
-        super().__init__(f"{purpose} needs {package}: pip install 'fastrec[{extra}]'")
+        super().__init__(f"{purpose} needs {package}: {install_command(extra)}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.package, self.extra, self.purpose)

@@ -57,7 +57,7 @@ def tried(rows: list[dict[str, Any]], what: str) -> dict[str, str]:
 
 @no_gpu
 def test_a_section_is_tried_on_small_inputs_and_leaves_bounds(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (fastrec[cuda])")
+    pytest.importorskip("triton", reason="triton is not installed (fastrec-kernels[cuda])")
     rows = dry_run(tmp_path, "products")["rows"]
     assert all(row["bound_us"] > 0 for row in rows)
     said = tried(rows, "int8 linear M=4096 K=N=4096, 2:4")
@@ -70,7 +70,7 @@ def test_a_section_is_tried_on_small_inputs_and_leaves_bounds(tmp_path: Path) ->
 @no_gpu
 @pytest.mark.slow
 def test_the_dry_run_tries_every_section(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (fastrec[cuda])")
+    pytest.importorskip("triton", reason="triton is not installed (fastrec-kernels[cuda])")
     report = dry_run(tmp_path)
     from gpu import SECTIONS
 
@@ -214,7 +214,9 @@ def test_goals_are_judged_on_the_rows(tmp_path: Path) -> None:
 
 
 def test_the_page_and_the_plots_hold_the_figures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (fastrec[report])")
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is not installed (fastrec-kernels[report])"
+    )
     from gpu import pictures
     from gpu.page import judged, markdown
 

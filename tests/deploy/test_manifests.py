@@ -238,7 +238,7 @@ def test_the_gateway_lets_requests_pass_and_no_admin_calls(
 
 
 def test_ray_serves_what_the_manifest_says() -> None:
-    schema = pytest.importorskip("ray.serve.schema", reason="fastrec[ray] is not installed")
+    schema = pytest.importorskip("ray.serve.schema", reason="fastrec-kernels[ray] is not installed")
     from fastrec.serving.ray import build
 
     made = yaml.safe_load((DEPLOY / "k8s/ray/rayservice.yaml").read_text())["spec"]

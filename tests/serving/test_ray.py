@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ray.serve", reason="fastrec[ray] is not installed")
+pytest.importorskip("ray.serve", reason="fastrec-kernels[ray] is not installed")
 
 from serving_process import request_of
 

@@ -183,7 +183,7 @@ def test_draws_stay_within_what_was_measured(scatter: list[float]) -> None:
 def test_the_command_reports(tmp_path: Path) -> None:
     from fastrec.cli import _mount, app
 
-    pytest.importorskip("matplotlib", reason="fastrec[report] is not installed")
+    pytest.importorskip("matplotlib", reason="fastrec-kernels[report] is not installed")
     if not app.registered_commands:
         _mount()
     MS.save(tmp_path / "profile.json")

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from serving_process import request_of
 
-pytest.importorskip("opentelemetry.sdk", reason="fastrec[otel] is not installed")
+pytest.importorskip("opentelemetry.sdk", reason="fastrec-kernels[otel] is not installed")
 
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor

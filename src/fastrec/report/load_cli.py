@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.terminal import JsonOption, stderr, stdout, write_json
 
 if TYPE_CHECKING:
     from fastrec.serving.load import LoadPlan, Mix, Stage
@@ -59,15 +60,9 @@ def loadtest(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and requests.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for loadtest.html and .json.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Put load on a server whatever it answers, and tell how its latency held."""
-    import json
-
-    from rich.console import Console
-
     from fastrec.report.loadtest import print_result, write_report
     from fastrec.serving.load import LoadPlan, RequestSizes, Retry, Stage, run_precisely
 
@@ -83,17 +78,16 @@ def loadtest(
             slo_ms=slo_ms,
             seed=seed,
         )
-    console = Console(stderr=True)
+    console = stderr()
 
     def note(rate: float, reached: float) -> None:
-        console.print(f"{rate:8.1f} /s: {reached:.2%} in time", highlight=False)
+        console.print(f"{rate:8.1f} /s: {reached:.2%} in time")
 
     result = run_precisely(_measure(target, model, made, capacity, request, token, config, note))
-    print_result(result, Console())
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print_result(result, stdout())
+    write_json(json_out, result)
     if out is not None:
-        Console().print(f"Report: {write_report(result, out)}", highlight=False)
+        stdout().print(f"Report: {write_report(result, out)}")
 
 
 async def _measure(

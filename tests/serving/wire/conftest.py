@@ -16,7 +16,7 @@ from fastrec.serving.core.inference_core import ModelInfo
 from fastrec.serving.core.request import Kind, Rejected, Request, Response
 from fastrec.spec import InputField, InputSpec
 
-pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
+pytest.importorskip("grpc", reason="fastrec-kernels[serve] is not installed")
 
 from fastrec.serving.wire.auth import Auth
 from fastrec.serving.wire.grpc_server import GrpcServer, Limits

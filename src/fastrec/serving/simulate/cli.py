@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.terminal import JsonOption, stderr, stdout, write_json
 
 
 def simulate(
@@ -58,11 +59,10 @@ def simulate(
     check: Annotated[
         bool, typer.Option("--check", help="Also run one host for real, and compare.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Report.")] = None,
+    json_out: JsonOption = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot, PNG.")] = None,
 ) -> None:
     """A fleet on paper: the scheduler that serves, in virtual time, with a measured engine."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from fastrec.measure.machine import machine_card
@@ -76,7 +76,7 @@ def simulate(
         raise ArgumentError("engine", "an engine's file, or --profile", "both or neither")
     if rate and load:
         raise ArgumentError("rate", "--rate or --load", "both")
-    console = Console(stderr=True)
+    console = stderr()
     measured = _profile(engine, profile, candidates)
     if save_profile is not None:
         measured.save(save_profile)
@@ -113,13 +113,12 @@ def simulate(
         "rows": rows,
         "check": run_check(fleets[0], measured, servers) if check else None,
     }
-    out = Console()
-    out.print(whole["statement"], highlight=False)
-    out.print(report.table(rows), markup=False, highlight=False)
+    out = stdout()
+    out.print(whole["statement"])
+    out.print(report.table(rows))
     if check:
         out.print_json(json.dumps(whole["check"]))
-    if json_file is not None:
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(json_out, whole)
     if plot_file is not None:
         report.plot(rows, servers.slo.latency_ms, plot_file)
 
