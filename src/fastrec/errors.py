@@ -120,6 +120,25 @@ class ArtifactError(FastrecError, ValueError):
     """A saved file is truncated, altered, too new, or not a fastrec artifact."""
 
 
+class StorageError(FastrecError, OSError):
+    """A file or folder cannot be written: disk full, read-only folder and the like.
+
+    Args:
+        path: the file or folder that was to be written.
+        error: what the system said; its ``errno`` is kept.
+    """
+
+    def __init__(self, path: object, error: OSError) -> None:
+        self.path, self.error = path, error
+        super().__init__(error.errno, error.strerror)
+
+    def __str__(self) -> str:
+        return f"{self.path}: cannot be written ({self.error.strerror or self.error})"
+
+    def __reduce__(self) -> tuple[type, tuple[object, OSError]]:
+        return type(self), (self.path, self.error)
+
+
 class DataError(FastrecError, ValueError):
     """A log holds something that cannot be used; names file and line where there is one."""
 
