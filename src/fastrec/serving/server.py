@@ -33,6 +33,7 @@ except ImportError as error:
     if error.name is None or error.name.partition(".")[0] not in (
         "grpc",
         "google",
+        "grpc_reflection",
         "h11",
         "prometheus_client",
     ):

@@ -99,7 +99,8 @@ def test_priority_and_timeout_as_tritons_clients_send_them(client, served):
 
 def test_the_callers_grpc_deadline_counts_too(client, served):
     client.infer("ranker", inputs(arrays()), timeout=60_000_000, client_timeout=3.0)
-    assert served.core.requests[0].deadline - served.core.clock.now() <= 3.0
+    # gRPC rounds timeouts of seconds up to 10 ms on the wire.
+    assert served.core.requests[0].deadline - served.core.clock.now() <= 3.01
 
 
 def test_tier_and_tenant_as_parameters_or_metadata(client, served):
@@ -276,6 +277,10 @@ def test_health_service(url, served):
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="ranker"))
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        # A watcher that leaves takes no other with it.
+        other = stub.Watch(health_pb2.HealthCheckRequest(service="ranker"))
+        assert next(other).status == health_pb2.HealthCheckResponse.SERVING
+        other.cancel()
         served.core.is_ready = False
         served.loop.call_soon_threadsafe(served.server.health.changed)
         began = time.monotonic()
@@ -286,6 +291,7 @@ def test_health_service(url, served):
 
 
 def test_reflection(url):
+    from grpc_reflection.v1alpha import reflection_pb2
     from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
         ProtoReflectionDescriptorDatabase,
     )
@@ -295,8 +301,18 @@ def test_reflection(url):
         assert "inference.GRPCInferenceService" in database.get_services()
         file = database.FindFileContainingSymbol("inference.ModelInferRequest")
         assert file.package == "inference"
+        assert (
+            database.FindFileContainingSymbol("grpc.health.v1.Health").package == "grpc.health.v1"
+        )
         with pytest.raises(KeyError):
             database.FindFileContainingSymbol("inference.Nothing")
+        # Newer clients ask for v1, whose messages are the same.
+        ask = channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+        (reply,) = ask(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()])
+        )
+        listed = reflection_pb2.ServerReflectionResponse.FromString(reply).list_services_response
+        assert "inference.GRPCInferenceService" in {s.name for s in listed.service}
 
 
 @pytest.mark.parametrize(("timeout_s", "kept_s"), [(0.02, 0.001), (0.05, 0.0025), (10.0, 0.0025)])

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Rejected
-from fastrec.serving.wire import services
+from fastrec.serving.wire.health import Health
 from fastrec.serving.wire.inference_service import Aborted, Call, InferenceService
-from fastrec.serving.wire.messages import LOAD_SERVICE, SERVICE
+from fastrec.serving.wire.messages import HEALTH_SERVICE, LOAD_SERVICE, SERVICE, pool
 from fastrec.serving.wire.request_handler import RequestHandler
 from fastrec.serving.wire.tls import Tls
 
@@ -79,14 +80,14 @@ class GrpcServer:
         self._server = grpc.aio.server(
             options=limits.options(reuse_port=reuse_port), maximum_concurrent_rpcs=limits.rpcs
         )
-        self.health = services.Health(self._serving)
+        self.health = Health(self._serving)
         service = InferenceService(handler)
         self._server.add_generic_rpc_handlers(
             (
                 _handler(SERVICE, service.calls()),
                 _handler(LOAD_SERVICE, service.load_calls()),
                 self.health.handler(),
-                *services.reflection(),
+                *_reflection(),
             )
         )
         try:
@@ -121,6 +122,21 @@ class GrpcServer:
         except Rejected:
             return None
         return self._handler.core.ready(service)
+
+
+def _reflection() -> list[grpc.GenericRpcHandler]:
+    """Reflection v1 and v1alpha: the messages are the same, grpcio-reflection has the latter."""
+    versions = [f"grpc.reflection.{v}.ServerReflection" for v in ("v1", "v1alpha")]
+    services = (SERVICE, LOAD_SERVICE, HEALTH_SERVICE, *versions)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(services, pool=pool).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return [
+        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
+        for name in versions
+    ]
 
 
 def _handler(service: str, calls: dict[str, Call]) -> grpc.GenericRpcHandler:
