@@ -171,7 +171,7 @@ def test_engines_are_right_before_they_are_timed_and_timed_in_turn(sheet: Any) -
 
 
 def made_up() -> list[dict[str, Any]]:
-    from gpu.goals import BLOCK, LONG, SHORT, linear
+    from gpu.goals import LONG, SHORT, linear
 
     def timed(what: str, engine: str, us: float, x: float | None = None) -> dict[str, Any]:
         row = {"section": "s", "what": what, "engine": engine, "device_us": us, "host_us": 1.0}
@@ -185,7 +185,6 @@ def made_up() -> list[dict[str, Any]]:
     rows += [timed(f"{LONG}, forward", "fastrec, Triton", 100.0)]
     rows += [timed(f"{LONG}, forward", "FlexAttention, compiled", 300.0, 3.0)]
     rows += [timed(SHORT, "fastrec, Triton", 5.0), timed(SHORT, "SDPA flash", 5.0, 1.0)]
-    rows += [timed(BLOCK, "fastrec, one launch", 5.0)]
     rows += [
         timed(linear("density 0.5"), name, us) for name, us in (("fastrec", 4), ("_int_mm", 8))
     ]
