@@ -131,7 +131,7 @@ def busy_s() -> float:
 
 
 class Bench:
-    """What all pieces share."""
+    """State shared by all parts of the benchmark."""
 
     def __init__(self, engine: Path, parts: Path, scale: float) -> None:
         self.engine, self.parts, self.scale = engine, parts, scale

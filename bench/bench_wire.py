@@ -1,4 +1,4 @@
-"""What a request costs besides the engine: gRPC, decoding, the scheduler, encoding.
+"""Cost of a request beside the engine: gRPC, decoding, the scheduler, encoding.
 
 An engine that returns at once answers the canonical ranker's request (100 events, 50 or 1,000
 candidates) over loopback, one after another; the client is gRPC's own, in another process, with

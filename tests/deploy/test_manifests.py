@@ -77,7 +77,7 @@ def test_the_validators_see_mistakes(region: dict[str, list[dict[str, Any]]]) ->
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    """What ``fastrec serve`` makes of a container's arguments."""
+    """A container's arguments, parsed by ``fastrec serve``."""
     app = typer.Typer(add_completion=False)
     app.command()(serve)
     return typer.main.get_command(app).make_context("serve", list(arguments)).params

@@ -30,7 +30,7 @@ INPUTS = {"user": np.array([3]), "candidate": np.arange(8)[None]}
 
 
 class Sleeper:
-    """Scores after so many seconds, which can be changed."""
+    """Scores after a delay that can be changed."""
 
     spec = SPEC
 

@@ -206,7 +206,7 @@ def _calls() -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def told(engine_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``ray_cluster.py`` saw."""
+    """Results of ``ray_cluster.py``."""
     request = tmp_path_factory.mktemp("ray") / "request.npz"
     np.savez(request, **request_of())
     source = str(Path(__file__).parents[2] / "src")

@@ -1,4 +1,4 @@
-"""The fleet on paper: against queueing theory, against the real core, and as a command."""
+"""Fleet simulation: against queueing theory, against the real core, and as a command."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ class Server:
         return Traces(self.options.tracer_provider, self.core)
 
     def status(self) -> dict[str, Any]:
-        """What the status page shows, in plain JSON types."""
+        """The status page's data, in plain JSON types."""
         return {
             "version": __version__,
             "at": time.time(),

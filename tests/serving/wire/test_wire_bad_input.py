@@ -1,4 +1,4 @@
-"""What clients get for requests that are wrong, hostile, or end early; the server goes on."""
+"""Wrong, hostile and truncated requests get typed errors, and the server goes on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refused(call, request, code, text, **settings):
 
 
 def test_bytes_that_are_no_message(call):
-    refused(call, b"\xff\xff\xff\xff", "INVALID_ARGUMENT", "4 bytes that are none")
+    refused(call, b"\xff\xff\xff\xff", "INVALID_ARGUMENT", "4 bytes that do not parse")
     whole = good().SerializeToString()
     refused(call, whole[: len(whole) - 7], "INVALID_ARGUMENT", "ModelInferRequest")
 

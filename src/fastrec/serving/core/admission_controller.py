@@ -1,6 +1,6 @@
 """Admission: which requests are accepted, and how much engine time is in flight.
 
-Nothing is charged before a request is known to be let in. Costs are predicted engine seconds.
+Nothing is charged before a request is admitted. Costs are predicted engine seconds.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class AdmissionController:
         batch_s: the longest predicted call.
 
     Attributes:
-        gain: what calls take over the costs of their sub-requests; batching makes it less than 1.
-        in_flight_s: costs of all that was let in and is not answered.
-        shut_at: when a request was last refused for want of room.
+        gain: time of calls over the summed costs of their sub-requests; below 1 through batching.
+        in_flight_s: costs of all admitted requests that are not answered.
+        refused_at: when a request was last refused for lack of capacity.
         slack: how much later than expected a tier's answers come: 995 of 1000 come no later than
             this. Later requests pass those of a tier that has had its share, so each has its own.
     """
@@ -51,7 +51,7 @@ class AdmissionController:
         self.guard = guard
         self.gain = 1.0
         self.in_flight_s = 0.0
-        self.shut_at = -float("inf")
+        self.refused_at = -float("inf")
         self.slack = {tier: Quantile(0.995, goal_s / 200) for tier in config.tiers}
         self._goal_s, self._batch_s = goal_s, batch_s
         self._weights = sum(t.weight for t in config.tiers.values())
@@ -65,7 +65,7 @@ class AdmissionController:
         return self.limit.limit_s * slots * self.guard() / max(self.gain, 0.05)
 
     def admit(self, pending: PendingRequest, now: float) -> None:
-        """Raise where the request is refused; charge nothing.
+        """Check a request without charging anything.
 
         Raises:
             Rejected: NOT_READY, QUOTA, EXPIRED, QUEUE_FULL, OVERLOAD or DEADLINE_INFEASIBLE.
@@ -90,7 +90,7 @@ class AdmissionController:
                 self._check_limit(pending, slots)
             self._check_deadline(pending, now)
         except Rejected:
-            self.shut_at = now
+            self.refused_at = now
             raise
 
     def _check_deadline(self, pending: PendingRequest, now: float) -> None:
@@ -111,7 +111,7 @@ class AdmissionController:
         queues, queueing = self.queues, self.config.lanes
         most = pending.policy.most_queued
         full = bool(most) and queues.by_priority.get(pending.priority, 0) >= most
-        if full and not queues.count and not queues.hold and self.router.idle():
+        if full and not queues.count and not queues.start_count and self.router.idle():
             full = False
         if full or queues.count >= queueing.max_queued:
             raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
@@ -119,22 +119,22 @@ class AdmissionController:
             raise Rejected(Kind.QUEUE_FULL, QUEUE_FULL, self._drained_s())
 
     def _check_limit(self, pending: PendingRequest, slots: int) -> None:
-        """While there is room, whoever comes enters whole: a large request would else find a
-        limit that is half empty full. Whether it can be done in time is another question."""
+        """Below the limit a request is admitted in full even if it then exceeds it: otherwise a
+        large request would be refused at a limit that is half used. Deadlines are checked apart."""
         # limit_s, with the gain on the other side.
         limit = self.limit.limit_s * slots * self.guard()
         gain = max(self.gain, 0.05)
         if self.in_flight_s * gain > limit:
             tier = self.queues.tiers[pending.tier]
-            # What the tier's weight does within the goal; the limit keeps a call's time in hand of
-            # that, which a guarantee need not, as deadlines are checked.
+            # The tier's guaranteed share of the goal. The limit leaves room for one call below the
+            # goal; the guarantee need not, since deadlines are checked as well.
             reach = max(self._goal_s / self.limit.high_s, 1.0)
             share = limit * reach * tier.weight / self._weights
             if tier.in_flight_s * gain > share:
                 raise Rejected(Kind.OVERLOAD, QUEUE_FULL, self._drained_s())
 
     def expected_finish(self, pending: PendingRequest, now: float) -> float:
-        """When a new request would be answered, by what is running and goes before it."""
+        """When a new request would be answered, given the work that runs or goes before it."""
         queues, router = self.queues, self.router
         if not queues.count and router.idle():
             return now + pending.cost_s
@@ -151,7 +151,7 @@ class AdmissionController:
         return now + (router.running_s(now) + ahead * self.gain) / slots + pending.cost_s
 
     def backlog_s(self, now: float) -> float:
-        """Seconds until all that is let in has at least begun."""
+        """Seconds until all admitted work has at least begun."""
         queues, router = self.queues, self.router
         if not queues.count and router.idle():
             return 0.0
@@ -164,7 +164,7 @@ class AdmissionController:
         return max(self.in_flight_s * self.gain / slots / 4, 1e-3)
 
     def takes_express(self, cost_s: float, now: float, *, charge: bool = True) -> bool:
-        """Whether the express queue has room for so much; it is then charged."""
+        """Whether the express queue has room for ``cost_s``; if so, it is charged."""
         share, slots = self.config.lanes.express_share, len(self.router.slots)
         if share >= 1:
             return True
@@ -180,7 +180,7 @@ class AdmissionController:
         return True
 
     def enter(self, pending: PendingRequest, now: float) -> None:
-        """The request is in: charge it."""
+        """Charge an admitted request."""
         quota = self.quotas.get(pending.tier)
         if quota is not None:
             quota.spend(pending.request.tenant, pending.cost_s * 1e6, now)
@@ -188,10 +188,10 @@ class AdmissionController:
         self.queues.tiers[pending.tier].in_flight_s += pending.cost_s
 
     def leave(self, pending: PendingRequest, *, last: bool) -> None:
-        """The request is answered; ``last``: nothing else is in flight."""
+        """Uncharge an answered request; ``last``: nothing else is in flight."""
         tiers = self.queues.tiers
         if last:
-            # Nothing is left of rounding either.
+            # Also drops what rounding left over.
             self.in_flight_s = 0.0
             for each in tiers.values():
                 each.in_flight_s = 0.0

@@ -10,7 +10,6 @@ import numpy as np
 from fastrec.serving.core.config import Batching
 from fastrec.serving.core.latency import LatencyModel
 from fastrec.serving.core.queues import PendingRequest, Queues, SubRequest
-from fastrec.serving.core.router import Slot
 from fastrec.serving.core.signature import ModelSignature
 
 _MOST_USERS = 64
@@ -55,7 +54,7 @@ class Batcher:
         )
 
     def padded(self, candidates: int) -> int:
-        """Candidates that so many are padded to."""
+        """Padded candidate count."""
         sizes = self.config.pad_to
         if not sizes or not self.signature.separable:
             return candidates
@@ -106,7 +105,7 @@ class Batcher:
         return SubRequest(pending, arrays, users, candidates, key, cost)
 
     def _most_candidates(self, candidates: int, model: LatencyModel) -> int:
-        """Of one user in one call."""
+        """Candidates of one user in one call."""
         if not self.signature.separable or candidates > self.signature.deep(candidates):
             # Pieces would each be screened for themselves, and more be kept.
             return candidates
@@ -121,7 +120,7 @@ class Batcher:
         return -(-candidates // sub_count)
 
     def _most_users(self, candidates: int, users: int, model: LatencyModel) -> int:
-        """Of one request in one call."""
+        """Users of one request in one call."""
         if not self.signature.joins:
             return users
         candidates = self.signature.deep(candidates)
@@ -135,7 +134,7 @@ class Batcher:
         return -(-users // sub_count)
 
     def _room(self, padded: int, model: LatencyModel) -> int:
-        """Users of so many candidates that a call has room for."""
+        """Users that fit one call, at ``padded`` candidates each."""
         if not self.config.enabled or not self.signature.joins:
             return 0
         rows = self.signature.deep(padded)
@@ -191,13 +190,15 @@ class Batcher:
                 break
         return subs
 
-    def wait_until(self, seed: SubRequest, queues: Queues, slot: Slot, now: float) -> float:
-        """When a call that is not full should start: ``now``, unless it may be put off."""
+    def wait_until(
+        self, seed: SubRequest, queues: Queues, model: LatencyModel, now: float
+    ) -> float:
+        """When to start a call that is not full: ``now``, unless it may be delayed."""
         delay = self.config.max_delay_ms / 1e3
         if not delay or seed.solo or not self.config.enabled or not self.signature.joins:
             return now
-        room = self._room(seed.key[0], slot.model)
+        room = self._room(seed.key[0], model)
         if queues.count >= room:
             return now
-        full_s = slot.model.predict(room, room * self.signature.deep(seed.key[0]))
+        full_s = model.predict(room, room * self.signature.deep(seed.key[0]))
         return min(seed.pending.arrival + delay, seed.pending.deadline - 1.5 * full_s)

@@ -27,7 +27,7 @@ class SLO:
 
 @dataclass(frozen=True)
 class Quota:
-    """What one tenant may use: engine microseconds a second, and how many it may save up."""
+    """One tenant's quota: engine microseconds a second, and the burst it may save up."""
 
     engine_us_per_s: float
     burst_us: float
@@ -102,13 +102,13 @@ class Queueing:
         priority_levels, default_priority: as Triton's: 1 is the highest.
         priority_step_ms: how much earlier than its own each higher level's deadline counts; None =
             the latency goal.
-        age_ms: a request that has waited this long is next, whatever its deadline; None = twice the
-            latency goal.
+        age_ms: a request that has waited this long is next, past earlier deadlines;
+            None = twice the latency goal.
         max_queued: requests waiting at one model, all tiers together.
         max_queued_bytes: bytes of their inputs.
         policies: by priority level; ``default_policy`` for those not named.
-        hold_until: batches wait until so many requests are queued, once: makes batches repeatable
-            in tests (Triton's TRITONSERVER_DELAY_SCHEDULER); 0 = off.
+        hold_until: do not start a batch until this many requests are queued (once): repeatable
+            batches in tests (Triton's TRITONSERVER_DELAY_SCHEDULER); 0 = off.
     """
 
     express_priorities: tuple[int, ...] = (1,)
@@ -233,7 +233,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Admission:
-    """What is let in.
+    """Which requests are admitted.
 
     Args:
         enabled: False = everything is queued (for comparison).
@@ -290,7 +290,7 @@ class Screening:
         keep: candidates of a user that are scored in full; 0 = all, no screening.
         audit: share of screened calls that are scored whole too, to measure recall; these take as
             long as without the screen.
-        audit_k: recall is about so many of the best candidates.
+        audit_k: recall is measured over this many of the best candidates.
     """
 
     keep: int = 0

@@ -1,4 +1,4 @@
-"""Frozen dataclasses out of plain values and files; a wrong value is named by where it stands."""
+"""Frozen dataclasses from plain values and files; errors name the path of the wrong value."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def check(
 
 
 class ParsedConfig:
-    """What a dataclass of settings has beside its fields."""
+    """Base of settings dataclasses: from and to plain values and files."""
 
     @classmethod
     def from_dict(cls: type[Own], values: Mapping[str, Any]) -> Own:
         """From plain JSON types; absent keys take their defaults.
 
         Raises:
-            ConfigError: an unknown key or a wrong value, and where it stands.
+            ConfigError: an unknown key or a wrong value, with its path.
         """
         made = _build(cls, values, "")
         assert isinstance(made, cls)

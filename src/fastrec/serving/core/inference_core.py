@@ -1,4 +1,4 @@
-"""The core that a server, a test or a notebook calls: models in, answers out."""
+"""The inference core: loads models, schedules requests, returns answers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fastrec.serving.core.rollout import Rollout
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.signature import ModelSignature
 from fastrec.serving.core.snapshot import snapshot
+from fastrec.serving.core.tasks import keep
 from fastrec.spec import InputSpec
 
 _LOG = logging.getLogger("fastrec.serving")
@@ -228,9 +229,7 @@ class InferenceCore:
             new.is_new = False
             self._emit(RolloutChanged(self.clock.now(), model, version, action, share, reason))
             loser = old if action == "promote" else new
-            task = asyncio.ensure_future(self._retire(model, loser))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            keep(self._tasks, self._retire(model, loser))
 
         rollout = Rollout(self.config.canary, self.clock, set_weight, ended)
         self._rollouts[model] = rollout
@@ -241,28 +240,6 @@ class InferenceCore:
         if versions.get(loser.pool.version) is loser:
             await loser.pool.drain()
             versions.pop(loser.pool.version, None)
-
-    def set_weight(self, model: str, version: str, weight: float) -> None:
-        """A version's share of the requests that name none, against the other versions' weights.
-
-        Raises:
-            Rejected: NOT_FOUND.
-            ArgumentError: a negative weight.
-        """
-        if not weight >= 0:
-            raise ArgumentError("weight", "a number from 0", weight)
-        self._find(model, version).weight = weight
-
-    async def resize(self, model: str, engines: int, version: str = "") -> None:
-        """So many engines take requests of a version from now on; returns when they do.
-
-        Raises:
-            Rejected: NOT_FOUND.
-            ArgumentError: fewer than one.
-        """
-        if engines < 1:
-            raise ArgumentError("engines", "at least 1", engines)
-        await self._find(model, version).pool.resize(engines)
 
     async def unload(self, model: str, version: str = "") -> None:
         """Take no more requests, answer those accepted, free the engines.

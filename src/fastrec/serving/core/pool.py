@@ -1,7 +1,7 @@
 """The engines of a model version: COLD -> LOADING -> WARMING -> READY -> DRAINING -> CLOSED.
 
 An engine is READY once every shape bucket has run on it. Spares are READY engines that take no
-requests until another one fails; whatever is lost is made anew in the background.
+requests until another one fails; lost engines are restarted in the background.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fastrec.serving.core.router import Slot
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.screened import screened_source
 from fastrec.serving.core.signature import Arrays, ModelSignature, Outputs
+from fastrec.serving.core.tasks import keep
 
 _LOG = logging.getLogger("fastrec.serving")
 _KINDS: dict[str, Callable[[str, Source, int | None], EngineHandle]] = {
@@ -218,22 +219,12 @@ class EnginePool:
         """The scheduler has taken an engine out: a spare goes in, the engine is ended and made
         anew, or, where it was only slow or failing, comes back after a while."""
         instance = next((i for i in self.instances if i.slot is slot), None)
-        if instance is None or reason in ("slow", "failing"):
-            if instance is not None:
-                state = EngineState.READY
-                self._emit(
-                    EngineChanged(
-                        self.clock.now(),
-                        self.name,
-                        self.version,
-                        slot.handle.name,
-                        state.value,
-                        "EJECTED",
-                        reason,
-                    )
-                )
+        if instance is None:
             return
-        self._gone(instance, reason)
+        if reason in ("slow", "failing"):
+            self._tell(instance, EngineState.READY.value, "EJECTED", reason)
+        else:
+            self._gone(instance, reason)
 
     def _found_dead(self, instance: Instance) -> None:
         """Between two calls."""
@@ -251,12 +242,11 @@ class EnginePool:
         instance.handle.kill()
         self._fill()
         if not self.draining:
-            self._spawn(self._replace(instance))
+            keep(self._tasks, self._replace(instance))
 
     async def _replace(self, lost: Instance) -> None:
         # A thread that hangs cannot be ended: it is left alone, and closes when it answers.
-        closing = asyncio.ensure_future(lost.handle.close())
-        self._keep(closing)
+        keep(self._tasks, lost.handle.close())
         pause = 0.0
         while not self.draining:
             try:
@@ -266,20 +256,6 @@ class EnginePool:
                 pause = min(max(2 * pause, 0.1), 30.0)
                 _LOG.warning("%s:%s cannot be restarted: %s", self.name, self.version, error)
                 await asyncio.sleep(pause)
-
-    async def resize(self, engines: int) -> None:
-        """So many engines take requests from now on; returns when they do.
-
-        Raises:
-            FastrecError: one cannot be loaded.
-        """
-        self.wanted = engines
-        short = engines + self.config.pool.spares - len(self.instances)
-        if short > 0:
-            await asyncio.gather(*(self._launch() for _ in range(short)))
-        surplus = self.instances[engines + self.config.pool.spares :]
-        await asyncio.gather(*(self._end(i, "fewer are wanted") for i in surplus))
-        self._fill()
 
     # --- ending
 
@@ -313,25 +289,11 @@ class EnginePool:
 
     def _change(self, instance: Instance, state: EngineState, reason: str) -> None:
         old, instance.state = instance.state, state
-        self._emit(
-            EngineChanged(
-                self.clock.now(),
-                self.name,
-                self.version,
-                instance.handle.name,
-                old.value,
-                state.value,
-                reason,
-            )
-        )
+        self._tell(instance, old.value, state.value, reason)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
-        self._keep(task)
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _tell(self, instance: Instance, old: str, new: str, reason: str) -> None:
+        name = instance.handle.name
+        self._emit(EngineChanged(self.clock.now(), self.name, self.version, name, old, new, reason))
 
 
 async def _ran(handle: EngineHandle, arrays: Arrays) -> Ran:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from fastrec.errors import ConfigError
+from fastrec.serving.core.config_parsing import check
 
 Host = TypeVar("Host", bound=Hashable)
 _SEEN = 128
@@ -30,7 +31,7 @@ class Probing:
     """How hosts are probed; the paper's values.
 
     Args:
-        per_request: probes sent with each request, on average (power of so many choices).
+        per_request: probes sent with each request, on average (power of d choices).
         pool: answers kept.
         max_age_s: older answers are not used.
         hot_quantile: of requests in flight lately seen; hosts above it are hot. 0 = fewest
@@ -49,20 +50,12 @@ class Probing:
     timeout_s: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, low in (("per_request", 0.0), ("removed", 0.0), ("delta", 0.0)):
-            if not getattr(self, name) >= low:
-                wrong = getattr(self, name)
-                raise ConfigError(f"probing.{name}: expected a number from {low:g}, got {wrong!r}")
+        for name in ("per_request", "removed", "delta"):
+            check(f"probing.{name}", getattr(self, name), 0)
         for name in ("max_age_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                wrong = getattr(self, name)
-                raise ConfigError(f"probing.{name}: expected a number above 0, got {wrong!r}")
-        if not 0 <= self.hot_quantile <= 1:
-            raise ConfigError(
-                f"probing.hot_quantile: expected a number from 0 to 1, got {self.hot_quantile!r}"
-            )
-        if self.pool < 2:
-            raise ConfigError(f"probing.pool: expected at least 2, got {self.pool!r}")
+            check(f"probing.{name}", getattr(self, name), 0, above=True)
+        check("probing.hot_quantile", self.hot_quantile, 0, 1)
+        check("probing.pool", self.pool, 2)
 
     def uses(self, hosts: int) -> float:
         """How often an answer may be used (the paper's b_reuse)."""

@@ -23,7 +23,7 @@ EXPRESS, STANDARD = "express", "standard"
 
 
 class PendingRequest:
-    """A request on its way."""
+    """An admitted request until it is answered."""
 
     __slots__ = (
         "arrival",
@@ -90,7 +90,7 @@ class PendingRequest:
 
 
 class SubRequest:
-    """What is batched: a request, or a piece of a large one."""
+    """The unit of batching: a request, or a piece of a large one."""
 
     __slots__ = (
         "arrays",
@@ -127,7 +127,7 @@ _Heap = list[tuple[float, int, SubRequest]]
 
 
 class TierQueue:
-    """Sub-requests of one tier."""
+    """The sub-requests of one tier that wait."""
 
     def __init__(self, name: str, weight: float) -> None:
         self.name, self.weight = name, weight
@@ -156,14 +156,14 @@ class TierQueue:
         )
 
     def left(self, sub: SubRequest) -> None:
-        """A queued sub-request has been taken or taken back: the counts, at once."""
+        """Update the counts: a queued sub-request was taken or removed."""
         self.count -= 1
         priority = sub.pending.priority
         if self.count:
             self.queued_s = max(self.queued_s - sub.cost_s, 0.0)
             self.by_priority[priority] = max(self.by_priority[priority] - sub.cost_s, 0.0)
         else:
-            # Nothing is left of rounding either, nor of the entries of sub-requests that are gone.
+            # Also drops rounding errors and entries of sub-requests that are gone.
             self.queued_s = 0.0
             self.by_priority.clear()
             self._all.clear()
@@ -184,7 +184,7 @@ class TierQueue:
         return sub
 
     def drop(self, sub: SubRequest) -> None:
-        """Forget entries at the heads that are gone (``sub`` has just been taken)."""
+        """Drop dead entries at the heads (``sub`` was just taken)."""
         self.head_of(sub.key)
         _head(self._all)
 
@@ -213,8 +213,8 @@ class Queues:
         self.count = 0
         self.bytes = 0
         self.by_priority: dict[int, int] = {}
-        # Nothing starts before so many wait; once.
-        self.hold = 0
+        # Do not start until this many are queued (once; 0 = off).
+        self.start_count = 0
         self._virtual = 0.0
 
     def queued_s(self) -> float:
@@ -226,7 +226,7 @@ class Queues:
         return self.express if pending.queue == EXPRESS else self.tiers[pending.tier]
 
     def enter(self, pending: PendingRequest) -> None:
-        """A request begins to wait."""
+        """Queue a request."""
         self.bytes += pending.bytes
         counts = self.by_priority
         counts[pending.priority] = counts.get(pending.priority, 0) + 1
@@ -235,19 +235,19 @@ class Queues:
                 self.push(sub)
 
     def leave(self, pending: PendingRequest) -> None:
-        """A request waits no more: a sub-request of it starts, or it is not wanted."""
+        """A request leaves the queue: it starts, or was taken back."""
         self.bytes -= pending.bytes
         self.by_priority[pending.priority] -= 1
 
     def pass_by(self, sub: SubRequest) -> None:
-        """What :meth:`push` and :meth:`take` come to where nothing is queued."""
+        """:meth:`push` and :meth:`take` at once, for an empty queue."""
         queue = self.of(sub.pending)
         self._virtual = max(self._virtual, queue.passed)
         queue.passed = self._virtual + sub.cost_s / queue.weight
         sub.state = RUNNING
 
     def push(self, sub: SubRequest) -> None:
-        """Queue a sub-request; a tier that was away starts level with the others, not ahead."""
+        """Queue a sub-request; a tier that was idle starts level with the others, not ahead."""
         queue = self.of(sub.pending)
         if not queue.count:
             queue.passed = max(queue.passed, self._virtual)
@@ -255,7 +255,7 @@ class Queues:
         self.count += 1
 
     def take(self, sub: SubRequest) -> None:
-        """The sub-request goes into a batch."""
+        """Move a sub-request from its queue into a batch."""
         queue = self.of(sub.pending)
         self._virtual = max(self._virtual, queue.passed)
         queue.passed += sub.cost_s / queue.weight
@@ -265,7 +265,7 @@ class Queues:
         self.count -= 1
 
     def remove(self, sub: SubRequest) -> None:
-        """The sub-request is not wanted any more."""
+        """Remove a queued sub-request."""
         sub.state = DONE
         self.of(sub.pending).left(sub)
         self.count -= 1

@@ -1,4 +1,4 @@
-"""What goes into the scheduler and what comes out: requests, responses, refusals."""
+"""Requests, responses and refusals: the scheduler's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Request:
 
 
 class LoadReport(NamedTuple):
-    """How busy a model version is.
+    """Load of a model version.
 
     Attributes:
         in_flight: requests not answered yet.

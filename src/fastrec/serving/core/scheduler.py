@@ -1,5 +1,5 @@
 """The scheduler of one model version: no threads, no sockets, no waiting. Everything that happens
-is a call of one of its methods, in one thread, at a moment of the clock.
+is a call of one of its methods, in one thread.
 
     submit -> admitted or Rejected -> queued -> batch -> engine.run -> done(pending)
 """
@@ -34,9 +34,9 @@ from fastrec.serving.core.request_policy import RequestPolicies
 from fastrec.serving.core.router import Router, Slot
 from fastrec.serving.core.signature import ModelSignature
 
-# Requests timed out under the DELAY policy go so far back: behind all others.
+# Added to the sort key of requests timed out under the DELAY policy, so that they run last.
 _DELAY_S = 1e6
-# After a refusal requests are looked at before they are decoded for so long.
+# How long after a refusal requests are checked before they are decoded.
 _SHEDDING_S = 0.25
 
 
@@ -96,7 +96,7 @@ class Scheduler:
             batch_s=self.batch_s,
         )
         self.open: dict[int, PendingRequest] = {}
-        self.queues.hold = config.lanes.hold_until
+        self.queues.start_count = config.lanes.hold_until
         self._expiries = Expiries(clock, self._timed_out)
         self._delay_timer: Timer | None = None
         self._dispatching = False
@@ -125,8 +125,8 @@ class Scheduler:
             self._expiries.add(pending)
 
     def shedding(self) -> bool:
-        """Whether no engine is idle, and a request was refused for want of room just now."""
-        return not self.router.idle() and self.clock.now() < self.admission.shut_at + _SHEDDING_S
+        """Whether no engine is idle and a request was just refused for lack of capacity."""
+        return not self.router.idle() and self.clock.now() < self.admission.refused_at + _SHEDDING_S
 
     def turn_away(self, request: Request, size: tuple[int, int]) -> None:
         """Refuse a request as :meth:`submit` would, before its inputs are there; what is let pass
@@ -182,7 +182,7 @@ class Scheduler:
         if (
             self.queues.count
             or pending.sub_count != 1
-            or self.queues.hold
+            or self.queues.start_count
             or self._dispatching
             or self.config.batching.max_delay_ms
         ):
@@ -199,8 +199,11 @@ class Scheduler:
         return True
 
     def load(self, users: int = 0, rows: int = 0) -> LoadReport:
-        """What a caller that has other hosts to choose from should know before it sends a request
-        of so many users and rows (0 = usual ones)."""
+        """Expected latency here, for callers that choose between hosts.
+
+        Args:
+            users, rows: of the request that would follow; 0 = usual ones.
+        """
         if not self.router.slots:
             return LoadReport(False, len(self.open))
         model = self.router.model
@@ -213,7 +216,7 @@ class Scheduler:
     # --- out, before the end
 
     def cancel(self, pending: PendingRequest) -> None:
-        """The caller does not want it any more: it leaves the queue at once."""
+        """Take a request back; it leaves the queue at once."""
         if pending.state != DONE:
             self._finish(pending, Rejected(Kind.CANCELLED, "the request was cancelled"))
 
@@ -223,7 +226,7 @@ class Scheduler:
             self._finish(pending, Rejected(kind, why))
 
     def _timed_out(self, pending: PendingRequest) -> bool:
-        """Whether it left the queue (under DELAY it only goes behind all others)."""
+        """Whether it left the queue (under DELAY it moves behind all others instead)."""
         if pending.policy.rejects:
             self._finish(pending, Rejected(Kind.EXPIRED, TIMED_OUT))
             return True
@@ -247,11 +250,11 @@ class Scheduler:
         return slot
 
     def remove_engine(self, slot: Slot) -> None:
-        """Give it no more; what it runs is finished."""
+        """Give an engine no more calls; its running call is finished."""
         self.router.remove(slot)
 
     def found_dead(self, slot: Slot) -> None:
-        """An engine died; one that had a call says so itself."""
+        """An idle engine died; the death of a busy one shows in its call."""
         if slot.batch is None and slot in self.router.slots:
             self.router.remove(slot)
             self._on_lost(slot, "died")
@@ -259,7 +262,7 @@ class Scheduler:
     # --- batches
 
     def dispatch(self) -> None:
-        """Start what can start: called whenever work comes or an engine is free."""
+        """Start the calls that can start; called when work arrives or an engine becomes free."""
         if self._dispatching:
             return
         self._dispatching = True
@@ -271,10 +274,10 @@ class Scheduler:
 
     def _dispatch_one(self) -> bool:
         now, queues = self.clock.now(), self.queues
-        if queues.hold:
-            if queues.count < queues.hold:
+        if queues.start_count:
+            if queues.count < queues.start_count:
                 return False
-            queues.hold = 0
+            queues.start_count = 0
         if not self.router.idle():
             return False
         if queues.express.count:
@@ -295,7 +298,7 @@ class Scheduler:
         slot = self._slot_for(seed, now)
         if slot is None:
             return False
-        wait = self.batcher.wait_until(seed, queues, slot, now)
+        wait = self.batcher.wait_until(seed, queues, slot.model, now)
         if wait > now:
             self._wake_at(wait)
             return False

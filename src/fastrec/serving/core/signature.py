@@ -1,4 +1,4 @@
-"""How a model's inputs are cut into parts and joined into batches.
+"""How a model's inputs are split into sub-requests and joined into batches.
 
 Users are the first dimension of every input. Candidates are a dimension of some inputs and of the
 outputs; whether they are scored apart, so that they can be split and padded, is seen from the
@@ -70,7 +70,7 @@ class ModelSignature:
             return None
 
     def deep(self, candidates: int) -> int:
-        """How many of so many candidates are scored in full: what calls are counted in."""
+        """Candidates that are scored in full, out of ``candidates``: the unit of cost."""
         return min(candidates, self.keep) if self.keep else candidates
 
     def most(self, symbol: str) -> int | None:
@@ -134,7 +134,7 @@ class ModelSignature:
         )
 
     def slice_outputs(self, outputs: Outputs, start: int, users: int, candidates: int) -> Outputs:
-        """What of a call's outputs belongs to the users from ``start`` on, without padding."""
+        """The outputs of the users from ``start`` on, without padding."""
         cut: Outputs = {}
         for name, value in outputs.items():
             part = value[start : start + users]
@@ -166,7 +166,7 @@ class ModelSignature:
         return {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
 
     def sample(self, users: int, candidates: int | None, seed: int = 0) -> Arrays:
-        """Random inputs of so many users and candidates; zeros where there is no id range."""
+        """Random inputs; zeros where there is no id range."""
         sizes = {_USERS: users}
         if candidates is not None:
             sizes[self._symbol] = candidates

@@ -1,7 +1,7 @@
-"""The open loop: sends a schedule's requests when they are due, on any clock, and notes what came.
+"""Open-loop load generator: sends a schedule's requests on time and records the answers.
 
-Everything runs in one thread, that of the clock. What a request is sent to is a :class:`Target`;
-tests give a scheduler on a virtual clock, users a server.
+Everything runs in the clock's thread. Requests go to a :class:`Target`: a server, or in tests a
+scheduler on a virtual clock.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class TryResult(NamedTuple):
 
 
 class Target(Protocol):
-    """What is under load."""
+    """The system under load."""
 
     def send(self, shot: PlannedRequest, done: Callable[[TryResult], None]) -> None:
         """Send; ``done`` is called once, later, in the clock's thread."""
 
 
 class RequestLog:
-    """What became of each request of a schedule; one element each.
+    """Outcome of each request of a schedule, one array element each.
 
     Attributes:
         sent_s: first try, seconds from the start; NaN where it was never sent.

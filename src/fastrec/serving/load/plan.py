@@ -1,7 +1,7 @@
-"""What a load test sends, drawn beforehand: when, from whom, how large. Frozen, read from JSON.
+"""The requests of a load test, drawn in advance: times, tiers, tenants, sizes. Read from JSON.
 
-Arrivals do not depend on answers (an open loop): a server that falls behind gets no mercy, and its
-latencies count from the moment a request was meant to be sent.
+Send times do not depend on earlier answers (open loop). Latencies count from the time a request
+was due, so a server that falls behind shows it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class RequestSizes:
 
 @dataclass(frozen=True)
 class Retry:
-    """What clients do when they are refused.
+    """How clients retry when they are refused.
 
     Args:
         tries: in all; 1 = they give up at once.

@@ -1,4 +1,4 @@
-"""Counts what the core tells: a few dict look-ups and additions an event, nothing else.
+"""Counts the core's events: a few dict look-ups and additions each.
 
 Metrics, Triton's statistics and the status page read the same counts. Labels are bounded: tiers,
 queues and priorities are configured ones, model names are loaded ones, tenants never appear.
@@ -53,7 +53,7 @@ class Histogram:
 
 
 class _Second:
-    """What happened within one second."""
+    """Counts of one second."""
 
     __slots__ = ("at", "latency", "outcomes", "rows")
 
@@ -65,7 +65,7 @@ class _Second:
 
 
 class _Statistics:
-    """What Triton's ModelStatistics tells of a version: (count, seconds) by kind of work."""
+    """A version's counts and seconds for Triton's ModelStatistics."""
 
     __slots__ = ("answered", "calls", "compute_s", "failed", "failed_s", "last_ms", "queue_s", "s")
 
@@ -106,10 +106,8 @@ class Recorder:
         self.batches: dict[tuple[str, str, str], Histogram] = {}
         self.batch_rows: dict[tuple[str, str, str], Histogram] = {}
         self.engine_errors: dict[tuple[str, str], int] = defaultdict(int)
-        self.engines: dict[tuple[str, str, str], str] = {}
         # Audits of screens, and the sum of their recalls.
         self.screens: dict[tuple[str, str], tuple[int, float]] = {}
-        self.weights: dict[tuple[str, str], float] = {}
         self.rollouts: dict[tuple[str, str], int] = defaultdict(int)
         self.limit_s, self.guard = 0.0, 1.0
         self.recent: deque[dict[str, Any]] = deque(maxlen=20)
@@ -123,14 +121,8 @@ class Recorder:
         elif isinstance(event, BatchDone):
             self._batch(event)
         elif isinstance(event, EngineChanged):
-            key = (event.model, event.version, event.engine)
-            if event.new in ("DEAD", "CLOSED", "GONE", "COLD"):
-                self.engines.pop(key, None)
-            else:
-                self.engines[key] = event.new
             self._note("engine", f"{event.engine}: {event.old} -> {event.new}", event.reason)
         elif isinstance(event, RolloutChanged):
-            self.weights[event.model, event.version] = event.weight
             self.rollouts[event.model, event.action] += 1
             text = f"{event.model} {event.version}: {event.action}, weight {event.weight:g}"
             self._note("rollout", text, event.reason)

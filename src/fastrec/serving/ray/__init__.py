@@ -33,13 +33,13 @@ except ImportError as error:
 
 from fastrec.serving.ray.replica import CALLS, Replica
 
-# Ours are the limits that count: Ray's own queue is first come, first served, whatever the tier.
+# The replica's limits decide: Ray's own queue is first come, first served, without tiers.
 _MOST_ONGOING = 10_000
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """What :func:`build` takes.
+    """Options of :func:`build`.
 
     Args:
         path: what ``fastrec serve`` takes: an engine file, a model folder, or a folder of either;

@@ -1,4 +1,4 @@
-"""How loaded a core is, over the last seconds."""
+"""A core's load over the last seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoadMeter:
             if event.outcome == "ok":
                 self._waits.append((event.at, event.queue_s))
             elif event.outcome in ("overload", "queue_full", "deadline_infeasible", "expired"):
-                # It would have waited longer than its goal: that is what its refusal says.
+                # The refusal means that the wait would exceed the goal; count a full goal of delay.
                 goal_s = self._core.config.latency_s(event.tier)
                 self._waits.append((event.at, max(event.queue_s, goal_s)))
         elif isinstance(event, BatchDone):
@@ -47,7 +47,7 @@ class LoadMeter:
         return sum(seconds for _, seconds in calls) / max(span, 1e-3) / max(engines, 1)
 
     def wait_s(self) -> float:
-        """What a new request would wait for the work in flight, in seconds."""
+        """Seconds that a new request would wait for the work in flight."""
         waits = [0.0]
         for versions in self._core.stats()["models"].values():
             for stats in versions.values():

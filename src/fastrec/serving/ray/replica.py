@@ -33,7 +33,7 @@ CALLS = (
 
 
 class Replica:
-    """What Ray Serve deploys; see :func:`fastrec.serving.ray.build`.
+    """The class that Ray Serve deploys; see :func:`fastrec.serving.ray.build`.
 
     Args:
         path: see :mod:`fastrec.serving.repository`.
@@ -131,7 +131,7 @@ for _name in CALLS:
 
 
 class _Bytes:
-    """What Serve asks of a reply."""
+    """A reply as Serve expects it."""
 
     __slots__ = ("_data",)
 

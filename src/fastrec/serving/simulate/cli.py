@@ -30,7 +30,7 @@ def simulate(
     engines: Annotated[int, typer.Option(help="In the whole fleet.")] = 10_000,
     host_engines: Annotated[int, typer.Option(help="Of one host.")] = 10,
     cell_hosts: Annotated[int, typer.Option(help="Hosts that one caller knows.")] = 50,
-    cells: Annotated[int, typer.Option(help="Simulated cells of so many hosts.")] = 1,
+    cells: Annotated[int, typer.Option(help="Cells that are simulated.")] = 1,
     rate: Annotated[
         list[float] | None, typer.Option(help="Requests a second, whole fleet; several allowed.")
     ] = None,
@@ -62,7 +62,7 @@ def simulate(
     json_out: JsonOption = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot, PNG.")] = None,
 ) -> None:
-    """A fleet on paper: the scheduler that serves, in virtual time, with a measured engine."""
+    """Simulate a fleet with the real scheduler, in virtual time, with a measured engine."""
     from rich.progress import Progress
 
     from fastrec.measure.machine import machine_card

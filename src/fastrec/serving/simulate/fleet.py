@@ -62,7 +62,8 @@ class Fleet:
         event_loop_us: event loop time of a request, before the scheduler has it; 0 = nothing.
         candidates: candidates of a request -> share of the requests.
         tiers: tier -> share of the requests.
-        slow_share, slow_factor: so many hosts' engines take so many times as long.
+        slow_share: share of hosts with slower engines.
+        slow_factor: their engines' times, as a multiple of the profile's.
         seed: of everything drawn.
 
     Raises:
@@ -214,7 +215,7 @@ class _Host:
         self.peak = max(self.peak, len(self.scheduler.open))
 
     def load(self) -> LoadReport:
-        """What a probe is told; requests in the event loop are not seen by the scheduler yet."""
+        """The answer to a probe; requests in the event loop are not seen by the scheduler yet."""
         load = self.scheduler.load()
         waiting = max(self._free_at - self._clock.now(), 0.0)
         if not waiting:
@@ -227,7 +228,7 @@ class _Host:
 
 
 class Outcome:
-    """What a simulated cell did, or several together.
+    """Results of a simulated cell, or of several together.
 
     Attributes:
         offered: requests counted.

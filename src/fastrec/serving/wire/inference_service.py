@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's calls as bytes in, bytes out: decode, ask the handler, encode.
+"""The Open Inference Protocol's calls, bytes in and bytes out: decode, handle, encode.
 
 Messages are taken and given as bytes, so that what does not parse gets INVALID_ARGUMENT with a
 reason instead of gRPC's INTERNAL. What hosts the calls (:mod:`.grpc_server`, Ray) brings a context
@@ -28,7 +28,7 @@ from fastrec.serving.wire.model_metadata import configuration, metadata
 from fastrec.serving.wire.request_handler import EXTENSIONS, RequestHandler
 from fastrec.serving.wire.request_parameters import from_values, parameter_values, with_headers
 from fastrec.serving.wire.status import trailers
-from fastrec.serving.wire.tensors import datatype, tensor_inputs, to_raw
+from fastrec.serving.wire.tensors import add_raw, tensor_inputs
 
 _MAX_ID = 128
 
@@ -127,9 +127,7 @@ class InferenceService:
             reply = InferResponse(
                 model_name=response.model, model_version=response.version, id=request.id
             )
-            for name, array in response.outputs.items():
-                reply.outputs.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
-                reply.raw_output_contents.append(to_raw(array))
+            add_raw(reply.outputs, reply.raw_output_contents, response.outputs)
             return bytes(reply.SerializeToString())
         except Exception as error:
             raise self._refusal(error, "ModelInfer") from error
@@ -150,7 +148,7 @@ class InferenceService:
         return self._handler.identify(authorization, names)
 
     def _refusal(self, error: Exception, where: str) -> Aborted:
-        told = self._handler.answer(error, where)
+        told = self._handler.error_reply(error, where)
         return Aborted(told.code, told.text, trailers(told))
 
     async def _server_live(self, _request: Any, _who: Any, _context: Any) -> Any:
@@ -227,7 +225,7 @@ def _parse(kind: Any, data: bytes) -> Any:
         return kind.FromString(data)
     except (DecodeError, UnicodeDecodeError):
         raise ArgumentError(
-            "request", f"a {kind.DESCRIPTOR.name}", f"{len(data)} bytes that are none"
+            "request", f"a {kind.DESCRIPTOR.name}", f"{len(data)} bytes that do not parse as one"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""What clients are told about a model, from its engine's spec: metadata and configuration."""
+"""Metadata and configuration of a model, from its engine's spec."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What both protocols do with a request once it is decoded: check, hand on, count, log.
+"""Handling of decoded requests, the same for gRPC and HTTP: check, run, count, log.
 
-Nothing here knows gRPC or HTTP beyond the names of their codes.
+Nothing here knows gRPC or HTTP beyond the names of their status codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastrec.errors import ArgumentError, FastrecError
 from fastrec.serving.core.request import Kind, Rejected, Request, Response
 from fastrec.serving.wire.auth import ANYONE, Auth, Identity, settle
 from fastrec.serving.wire.request_parameters import RequestParameters
-from fastrec.serving.wire.status import ErrorReply, Refused, answer
+from fastrec.serving.wire.status import ErrorReply, Refused, error_reply
 
 if TYPE_CHECKING:
     from fastrec.serving.core.inference_core import InferenceCore, ModelInfo
@@ -37,13 +37,13 @@ EXTENSIONS = (
     "binary_tensor_data",
 )
 _LOG_AGAIN_S = 60.0
-# Of the time that a caller gives, kept for the answer's way back: so much at most.
-_WAY_BACK, _WAY_BACK_S = 0.05, 0.0025
+# Share of the client's timeout reserved for the network return, and its cap in seconds.
+_RETURN_SHARE, _RETURN_S = 0.05, 0.0025
 _MOST_LOGGED = 256
 
 
 class Repository(Protocol):
-    """Where models come from (:mod:`fastrec.serving.repository`)."""
+    """Source of models (:mod:`fastrec.serving.repository`)."""
 
     def index(self) -> list[dict[str, str]]:
         """Rows with name, version, state and reason: all that is there."""
@@ -56,7 +56,7 @@ class Repository(Protocol):
 
 
 class RequestHandler:
-    """The one way from the protocols to the core.
+    """Checks decoded requests and runs them on the core.
 
     Args:
         core: the scheduler and its engines.
@@ -134,7 +134,7 @@ class RequestHandler:
             headers: metadata or headers, for the trace that the caller is in.
 
         Raises:
-            Rejected, Refused, FastrecError: see :func:`fastrec.serving.wire.status.answer`.
+            Rejected, Refused, FastrecError: see :func:`fastrec.serving.wire.status.error_reply`.
         """
         if outputs:
             known = self.core.model(model, version).outputs
@@ -206,7 +206,7 @@ class RequestHandler:
         if remaining_s is not None and (timeout is None or remaining_s < timeout):
             timeout = remaining_s
         if timeout is not None:
-            timeout -= min(_WAY_BACK * timeout, _WAY_BACK_S)
+            timeout -= min(_RETURN_SHARE * timeout, _RETURN_S)
         return Request(
             model,
             version,
@@ -223,7 +223,7 @@ class RequestHandler:
         return sorted({info.version for info in self.core.models() if info.name == name})
 
     def details(self, info: ModelInfo) -> dict[str, str]:
-        """What the configuration says beyond Triton's own fields."""
+        """Configuration parameters beyond Triton's own fields."""
         config = self.core.config
         return {
             "max_users": str(self._max_users),
@@ -265,10 +265,10 @@ class RequestHandler:
             raise Rejected(Kind.NOT_FOUND, "this server has no model repository")
         return self.repository
 
-    def answer(self, error: BaseException, where: str) -> ErrorReply:
-        """What to tell the caller, logged once a minute and kind: a flood of bad requests must not
-        become a flood of lines."""
-        told = answer(error)
+    def error_reply(self, error: BaseException, where: str) -> ErrorReply:
+        """The reply for an error, logged once a minute for each kind: a flood of bad requests must
+        not become a flood of log lines."""
+        told = error_reply(error)
         expected = isinstance(error, Rejected) and error.kind is not Kind.INTERNAL
         unknown = not isinstance(error, FastrecError)
         if expected and error.kind not in (Kind.INVALID, Kind.NOT_FOUND):  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a request says about its own urgency, and whose it is.
+"""Request parameters: priority, timeout, tier and tenant.
 
 Request parameters come first, metadata (or HTTP headers) second: load generators that reach gRPC
 through C++ can set the former alone. Priorities and timeouts are Triton's: 1 is the highest
@@ -21,7 +21,7 @@ _MAX_PRIORITY = 2**32 - 1
 
 @dataclass(slots=True)
 class RequestParameters:
-    """As the client claims them; see :mod:`fastrec.serving.wire.auth` for what is believed.
+    """Parameters as the client claims them; :mod:`fastrec.serving.wire.auth` checks the claims.
 
     Args:
         priority: 1 is the highest, 0 the default.
@@ -36,7 +36,7 @@ class RequestParameters:
 
 
 def from_values(values: Mapping[str, Any]) -> RequestParameters:
-    """RequestParameters of plain Python values; other keys are none of our business.
+    """Parse plain Python values; other keys are ignored.
 
     Raises:
         ArgumentError: a value of the wrong type or range.

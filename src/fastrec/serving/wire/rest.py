@@ -64,7 +64,7 @@ class Rest:
         try:
             return await self._route(request)
         except Exception as error:
-            told = self._handler.answer(error, f"http {request.method}")
+            told = self._handler.error_reply(error, f"http {request.method}")
             reply = _json({"error": told.text, "reason": told.reason.upper()}, told.http)
             if told.retry_after_s is not None:
                 reply.headers.append(("retry-after", str(math.ceil(told.retry_after_s))))
@@ -215,7 +215,9 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise ArgumentError("body", "a JSON object", f"{len(body)} bytes that are none") from None
+        raise ArgumentError(
+            "body", "a JSON object", f"{len(body)} bytes that do not parse as JSON"
+        ) from None
     if not isinstance(value, dict):
         raise ArgumentError("body", "a JSON object", type(value).__name__)
     return value

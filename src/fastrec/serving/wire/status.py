@@ -110,24 +110,28 @@ def trailers(told: ErrorReply) -> tuple[tuple[str, str | bytes], ...]:
 
 
 def rejected(code: grpc.StatusCode, text: str | None, trailers: Iterable[Any] | None) -> Rejected:
-    """The refusal that a caller was told: :func:`answer` turned round. Servers that do not say
-    their reason (proxies, gRPC itself) are read by the code."""
-    kind, retry_s = _KINDS.get(code, Kind.INTERNAL), None
-    for key, value in trailers or ():
-        if key != DETAILS:
-            continue
-        for detail in _Status.FromString(value).details:
-            if detail.type_url.endswith("google.rpc.ErrorInfo"):
-                reason = _ErrorInfo.FromString(detail.value).reason.lower()
-                kind = Kind(reason) if reason in _REASONS else kind
-            elif detail.type_url.endswith("google.rpc.RetryInfo"):
-                delay = _RetryInfo.FromString(detail.value).retry_delay
-                retry_s = delay.seconds + delay.nanos / 1e9
+    """The refusal behind a gRPC status, the inverse of :func:`error_reply`. Where the server gives
+    no reason (proxies, gRPC itself), the code decides."""
+    reason, retry_s = refusal_details(trailers)
+    kind = Kind(reason) if reason in _REASONS else _KINDS.get(code, Kind.INTERNAL)
     return Rejected(kind, text or code.name, retry_s)
 
 
-def answer(error: BaseException) -> ErrorReply:
-    """What to tell the caller; an error that is not fastrec's own keeps its text to the log."""
+def refusal_details(trailers: Iterable[Any] | None) -> tuple[str, float | None]:
+    """The reason ("" = not given) and the seconds to wait before a retry, from gRPC's trailers."""
+    reason, retry_s = "", None
+    for key, value in trailers or ():
+        for detail in _Status.FromString(value).details if key == DETAILS else ():
+            if detail.type_url.endswith("google.rpc.ErrorInfo"):
+                reason = _ErrorInfo.FromString(detail.value).reason.lower()
+            elif detail.type_url.endswith("google.rpc.RetryInfo"):
+                delay = _RetryInfo.FromString(detail.value).retry_delay
+                retry_s = delay.seconds + delay.nanos / 1e9
+    return reason, retry_s
+
+
+def error_reply(error: BaseException) -> ErrorReply:
+    """The reply for an error; the text of one that is not fastrec's own goes to the log alone."""
     if isinstance(error, Rejected):
         code, http = _CODES[error.kind]
         retry_s = error.retry_after_s
