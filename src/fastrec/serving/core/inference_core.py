@@ -1,4 +1,4 @@
-"""The runtime that a server, a test or a notebook calls: models in, answers out."""
+"""The inference core: loads models, schedules requests, returns answers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, FastrecError
-from fastrec.serving.core.admission import quotas_of
 from fastrec.serving.core.clock import Clock, LoopClock
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.engines import Source
 from fastrec.serving.core.events import Event, Observer, RolloutChanged
 from fastrec.serving.core.guard import Guard, Signals
-from fastrec.serving.core.lanes import Ticket
 from fastrec.serving.core.pool import EnginePool
-from fastrec.serving.core.request import Kind, Load, Rejected, Request, Response, Timings
+from fastrec.serving.core.queues import PendingRequest
+from fastrec.serving.core.rate_limits import quotas_of
+from fastrec.serving.core.request import Kind, LoadReport, Rejected, Request, Response, Timings
 from fastrec.serving.core.rollout import Rollout
 from fastrec.serving.core.scheduler import Scheduler
-from fastrec.serving.core.signature import Signature
+from fastrec.serving.core.signature import ModelSignature
 from fastrec.serving.core.snapshot import snapshot
+from fastrec.serving.core.tasks import keep
 from fastrec.spec import InputSpec
 
 _LOG = logging.getLogger("fastrec.serving")
@@ -93,7 +94,7 @@ class _Version:
         )
 
 
-class Runtime:
+class InferenceCore:
     """Schedules requests over engines.
 
     Everything but the engines runs in the thread of one event loop, in which it must be made.
@@ -155,7 +156,7 @@ class Runtime:
             raise ArgumentError("version", "a new one", version)
         share = (0.0 if versions else 1.0) if weight is None else weight
 
-        def scheduler(signature: Signature) -> Scheduler:
+        def scheduler(signature: ModelSignature) -> Scheduler:
             return Scheduler(
                 model,
                 version,
@@ -228,9 +229,7 @@ class Runtime:
             new.is_new = False
             self._emit(RolloutChanged(self.clock.now(), model, version, action, share, reason))
             loser = old if action == "promote" else new
-            task = asyncio.ensure_future(self._retire(model, loser))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            keep(self._tasks, self._retire(model, loser))
 
         rollout = Rollout(self.config.canary, self.clock, set_weight, ended)
         self._rollouts[model] = rollout
@@ -241,28 +240,6 @@ class Runtime:
         if versions.get(loser.pool.version) is loser:
             await loser.pool.drain()
             versions.pop(loser.pool.version, None)
-
-    def set_weight(self, model: str, version: str, weight: float) -> None:
-        """A version's share of the requests that name none, against the other versions' weights.
-
-        Raises:
-            Rejected: NOT_FOUND.
-            ArgumentError: a negative weight.
-        """
-        if not weight >= 0:
-            raise ArgumentError("weight", "a number from 0", weight)
-        self._find(model, version).weight = weight
-
-    async def resize(self, model: str, engines: int, version: str = "") -> None:
-        """So many engines take requests of a version from now on; returns when they do.
-
-        Raises:
-            Rejected: NOT_FOUND.
-            ArgumentError: fewer than one.
-        """
-        if engines < 1:
-            raise ArgumentError("engines", "at least 1", engines)
-        await self._find(model, version).pool.resize(engines)
 
     async def unload(self, model: str, version: str = "") -> None:
         """Take no more requests, answer those accepted, free the engines.
@@ -300,29 +277,29 @@ class Runtime:
                 Kind.NOT_READY, f"model '{request.model}' has no engine that can run", 1.0
             )
         arrays = _checked(request, scheduler.signature)
-        future: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(request, arrays, partial(_resolve, future))
-        scheduler.submit(ticket, arrays)
+        future: asyncio.Future[PendingRequest] = asyncio.get_running_loop().create_future()
+        pending = PendingRequest(request, arrays, partial(_resolve, future))
+        scheduler.submit(pending, arrays)
         try:
             await future
         except asyncio.CancelledError:
-            scheduler.cancel(ticket)
+            scheduler.cancel(pending)
             raise
         now = self.clock.now()
         if self._rollouts:
-            self._tell_rollout(request.model, chosen, ticket, now)
-        if ticket.error is not None:
-            raise ticket.error
+            self._tell_rollout(request.model, chosen, pending, now)
+        if pending.error is not None:
+            raise pending.error
         times = Timings(
-            ticket.started - ticket.arrival,
-            ticket.compute_s,
-            now - ticket.arrival,
-            ticket.batch_rows,
-            ticket.pieces,
-            ticket.tries,
-            ticket.engine,
+            pending.started - pending.arrival,
+            pending.compute_s,
+            now - pending.arrival,
+            pending.batch_rows,
+            pending.sub_count,
+            pending.tries,
+            pending.engine,
         )
-        return Response(ticket.outputs, request.model, chosen.pool.version, times)
+        return Response(pending.outputs, request.model, chosen.pool.version, times)
 
     def shedding(self, model: str, version: str) -> Scheduler | None:
         """The scheduler of a model, where it has just refused requests for want of room; None
@@ -333,13 +310,15 @@ class Runtime:
         scheduler = next(iter(versions.values())).scheduler
         return scheduler if scheduler is not None and scheduler.shedding() else None
 
-    def _tell_rollout(self, model: str, chosen: _Version, ticket: Ticket, now: float) -> None:
+    def _tell_rollout(
+        self, model: str, chosen: _Version, pending: PendingRequest, now: float
+    ) -> None:
         rollout = self._rollouts.get(model)
         if rollout is None:
             return
-        error = ticket.error
+        error = pending.error
         if error is None or error.kind in (Kind.INTERNAL, Kind.NOT_READY):
-            rollout.add(chosen.is_new, now - ticket.arrival, error is not None)
+            rollout.add(chosen.is_new, now - pending.arrival, error is not None)
 
     def _choose(self, model: str, version: str) -> _Version:
         """The version for a request: by name, or in turn, in proportion to the weights."""
@@ -374,7 +353,7 @@ class Runtime:
             for name in names
         )
 
-    def load_of(self, model: str, version: str = "", users: int = 0, rows: int = 0) -> Load:
+    def load_of(self, model: str, version: str = "", users: int = 0, rows: int = 0) -> LoadReport:
         """How busy a version is ("" = the one with the largest weight).
 
         Args:
@@ -385,7 +364,7 @@ class Runtime:
         """
         chosen = self._find(model, version)
         if self._draining or chosen.scheduler is None or not chosen.ready():
-            return Load(False, 0)
+            return LoadReport(False, 0)
         return chosen.scheduler.load(users, rows)
 
     def models(self) -> list[ModelInfo]:
@@ -477,7 +456,7 @@ class Runtime:
                 _LOG.exception("an observer failed on %s", type(event).__name__)
 
 
-def _checked(request: Request, signature: Signature) -> tuple[np.ndarray, ...]:
+def _checked(request: Request, signature: ModelSignature) -> tuple[np.ndarray, ...]:
     """The inputs in order.
 
     Raises:
@@ -499,6 +478,6 @@ def _checked(request: Request, signature: Signature) -> tuple[np.ndarray, ...]:
     return arrays
 
 
-def _resolve(future: asyncio.Future[Ticket], ticket: Ticket) -> None:
+def _resolve(future: asyncio.Future[PendingRequest], pending: PendingRequest) -> None:
     if not future.done():
-        future.set_result(ticket)
+        future.set_result(pending)

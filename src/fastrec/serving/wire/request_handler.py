@@ -1,6 +1,6 @@
-"""What both protocols do with a request once it is decoded: check, hand on, count, log.
+"""Handling of decoded requests, the same for gRPC and HTTP: check, run, count, log.
 
-Nothing here knows gRPC or HTTP beyond the names of their codes.
+Nothing here knows gRPC or HTTP beyond the names of their status codes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from fastrec.errors import ArgumentError, FastrecError
 from fastrec.serving.core.request import Kind, Rejected, Request, Response
 from fastrec.serving.wire.auth import ANYONE, Auth, Identity, settle
-from fastrec.serving.wire.hints import Hints
-from fastrec.serving.wire.status import Answer, Refused, answer
+from fastrec.serving.wire.request_parameters import RequestParameters
+from fastrec.serving.wire.status import ErrorReply, Refused, error_reply
 
 if TYPE_CHECKING:
-    from fastrec.serving.core.runtime import ModelInfo, Runtime
+    from fastrec.serving.core.inference_core import InferenceCore, ModelInfo
     from fastrec.serving.observe.traces import Traces
 
 log = logging.getLogger("fastrec.serving")
@@ -37,13 +37,13 @@ EXTENSIONS = (
     "binary_tensor_data",
 )
 _LOG_AGAIN_S = 60.0
-# Of the time that a caller gives, kept for the answer's way back: so much at most.
-_WAY_BACK, _WAY_BACK_S = 0.05, 0.0025
+# Share of the client's timeout reserved for the network return, and its cap in seconds.
+_RETURN_SHARE, _RETURN_S = 0.05, 0.0025
 _MOST_LOGGED = 256
 
 
 class Repository(Protocol):
-    """Where models come from (:mod:`fastrec.serving.repository`)."""
+    """Source of models (:mod:`fastrec.serving.repository`)."""
 
     def index(self) -> list[dict[str, str]]:
         """Rows with name, version, state and reason: all that is there."""
@@ -55,11 +55,11 @@ class Repository(Protocol):
         """Drain and unload a model."""
 
 
-class Door:
-    """The one way from the protocols to the runtime.
+class RequestHandler:
+    """Checks decoded requests and runs them on the core.
 
     Args:
-        runtime: the scheduler and its engines.
+        core: the scheduler and its engines.
         repository: where models are loaded from; None = they come another way (notebooks, Ray).
         auth: who may call; None = anyone, trusted with the tier and tenant it names.
         admin: whether models may be loaded and unloaded; None = from loopback addresses alone
@@ -71,7 +71,7 @@ class Door:
 
     def __init__(
         self,
-        runtime: Runtime,
+        core: InferenceCore,
         repository: Repository | None = None,
         *,
         auth: Auth | None = None,
@@ -80,7 +80,7 @@ class Door:
         traces: Traces | None = None,
         max_users: int = 1024,
     ) -> None:
-        self.runtime, self.repository, self.auth = runtime, repository, auth
+        self.core, self.repository, self.auth = core, repository, auth
         self._admin = admin
         self.statistics = statistics or (lambda name, version: [])
         self._max_users, self._traces = max_users, traces
@@ -117,7 +117,7 @@ class Door:
         model: str,
         version: str,
         inputs: dict[str, np.ndarray],
-        hints: Hints,
+        parameters: RequestParameters,
         identity: Identity,
         *,
         remaining_s: float | None = None,
@@ -134,10 +134,10 @@ class Door:
             headers: metadata or headers, for the trace that the caller is in.
 
         Raises:
-            Rejected, Refused, FastrecError: see :func:`fastrec.serving.wire.status.answer`.
+            Rejected, Refused, FastrecError: see :func:`fastrec.serving.wire.status.error_reply`.
         """
         if outputs:
-            known = self.runtime.model(model, version).outputs
+            known = self.core.model(model, version).outputs
             for name in outputs:
                 if name not in known:
                     raise ArgumentError("outputs", f"names among {sorted(known)}", name[:64])
@@ -146,11 +146,13 @@ class Door:
                 raise ArgumentError(
                     name, f"at most {self._max_users} users a request", array.shape[0]
                 )
-        request = self._request(model, version, inputs, hints, identity, remaining_s, request_id)
+        request = self._request(
+            model, version, inputs, parameters, identity, remaining_s, request_id
+        )
         trace = None if self._traces is None else self._traces.begin(headers)
         self.running += 1
         try:
-            response = await self.runtime.infer(request)
+            response = await self.core.infer(request)
         except BaseException as error:
             if trace is not None:
                 trace.failed(request, error)
@@ -168,7 +170,7 @@ class Door:
         model: str,
         version: str,
         inputs: Iterable[Any],
-        hints: Hints,
+        parameters: RequestParameters,
         identity: Identity,
         remaining_s: float | None,
     ) -> None:
@@ -181,12 +183,12 @@ class Door:
         Raises:
             Rejected, Refused: see :meth:`infer`.
         """
-        scheduler = self.runtime.shedding(model, version)
+        scheduler = self.core.shedding(model, version)
         if scheduler is None:
             return
         size = scheduler.signature.size_of({i.name: i.shape for i in inputs})
         if size is not None:
-            request = self._request(model, version, {}, hints, identity, remaining_s, "")
+            request = self._request(model, version, {}, parameters, identity, remaining_s, "")
             scheduler.turn_away(request, size)
 
     def _request(
@@ -194,23 +196,23 @@ class Door:
         model: str,
         version: str,
         inputs: dict[str, np.ndarray],
-        hints: Hints,
+        parameters: RequestParameters,
         identity: Identity,
         remaining_s: float | None,
         request_id: str,
     ) -> Request:
-        tier, tenant = settle(identity, hints)
-        timeout = hints.timeout_s
+        tier, tenant = settle(identity, parameters)
+        timeout = parameters.timeout_s
         if remaining_s is not None and (timeout is None or remaining_s < timeout):
             timeout = remaining_s
         if timeout is not None:
-            timeout -= min(_WAY_BACK * timeout, _WAY_BACK_S)
+            timeout -= min(_RETURN_SHARE * timeout, _RETURN_S)
         return Request(
             model,
             version,
             inputs,
-            priority=hints.priority,
-            deadline=None if timeout is None else self.runtime.clock.now() + timeout,
+            priority=parameters.priority,
+            deadline=None if timeout is None else self.core.clock.now() + timeout,
             tier=tier,
             tenant=tenant,
             id=request_id,
@@ -218,11 +220,11 @@ class Door:
 
     def versions(self, name: str) -> list[str]:
         """Versions of a model, in order. Empty where it is unknown."""
-        return sorted({info.version for info in self.runtime.models() if info.name == name})
+        return sorted({info.version for info in self.core.models() if info.name == name})
 
     def details(self, info: ModelInfo) -> dict[str, str]:
-        """What the configuration says beyond Triton's own fields."""
-        config = self.runtime.config
+        """Configuration parameters beyond Triton's own fields."""
+        config = self.core.config
         return {
             "max_users": str(self._max_users),
             "users_per_call": str(info.max_users),
@@ -238,7 +240,7 @@ class Door:
             return self.repository.index()
         return [
             {"name": i.name, "version": i.version, "state": i.state, "reason": ""}
-            for i in self.runtime.models()
+            for i in self.core.models()
         ]
 
     async def load(self, name: str, identity: Identity, peer: str) -> None:
@@ -263,10 +265,10 @@ class Door:
             raise Rejected(Kind.NOT_FOUND, "this server has no model repository")
         return self.repository
 
-    def answer(self, error: BaseException, where: str) -> Answer:
-        """What to tell the caller, logged once a minute and kind: a flood of bad requests must not
-        become a flood of lines."""
-        told = answer(error)
+    def error_reply(self, error: BaseException, where: str) -> ErrorReply:
+        """The reply for an error, logged once a minute for each kind: a flood of bad requests must
+        not become a flood of log lines."""
+        told = error_reply(error)
         expected = isinstance(error, Rejected) and error.kind is not Kind.INTERNAL
         unknown = not isinstance(error, FastrecError)
         if expected and error.kind not in (Kind.INVALID, Kind.NOT_FOUND):  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The runtime with real threads and processes: warm pools, releases, faults."""
+"""The core with real threads and processes: warm pools, releases, faults."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastrec.serving.core import (
     SLO,
     Canary,
     EntryPoint,
+    InferenceCore,
     Kind,
-    Lanes,
     Pool,
+    Queueing,
     Rejected,
     Request,
     RolloutChanged,
-    Runtime,
     ServingConfig,
 )
 from fastrec.serving.core.process import ProcessEngine
@@ -74,13 +74,13 @@ async def until(condition: Any, seconds: float = 60.0) -> None:
         await asyncio.sleep(0.005)
 
 
-def workers(runtime: Runtime) -> list[ProcessEngine]:
-    handles = [i.handle for i in runtime._models["ranker"]["1"].pool.instances]
+def workers(core: InferenceCore) -> list[ProcessEngine]:
+    handles = [i.handle for i in core._models["ranker"]["1"].pool.instances]
     return [h for h in handles if isinstance(h, ProcessEngine)]
 
 
 def entry(**options: Any) -> EntryPoint:
-    return EntryPoint("test_core_runtime:scorer", options)
+    return EntryPoint("test_inference_core:scorer", options)
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +93,16 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["thread", "process", "inline"])
 def test_requests_larger_than_a_call_and_many_at_once(kind: str) -> None:
     async def main() -> None:
-        runtime = Runtime(ServingConfig(slo=SLO(60_000.0)))
+        core = InferenceCore(ServingConfig(slo=SLO(60_000.0)))
         source = entry() if kind == "process" else Scorer
-        info = await runtime.load("ranker", source, kind=kind)
+        info = await core.load("ranker", source, kind=kind)
         assert info.outputs == {"scores": (("B", "m"), "float32")}
         sent = [request(users) for users in (1, 3, 20, 8, 1, 1, 1)]
-        answers = await asyncio.gather(*(runtime.infer(r) for r in sent))
+        answers = await asyncio.gather(*(core.infer(r) for r in sent))
         for r, answer in zip(sent, answers, strict=True):
             np.testing.assert_array_equal(answer.outputs["scores"], expected(r))
         assert answers[2].timings.parts == 3
-        await runtime.close()
+        await core.close()
 
     asyncio.run(main())
 
@@ -111,22 +111,22 @@ def test_requests_larger_than_a_call_and_many_at_once(kind: str) -> None:
 def test_a_worker_that_dies_or_stops_loses_no_request(how: signal.Signals) -> None:
     async def main() -> None:
         pool = Pool(engines=2, spares=1, kind="process", stall_factor=5, stall_floor_ms=100)
-        lanes = Lanes(reserved_slots=0)
-        runtime = Runtime(ServingConfig(slo=SLO(60_000.0), pool=pool, lanes=lanes))
-        await runtime.load("ranker", entry(sleep_s=0.02))
-        victim = workers(runtime)[0]
+        queueing = Queueing(reserved_slots=0)
+        core = InferenceCore(ServingConfig(slo=SLO(60_000.0), pool=pool, lanes=queueing))
+        await core.load("ranker", entry(sleep_s=0.02))
+        victim = workers(core)[0]
         assert victim.pid is not None
-        calls = [asyncio.ensure_future(runtime.infer(request())) for _ in range(30)]
+        calls = [asyncio.ensure_future(core.infer(request())) for _ in range(30)]
         await asyncio.sleep(0.03)
         os.kill(victim.pid, how)
         answers = await asyncio.gather(*calls)
         for answer in answers:
             np.testing.assert_array_equal(answer.outputs["scores"], expected(request()))
         # The spare stands in at once, and a third worker comes up behind it.
-        slots = runtime.stats()["models"]["ranker"]["1"]["engines"]
+        slots = core.stats()["models"]["ranker"]["1"]["engines"]
         assert victim.name not in [s["name"] for s in slots]
-        await until(lambda: runtime.stats()["models"]["ranker"]["1"]["pool"] == {"READY": 3})
-        await runtime.close()
+        await until(lambda: core.stats()["models"]["ranker"]["1"]["pool"] == {"READY": 3})
+        await core.close()
 
     asyncio.run(main())
 
@@ -134,51 +134,51 @@ def test_a_worker_that_dies_or_stops_loses_no_request(how: signal.Signals) -> No
 def test_an_idle_worker_that_dies_is_replaced() -> None:
     async def main() -> None:
         pool = Pool(engines=1, kind="process")
-        runtime = Runtime(ServingConfig(slo=SLO(60_000.0), pool=pool))
-        await runtime.load("ranker", entry())
-        victim = workers(runtime)[0]
+        core = InferenceCore(ServingConfig(slo=SLO(60_000.0), pool=pool))
+        await core.load("ranker", entry())
+        victim = workers(core)[0]
         assert victim.pid is not None
         os.kill(victim.pid, signal.SIGKILL)
-        await until(lambda: not runtime.ready("ranker"))
-        await until(lambda: runtime.ready("ranker"))
-        await runtime.infer(request())
-        await runtime.close()
+        await until(lambda: not core.ready("ranker"))
+        await until(lambda: core.ready("ranker"))
+        await core.infer(request())
+        await core.close()
 
     asyncio.run(main())
 
 
 def test_the_task_that_is_cancelled_takes_its_request_out() -> None:
     async def main() -> None:
-        runtime = Runtime(ServingConfig(slo=SLO(60_000.0)))
-        await runtime.load("ranker", lambda: Scorer(sleep_s=0.03))
-        first = asyncio.ensure_future(runtime.infer(request()))
-        second = asyncio.ensure_future(runtime.infer(request()))
+        core = InferenceCore(ServingConfig(slo=SLO(60_000.0)))
+        await core.load("ranker", lambda: Scorer(sleep_s=0.03))
+        first = asyncio.ensure_future(core.infer(request()))
+        second = asyncio.ensure_future(core.infer(request()))
         await asyncio.sleep(0.005)
         second.cancel()
         await asyncio.sleep(0)
-        assert runtime.stats()["models"]["ranker"]["1"]["queued"] == 0
+        assert core.stats()["models"]["ranker"]["1"]["queued"] == 0
         await first
         with pytest.raises(asyncio.CancelledError):
             await second
-        await runtime.close()
+        await core.close()
 
     asyncio.run(main())
 
 
 def test_drain_answers_what_was_accepted_and_refuses_the_rest() -> None:
     async def main() -> None:
-        runtime = Runtime(ServingConfig(slo=SLO(60_000.0)))
-        await runtime.load("ranker", lambda: Scorer(sleep_s=0.01))
-        calls = [asyncio.ensure_future(runtime.infer(request())) for _ in range(5)]
+        core = InferenceCore(ServingConfig(slo=SLO(60_000.0)))
+        await core.load("ranker", lambda: Scorer(sleep_s=0.01))
+        calls = [asyncio.ensure_future(core.infer(request())) for _ in range(5)]
         await asyncio.sleep(0)
-        drained = asyncio.ensure_future(runtime.drain())
+        drained = asyncio.ensure_future(core.drain())
         await asyncio.sleep(0)
         with pytest.raises(Rejected) as refused:
-            await runtime.infer(request())
+            await core.infer(request())
         assert refused.value.kind is Kind.NOT_READY
         assert await drained
         assert all(isinstance(c.result().outputs, dict) for c in calls)
-        await runtime.close()
+        await core.close()
 
     asyncio.run(main())
 
@@ -199,7 +199,7 @@ CANARY = Canary(steps=(0.2, 1.0), window_s=0.15, min_requests=10, max_slowdown=2
 def test_a_release_is_promoted_or_rolled_back(new: Scorer, fails: bool, action: str) -> None:
     async def main() -> None:
         config = ServingConfig(slo=SLO(1000.0), canary=CANARY)
-        runtime = Runtime(config)
+        core = InferenceCore(config)
         changes: list[RolloutChanged] = []
 
         class Log:
@@ -207,15 +207,15 @@ def test_a_release_is_promoted_or_rolled_back(new: Scorer, fails: bool, action: 
                 if isinstance(event, RolloutChanged):
                     changes.append(event)
 
-        runtime.subscribe(Log())
-        await runtime.load("ranker", lambda: Scorer(sleep_s=0.001))
-        rollout = await runtime.release("ranker", lambda: new, version="2")
+        core.subscribe(Log())
+        await core.load("ranker", lambda: Scorer(sleep_s=0.001))
+        rollout = await core.release("ranker", lambda: new, version="2")
         new.fails = fails  # only now: a version that fails while it warms up is never released
         end = time.monotonic() + 60
         while not rollout.done:
             assert time.monotonic() < end
             try:
-                answer = await runtime.infer(request())
+                answer = await core.infer(request())
                 factor = new.factor if answer.version == "2" else 2.0
                 np.testing.assert_array_equal(answer.outputs["scores"], expected(request(), factor))
             except Rejected:
@@ -223,10 +223,10 @@ def test_a_release_is_promoted_or_rolled_back(new: Scorer, fails: bool, action: 
         assert changes[-1].action == action, changes
         if action == "rollback":
             assert rollout.windows <= 2
-        await until(lambda: len(runtime.models()) == 1)
+        await until(lambda: len(core.models()) == 1)
         survivor = "2" if action == "promote" else "1"
-        assert (await runtime.infer(request())).version == survivor
-        await runtime.close()
+        assert (await core.infer(request())).version == survivor
+        await core.close()
 
     asyncio.run(main())
 
@@ -239,34 +239,34 @@ def test_what_cannot_be_loaded_leaves_nothing_behind() -> None:
             raise RuntimeError("no")
 
     async def main() -> None:
-        runtime = Runtime()
+        core = InferenceCore()
         for source, error in ((Broken, RuntimeError), (lambda: 3, DtypeError)):
             with pytest.raises(error):
-                await runtime.load("ranker", source)
+                await core.load("ranker", source)
         with pytest.raises(ServingError, match="nowhere"):
-            await runtime.load("ranker", "nowhere", kind="process")
+            await core.load("ranker", "nowhere", kind="process")
         with pytest.raises(ArgumentError, match="EntryPoint"):
-            await runtime.load("ranker", Scorer, kind="process")
-        assert runtime.models() == []
-        assert not runtime.ready()
+            await core.load("ranker", Scorer, kind="process")
+        assert core.models() == []
+        assert not core.ready()
         with pytest.raises(Rejected, match="unknown model"):
-            await runtime.infer(request())
-        await runtime.close()
+            await core.infer(request())
+        await core.close()
 
     asyncio.run(main())
 
 
 def test_weights_share_the_requests_exactly() -> None:
     async def main() -> None:
-        runtime = Runtime()
-        await runtime.load("ranker", Scorer, version="1", weight=3.0)
-        await runtime.load("ranker", Scorer, version="2", weight=1.0)
-        got = [(await runtime.infer(request())).version for _ in range(40)]
+        core = InferenceCore()
+        await core.load("ranker", Scorer, version="1", weight=3.0)
+        await core.load("ranker", Scorer, version="2", weight=1.0)
+        got = [(await core.infer(request())).version for _ in range(40)]
         assert got.count("1") == 30
-        assert (await runtime.infer(request(version="2"))).version == "2"
-        await runtime.unload("ranker", "1")
-        assert (await runtime.infer(request())).version == "2"
-        await runtime.close()
+        assert (await core.infer(request(version="2"))).version == "2"
+        await core.unload("ranker", "1")
+        assert (await core.infer(request())).version == "2"
+        await core.close()
 
     asyncio.run(main())
 

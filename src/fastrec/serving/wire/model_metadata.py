@@ -1,12 +1,12 @@
-"""What clients are told about a model, from its engine's spec: metadata and configuration."""
+"""Metadata and configuration of a model, from its engine's spec."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastrec.serving.core.config import Lanes, QueuePolicy
-from fastrec.serving.core.runtime import ModelInfo
+from fastrec.serving.core.config import Queueing, QueuePolicy
+from fastrec.serving.core.inference_core import ModelInfo
 from fastrec.serving.wire.messages import message
 from fastrec.serving.wire.tensors import datatype
 
@@ -25,14 +25,14 @@ def metadata(info: ModelInfo, versions: Sequence[str]) -> Any:
     return answer
 
 
-def configuration(info: ModelInfo, lanes: Lanes, details: Mapping[str, str]) -> Any:
+def configuration(info: ModelInfo, queueing: Queueing, details: Mapping[str, str]) -> Any:
     """A ModelConfigResponse.
 
     ``max_batch_size`` is 0, Triton's way to say that shapes are complete: lengths ``[B]`` have no
     dimension left once the batch is taken away, which Triton's configuration cannot express.
 
     Args:
-        lanes: how requests queue, told as Triton's dynamic batching.
+        queueing: how requests queue, told as Triton's dynamic batching.
         details: shown as the configuration's parameters.
     """
     answer = _ConfigResponse()
@@ -44,10 +44,10 @@ def configuration(info: ModelInfo, lanes: Lanes, details: Mapping[str, str]) -> 
         config.output.add(name=name, data_type=_type(dtype), dims=_free(dims))
     config.model_transaction_policy.decoupled = False
     batching = config.dynamic_batching
-    batching.priority_levels = lanes.priority_levels
-    batching.default_priority_level = lanes.default_priority
-    _policy(batching.default_queue_policy, lanes.default_policy)
-    for level, policy in lanes.policies.items():
+    batching.priority_levels = queueing.priority_levels
+    batching.default_priority_level = queueing.default_priority
+    _policy(batching.default_queue_policy, queueing.default_policy)
+    for level, policy in queueing.policies.items():
         _policy(batching.priority_queue_policy[level], policy)
     for key, value in details.items():
         config.parameters[key].string_value = value

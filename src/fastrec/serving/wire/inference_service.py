@@ -1,4 +1,4 @@
-"""The Open Inference Protocol's calls as bytes in, bytes out: decode, ask the door, encode.
+"""The Open Inference Protocol's calls, bytes in and bytes out: decode, handle, encode.
 
 Messages are taken and given as bytes, so that what does not parse gets INVALID_ARGUMENT with a
 reason instead of gRPC's INTERNAL. What hosts the calls (:mod:`.grpc_server`, Ray) brings a context
@@ -16,9 +16,6 @@ from fastrec import __version__
 from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.wire.auth import Identity
-from fastrec.serving.wire.cards import configuration, metadata
-from fastrec.serving.wire.door import EXTENSIONS, Door
-from fastrec.serving.wire.hints import from_values, of_parameters, with_headers
 from fastrec.serving.wire.messages import (
     LOAD_SERVICE,
     SERVICE,
@@ -27,8 +24,11 @@ from fastrec.serving.wire.messages import (
     InferResponse,
     methods,
 )
+from fastrec.serving.wire.model_metadata import configuration, metadata
+from fastrec.serving.wire.request_handler import EXTENSIONS, RequestHandler
+from fastrec.serving.wire.request_parameters import from_values, parameter_values, with_headers
 from fastrec.serving.wire.status import trailers
-from fastrec.serving.wire.tensors import datatype, tensor_inputs, to_raw
+from fastrec.serving.wire.tensors import add_raw, tensor_inputs
 
 _MAX_ID = 128
 
@@ -46,10 +46,10 @@ class Aborted(Exception):
 
 
 class InferenceService:
-    """Answers the protocol's calls from a door."""
+    """Answers the protocol's calls from a handler."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
+    def __init__(self, handler: RequestHandler) -> None:
+        self._handler = handler
         self._replies = {name: reply for name, (_, reply) in methods(SERVICE).items()}
 
     def calls(self) -> dict[str, Call]:
@@ -101,23 +101,23 @@ class InferenceService:
     async def _model_infer(self, data: bytes, context: Any) -> bytes:
         try:
             request = _parse(InferRequest, data)
-            values = of_parameters(request.parameters) if request.parameters else {}
+            values = parameter_values(request.parameters) if request.parameters else {}
             metadata = context.invocation_metadata()
-            hints = from_values(with_headers(values, metadata) if metadata else values)
+            parameters = from_values(with_headers(values, metadata) if metadata else values)
             identity = self._identify(context)
             remaining_s = context.time_remaining()
             # What the server sheds is refused before a tensor is decoded.
-            self._door.turn_away(
-                request.model_name, request.model_version, request.inputs, hints, identity,
+            self._handler.turn_away(
+                request.model_name, request.model_version, request.inputs, parameters, identity,
                 remaining_s,
             )  # fmt: skip
             if len(request.id) > _MAX_ID:
                 raise ArgumentError("id", f"at most {_MAX_ID} characters", len(request.id))
-            response = await self._door.infer(
+            response = await self._handler.infer(
                 request.model_name,
                 request.model_version,
                 tensor_inputs(request),
-                hints,
+                parameters,
                 identity,
                 remaining_s=remaining_s,
                 request_id=request.id,
@@ -127,16 +127,14 @@ class InferenceService:
             reply = InferResponse(
                 model_name=response.model, model_version=response.version, id=request.id
             )
-            for name, array in response.outputs.items():
-                reply.outputs.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
-                reply.raw_output_contents.append(to_raw(array))
+            add_raw(reply.outputs, reply.raw_output_contents, response.outputs)
             return bytes(reply.SerializeToString())
         except Exception as error:
             raise self._refusal(error, "ModelInfer") from error
 
     def _identify(self, context: Any) -> Identity:
-        if self._door.auth is None:
-            return self._door.identify(None, ())
+        if self._handler.auth is None:
+            return self._handler.identify(None, ())
         authorization = None
         for name, value in context.invocation_metadata() or ():
             if name == "authorization":
@@ -147,26 +145,26 @@ class InferenceService:
             for key in ("x509_common_name", "x509_subject_alternative_name")
             for value in known.get(key, ())
         ]
-        return self._door.identify(authorization, names)
+        return self._handler.identify(authorization, names)
 
     def _refusal(self, error: Exception, where: str) -> Aborted:
-        told = self._door.answer(error, where)
+        told = self._handler.error_reply(error, where)
         return Aborted(told.code, told.text, trailers(told))
 
     async def _server_live(self, _request: Any, _who: Any, _context: Any) -> Any:
         return self._replies["ServerLive"](live=True)
 
     async def _server_ready(self, _request: Any, _who: Any, _context: Any) -> Any:
-        return self._replies["ServerReady"](ready=self._door.runtime.ready())
+        return self._replies["ServerReady"](ready=self._handler.core.ready())
 
     async def _model_ready(self, request: Any, _who: Any, _context: Any) -> Any:
         # Unknown models are not ready; as with Triton, that is no error.
-        ready = self._door.runtime.ready(request.name, request.version)
+        ready = self._handler.core.ready(request.name, request.version)
         return self._replies["ModelReady"](ready=ready)
 
     async def _probe(self, request: Any, _who: Any, _context: Any) -> Any:
         users, rows = max(request.users, 0), max(request.rows, 0)
-        load = self._door.runtime.load_of(request.model, request.version, users, rows)
+        load = self._handler.core.load_of(request.model, request.version, users, rows)
         return self._load_reply(**load._asdict())
 
     async def _server_metadata(self, _request: Any, _who: Any, _context: Any) -> Any:
@@ -175,19 +173,19 @@ class InferenceService:
         )
 
     async def _model_metadata(self, request: Any, _who: Any, _context: Any) -> Any:
-        info = self._door.runtime.model(request.name, request.version)
-        versions = [request.version] if request.version else self._door.versions(request.name)
+        info = self._handler.core.model(request.name, request.version)
+        versions = [request.version] if request.version else self._handler.versions(request.name)
         return metadata(info, versions)
 
     async def _model_config(self, request: Any, _who: Any, _context: Any) -> Any:
-        info = self._door.runtime.model(request.name, request.version)
-        return configuration(info, self._door.runtime.config.lanes, self._door.details(info))
+        info = self._handler.core.model(request.name, request.version)
+        return configuration(info, self._handler.core.config.lanes, self._handler.details(info))
 
     async def _model_statistics(self, request: Any, _who: Any, _context: Any) -> Any:
         if request.name:
-            self._door.runtime.model(request.name, request.version)
+            self._handler.core.model(request.name, request.version)
         reply = self._replies["ModelStatistics"]()
-        for row in self._door.statistics(request.name, request.version):
+        for row in self._handler.statistics(request.name, request.version):
             entry = reply.model_stats.add(
                 name=row["name"],
                 version=row["version"],
@@ -202,23 +200,23 @@ class InferenceService:
 
     async def _repository_index(self, request: Any, _who: Any, _context: Any) -> Any:
         _one_repository(request)
-        rows = self._door.index()
+        rows = self._handler.index()
         if request.ready:
             rows = [row for row in rows if row["state"] == "READY"]
         return self._replies["RepositoryIndex"](models=rows)
 
     async def _load(self, request: Any, who: Identity, context: Any) -> Any:
         _one_repository(request)
-        self._door.require_admin(who, context.peer())
+        self._handler.require_admin(who, context.peer())
         if request.parameters:
             # Triton's "config" and "file:" parameters would bring models from outside.
             raise ArgumentError("parameters", "none", sorted(request.parameters)[0][:64])
-        await self._door.load(request.model_name, who, context.peer())
+        await self._handler.load(request.model_name, who, context.peer())
         return self._replies["RepositoryModelLoad"]()
 
     async def _unload(self, request: Any, who: Identity, context: Any) -> Any:
         _one_repository(request)
-        await self._door.unload(request.model_name, who, context.peer())
+        await self._handler.unload(request.model_name, who, context.peer())
         return self._replies["RepositoryModelUnload"]()
 
 
@@ -227,7 +225,7 @@ def _parse(kind: Any, data: bytes) -> Any:
         return kind.FromString(data)
     except (DecodeError, UnicodeDecodeError):
         raise ArgumentError(
-            "request", f"a {kind.DESCRIPTOR.name}", f"{len(data)} bytes that are none"
+            "request", f"a {kind.DESCRIPTOR.name}", f"{len(data)} bytes that do not parse as one"
         ) from None
 
 

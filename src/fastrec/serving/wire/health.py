@@ -1,4 +1,8 @@
-"""The two standard services beside the protocol's own: health checks and reflection."""
+"""``grpc.health.v1.Health``, the standard health check.
+
+Not grpcio-health-checking's servicer: its ``Watch`` forgets all watchers of a service when one of
+them leaves, and does not notice readiness that changes with time.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,8 @@ from typing import Any
 
 import grpc
 
-from fastrec.serving.wire.messages import (
-    HEALTH_SERVICE,
-    LOAD_SERVICE,
-    REFLECTION_SERVICES,
-    SERVICE,
-    message,
-    methods,
-    pool,
-)
+from fastrec.serving.wire.messages import HEALTH_SERVICE, methods
 
-_LISTED = (SERVICE, LOAD_SERVICE, HEALTH_SERVICE, REFLECTION_SERVICES[0])
 _MOST_WATCHERS = 256
 _POLL_S = 1.0
 
@@ -98,53 +93,3 @@ class Health:
                     continue
         finally:
             self._watchers.discard(event)
-
-
-def reflection() -> list[grpc.GenericRpcHandler]:
-    """Both versions of ``ServerReflection``; their messages are the same."""
-    request, reply = methods(REFLECTION_SERVICES[0])["ServerReflectionInfo"]
-    handler = grpc.stream_stream_rpc_method_handler(
-        _reflect,
-        request_deserializer=request.FromString,
-        response_serializer=reply.SerializeToString,
-    )
-    return [
-        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
-        for name in REFLECTION_SERVICES
-    ]
-
-
-async def _reflect(requests: AsyncIterator[Any], _context: Any) -> AsyncIterator[Any]:
-    reply_class = message("grpc.reflection.v1.ServerReflectionResponse")
-    async for request in requests:
-        reply = reply_class(valid_host=request.host, original_request=request)
-        which = request.WhichOneof("message_request")
-        try:
-            if which == "list_services":
-                for name in _LISTED:
-                    reply.list_services_response.service.add(name=name)
-            elif which == "file_by_filename":
-                _add_files(reply, pool.FindFileByName(request.file_by_filename))
-            elif which == "file_containing_symbol":
-                _add_files(reply, pool.FindFileContainingSymbol(request.file_containing_symbol))
-            elif which == "all_extension_numbers_of_type":
-                name = request.all_extension_numbers_of_type
-                pool.FindMessageTypeByName(name)
-                reply.all_extension_numbers_response.base_type_name = name
-            else:
-                raise KeyError(which)
-        except KeyError:
-            code, text = grpc.StatusCode.NOT_FOUND.value
-            reply.error_response.error_code, reply.error_response.error_message = code, text
-        yield reply
-
-
-def _add_files(reply: Any, file: Any) -> None:
-    """A file and all that it imports, each once."""
-    waiting, seen = [file], set()
-    while waiting:
-        file = waiting.pop()
-        if file.name not in seen:
-            seen.add(file.name)
-            reply.file_descriptor_response.file_descriptor_proto.append(file.serialized_pb)
-            waiting.extend(file.dependencies)

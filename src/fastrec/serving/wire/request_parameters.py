@@ -1,4 +1,4 @@
-"""What a request says about its own urgency, and whose it is.
+"""Request parameters: priority, timeout, tier and tenant.
 
 Request parameters come first, metadata (or HTTP headers) second: load generators that reach gRPC
 through C++ can set the former alone. Priorities and timeouts are Triton's: 1 is the highest
@@ -20,8 +20,8 @@ _MAX_PRIORITY = 2**32 - 1
 
 
 @dataclass(slots=True)
-class Hints:
-    """As the client claims them; see :mod:`fastrec.serving.wire.auth` for what is believed.
+class RequestParameters:
+    """Parameters as the client claims them; :mod:`fastrec.serving.wire.auth` checks the claims.
 
     Args:
         priority: 1 is the highest, 0 the default.
@@ -35,29 +35,29 @@ class Hints:
     tenant: str = ""
 
 
-def from_values(values: Mapping[str, Any]) -> Hints:
-    """Hints of plain Python values; other keys are none of our business.
+def from_values(values: Mapping[str, Any]) -> RequestParameters:
+    """Parse plain Python values; other keys are ignored.
 
     Raises:
         ArgumentError: a value of the wrong type or range.
     """
-    hints = Hints()
+    parameters = RequestParameters()
     if not values:
-        return hints
+        return parameters
     priority = values.get(PRIORITY)
     if priority is not None:
-        hints.priority = _whole(PRIORITY, priority, _MAX_PRIORITY)
+        parameters.priority = _whole(PRIORITY, priority, _MAX_PRIORITY)
     timeout = values.get("timeout")
     if timeout is not None:
         micros = _whole("timeout", timeout, 2**63 - 1)
         # As for Triton, 0 is no timeout of the request's own.
-        hints.timeout_s = micros / 1e6 if micros else None
-    hints.tier = _text(TIER, values.get(TIER))
-    hints.tenant = _text(TENANT, values.get(TENANT))
-    return hints
+        parameters.timeout_s = micros / 1e6 if micros else None
+    parameters.tier = _text(TIER, values.get(TIER))
+    parameters.tenant = _text(TENANT, values.get(TENANT))
+    return parameters
 
 
-def of_parameters(parameters: Any) -> dict[str, Any]:
+def parameter_values(parameters: Any) -> dict[str, Any]:
     """The values of a map of InferParameter.
 
     A parameter of a type that its sender's schema has and ours has not (or the other way round: the

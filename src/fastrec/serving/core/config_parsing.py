@@ -1,4 +1,4 @@
-"""Frozen dataclasses out of plain values and files; a wrong value is named by where it stands."""
+"""Frozen dataclasses from plain values and files; errors name the path of the wrong value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from fastrec.errors import ConfigError
 
-Own = TypeVar("Own", bound="FromValues")
+Own = TypeVar("Own", bound="ParsedConfig")
 
 
 def check(
@@ -29,15 +29,15 @@ def check(
         )
 
 
-class FromValues:
-    """What a dataclass of settings has beside its fields."""
+class ParsedConfig:
+    """Base of settings dataclasses: from and to plain values and files."""
 
     @classmethod
     def from_dict(cls: type[Own], values: Mapping[str, Any]) -> Own:
         """From plain JSON types; absent keys take their defaults.
 
         Raises:
-            ConfigError: an unknown key or a wrong value, and where it stands.
+            ConfigError: an unknown key or a wrong value, with its path.
         """
         made = _build(cls, values, "")
         assert isinstance(made, cls)
@@ -80,11 +80,11 @@ def _build(wanted: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where or 'configuration'}: expected a table, got {value!r}")
-        hints = typing.get_type_hints(wanted)
+        types_of = typing.get_type_hints(wanted)
         names = {f.name for f in dataclasses.fields(wanted)}
         if unknown := sorted(set(value) - names):
             raise ConfigError(f"{_at(where, unknown[0])}: expected one of {sorted(names)}, got it")
-        parts = {key: _build(hints[key], part, _at(where, key)) for key, part in value.items()}
+        parts = {key: _build(types_of[key], part, _at(where, key)) for key, part in value.items()}
         try:
             return wanted(**parts)
         except TypeError as error:
