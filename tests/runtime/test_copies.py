@@ -101,7 +101,7 @@ def plan_of(model: nn.Module, *inputs: torch.Tensor) -> Program:
 
 def agrees(model: nn.Module, *inputs: torch.Tensor) -> Program:
     spec, plan = spec_of(model, inputs), plan_of(model, *inputs)
-    engine = PlanEngine(
+    engine = PlanEngine.build(
         plan, backend="native", precision="fp32", threads=2, spec=spec, rows=[], versions={}
     )
     for batch in range(1, 9):
@@ -198,7 +198,7 @@ def test_padded_keys_are_not_read() -> None:
     model, x = Values(), torch.randn(2, 1, 5, 8)
     y, n = torch.randn(2, 1, 20, 8), torch.tensor([3, 9])
     spec, plan = spec_of(model, (x, y, n)), plan_of(model, x, y, n)
-    engine = PlanEngine(
+    engine = PlanEngine.build(
         plan, backend="native", precision="fp32", threads=1, spec=spec, rows=[], versions={}
     )
     expected = engine(x, y, n)

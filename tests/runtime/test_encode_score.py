@@ -22,7 +22,7 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.passes import optimise
-from fastrec.runtime.native.split import candidate_positions
+from fastrec.runtime.native.user_state import candidate_positions
 from fastrec.runtime.native.user_state import State
 from fastrec.spec import InputField, InputSpec
 
@@ -37,7 +37,7 @@ def engine_of(model: nn.Module, *inputs: torch.Tensor, threads: int = 2) -> Plan
     spec = spec_of(model, inputs)
     plan = lower(model.eval(), inputs, spec)
     optimise(plan)
-    return PlanEngine(
+    return PlanEngine.build(
         plan,
         backend="native",
         precision="fp32",

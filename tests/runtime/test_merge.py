@@ -51,7 +51,7 @@ def plan_of(model: nn.Module, *inputs: torch.Tensor) -> Program:
 
 def engine_of(model: nn.Module, plan: Program, *inputs: torch.Tensor) -> PlanEngine:
     spec = spec_of(model, inputs)
-    return PlanEngine(
+    return PlanEngine.build(
         plan, backend="native", precision="fp32", threads=2, spec=spec, rows=[], versions={}
     )
 

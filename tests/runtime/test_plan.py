@@ -33,7 +33,7 @@ def engine_of(model: nn.Module, *inputs: torch.Tensor, threads: int = 2) -> Plan
     spec = spec_of(model, inputs)
     plan = lower(model.eval(), inputs, spec)
     optimise(plan)
-    return PlanEngine(
+    return PlanEngine.build(
         plan, backend="native", precision="fp32", threads=threads, spec=spec, rows=[], versions={}
     )
 

@@ -49,7 +49,7 @@ def engine_of(model: nn.Module, spec: InputSpec, *inputs: Tensor, threads: int =
     plan = lower(model.eval(), inputs, spec)
     optimise(plan)
     about = {"backend": "native", "precision": "fp32", "rows": [], "versions": {}}
-    return PlanEngine(plan, spec=program_spec(spec, plan, inputs), threads=threads, **about)
+    return PlanEngine.build(plan, spec=program_spec(spec, plan, inputs), threads=threads, **about)
 
 
 def ranker(int8: bool) -> PlanEngine:

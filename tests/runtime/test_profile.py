@@ -53,7 +53,7 @@ def engine(request: pytest.FixtureRequest) -> PlanEngine:
     spec = spec_of(model, inputs)
     plan = lower(model, inputs, spec)
     optimise(plan)
-    return PlanEngine(
+    return PlanEngine.build(
         plan, backend="native", precision="fp32", threads=1, spec=spec, rows=[], versions={}
     )
 

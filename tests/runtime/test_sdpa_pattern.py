@@ -132,7 +132,7 @@ def test_one_step(name: str, heads: tuple[int, ...], length: int) -> None:
     if length > 1:
         assert kind in kinds
         assert (kind == "matmul") == ("softmax" in kinds)
-    engine = PlanEngine(
+    engine = PlanEngine.build(
         plan, backend="native", precision="fp32", threads=2, spec=spec, rows=[], versions={}
     )
     for batch in range(1, 9):
@@ -154,7 +154,7 @@ def test_weights_that_others_read_are_there() -> None:
     plan = lower(model, (x,), spec)
     optimise(plan)
     assert {"attention", "softmax", "matmul"} <= {step.kind for step in plan.steps}
-    engine = PlanEngine(
+    engine = PlanEngine.build(
         plan, backend="native", precision="fp32", threads=2, spec=spec, rows=[], versions={}
     )
     torch.testing.assert_close(engine(x), model(x), rtol=2e-5, atol=2e-5)

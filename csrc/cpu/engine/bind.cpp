@@ -10,6 +10,7 @@
 #include "engine/cost.h"
 #include "engine/file.h"
 #include "engine/map_ops.h"
+#include "engine/steps/pattern.h"
 #include "engine/user_state.h"
 
 namespace py = pybind11;
@@ -285,6 +286,7 @@ void bind(py::module_& parent) {
   m.attr("MAX_OPERANDS") = kMaxOperands;
   m.attr("MAX_REGISTERS") = kMaxRegisters;
   m.attr("MAP_OPS") = std::vector<std::string>(kMapOpNames, kMapOpNames + kMapOps);
+  m.attr("EVERYTHING") = kEverything;
   m.attr("FILE_VERSION") = kFileVersion;
   m.attr("KINDS") = described_kinds();
   py::class_<BoundEngine>(m, "Engine")

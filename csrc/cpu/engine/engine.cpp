@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kMaxThreads = 1024;
 
-// The inputs as the specification says, and one whole float32 output.
-void check_interface(const Program& program, const InputSpec& spec) {
+// The inputs are as the specification says.
+void check_inputs(const Program& program, const InputSpec& spec) {
   const auto require = [](bool true_, const char* what) {
     if (!true_) throw InvalidProgram(std::string("an invalid plan: ") + what);
   };
@@ -33,10 +33,6 @@ void check_interface(const Program& program, const InputSpec& spec) {
                       buffer.space == Space::input && buffer.index == static_cast<int>(i);
     if (!fits) throw InvalidProgram("an invalid plan: input " + field.name + " as specified");
   }
-  require(program.outputs.size() == 1, "one output");
-  const View& output = program.outputs[0];
-  require(program.buffers[output.buffer].dtype == Dtype::f32 && program.is_whole(output),
-          "a whole float32 output");
 }
 
 // Positions of the inputs that a view's values come from, as steps before `end` made them.
@@ -146,12 +142,9 @@ Engine::Engine(const json::Value& header, std::vector<Constant> constants,
   const int64_t threads = header.at("threads").integer();
   if (threads < 1 || threads > kMaxThreads) throw InvalidProgram("a sound number of threads");
   threads_ = static_cast<int>(threads);
-  check_interface(program_, inputs_);
+  check_inputs(program_, inputs_);
   check(program_, {inputs_.limits.begin(), inputs_.limits.begin() + program_.symbols.size()});
-  const int output = program_.outputs[0].buffer;
-  program_.outputs.clear();
-  program_.buffers[output].space = Space::arena;
-  add_output(program_, output);
+  program_.buffers[program_.outputs[0].buffer].space = Space::output;
   order_by_rows(program_);
   executor_ = std::make_unique<Executor>(make_plan(program_));
 }

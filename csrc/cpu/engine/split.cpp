@@ -109,11 +109,12 @@ Program part_of(const Program& program, const std::vector<int>& inputs) {
 
 }  // namespace
 
-void add_output(Program& part, int buffer) {
-  if (part.buffers[buffer].space == Space::output) return;
-  part.buffers[buffer].space = Space::output;
-  part.buffers[buffer].index = static_cast<int>(part.outputs.size());
-  part.outputs.push_back(part.whole(buffer));
+void add_output(Program& part, const View& view) {
+  Buffer& buffer = part.buffers[view.buffer];
+  if (buffer.space == Space::output) return;
+  buffer.space = Space::output;
+  buffer.index = static_cast<int>(part.outputs.size());
+  part.outputs.push_back(view);
 }
 
 namespace {
@@ -215,13 +216,13 @@ Split split(const Program& program, const std::vector<int>& candidates) {
 
   made.encode = part_of(whole, buffers_of(program, made.history));
   made.encode.steps = std::move(early_steps);
-  for (const int b : state) add_output(made.encode, b);
+  for (const int b : state) add_output(made.encode, whole.whole(b));
   std::vector<int> inputs = buffers_of(program, made.candidates);
   inputs.insert(inputs.end(), state.begin(), state.end());
   for (const int i : made.kept) inputs.push_back(program.inputs[i]);
   made.score = part_of(whole, inputs);
   made.score->steps = std::move(late_part);
-  add_output(*made.score, output);
+  add_output(*made.score, program.outputs[0]);
   return made;
 }
 
@@ -251,8 +252,8 @@ class Resuming {
     };
     for (const int b : made_.caches) add_input(cache_of_.at(b));
     add_input(past_rows_);
-    for (const View& view : old_.outputs) add_output(made, view.buffer);
-    for (const int b : made_.caches) add_output(made, b);
+    for (const View& view : old_.outputs) add_output(made, view);
+    for (const int b : made_.caches) add_output(made, made.whole(b));
     return std::move(made_);
   }
 

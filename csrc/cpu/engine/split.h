@@ -36,8 +36,8 @@ struct Split {
 // part, its output the state. Throws CannotSplit.
 Split split(const Program& program, const std::vector<int>& candidates);
 
-// Makes a buffer one more output of a program, unless it is one already.
-void add_output(Program& program, int buffer);
+// Makes all of a buffer, seen so, one more output of a program, unless it is one already.
+void add_output(Program& program, const View& view);
 
 // How the rows of new events come about, in a program where an event sees itself and those before.
 //

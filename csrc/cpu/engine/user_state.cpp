@@ -173,7 +173,7 @@ SplitExecutors::Appends::Appends(Engine& engine, Split& parts, const InputSpec& 
   for (const View& view : made.program.outputs) axes.push_back(row_axis(view.sizes));
   for (const int b : made.caches) {
     cache_outputs.push_back(made.program.buffers[b].index);
-    add_output(parts.encode, b);
+    add_output(parts.encode, parts.encode.whole(b));
   }
   std::vector<int> origins;
   for (const int o : made.origins) origins.push_back(o < 0 ? -1 : parts.encode_origins[o]);

@@ -26,7 +26,7 @@ import numpy as np
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
 from fastrec.runtime.native.buffers import View
-from fastrec.runtime.native.split import candidate_positions
+from fastrec.runtime.native.user_state import candidate_positions
 
 Arrays = tuple[np.ndarray, ...]
 # An engine's screen lies beside its file, under the file's name and this.

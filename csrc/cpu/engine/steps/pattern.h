@@ -7,6 +7,10 @@
 
 namespace fastrec::engine {
 
+// The window where every query sees every key: so it is also for a part of the queries, whose
+// positions then count from 0 again.
+inline constexpr int64_t kEverything = int64_t{1} << 30;
+
 struct PatternFields {
   bool causal = false;  // query i sees no key beyond i
   int64_t window = 0;   // keys at most so far away are seen

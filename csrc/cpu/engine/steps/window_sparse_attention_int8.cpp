@@ -13,9 +13,6 @@ namespace {
 
 namespace attention = window_sparse_attention_int8;
 
-// The window where every query sees every key: so it is also for a part of the queries, whose
-// positions then count from 0 again.
-constexpr int64_t kEverything = int64_t{1} << 30;
 // Scales whose products with the kernel's integers are finite in fp32.
 constexpr double kMaxScale = 1e30;
 // Of all heads together: they are laid out for each head when the plan is made.

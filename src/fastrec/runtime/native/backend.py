@@ -167,7 +167,7 @@ def _planned(
     optimise(program)
     if precision == "bf16":
         multiply_bf16(program)
-    engine = PlanEngine(
+    engine = PlanEngine.build(
         program,
         backend="native",
         precision=precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,59 +10,61 @@ from typing import Any
 import numpy as np
 
 from fastrec import kernels
-from fastrec.errors import ArgumentError, ArtifactError, DtypeError
+from fastrec.errors import ArgumentError, BackendError, DtypeError
+from fastrec.kernels import _compiled
 from fastrec.measure.ceilings import Ceilings
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.native import file
-from fastrec.runtime.native.emit import entrance, executor
-from fastrec.runtime.native.faults import error_of
-from fastrec.runtime.native.profile import Request, profile
+from fastrec.runtime.native.header import described
+from fastrec.runtime.native.profile import profile_rows
 from fastrec.runtime.native.program import Program
-from fastrec.runtime.native.split import CANDIDATES, candidate_positions
-from fastrec.runtime.native.split_executors import SplitExecutors
-from fastrec.runtime.native.user_state import State
+from fastrec.runtime.native.user_state import CANDIDATES, Parts, State, candidate_positions
 
 
 class PlanEngine(Engine):
-    """A program and its native executor; any number of threads may call it at once."""
+    """The compiled engine of a program; any number of threads may call it at once.
+
+    It owns its weights: what becomes of the model that it was compiled from changes nothing.
+
+    Args:
+        native: the compiled engine, of :meth:`build` or :func:`fastrec.runtime.native.file.load`.
+        about: see :class:`~fastrec.runtime.engine.Engine`.
+    """
 
     spin_s = 0.0005  # the kernels' pool parks after 0.3 ms
 
-    def __init__(self, program: Program, **about: Any) -> None:
+    def __init__(self, native: Any, **about: Any) -> None:
         super().__init__(**about)
-        self._program = program
-        self._executor, self._constants = executor(program)
-        # Where each symbol's size is found: (input, dimension).
-        self._sizes = [
-            next(
-                (i, d)
-                for i, buffer in enumerate(program.inputs)
-                for d, size in enumerate(buffer.shape)
-                if size.symbols == (symbol,) and size.coefficient == 1
-            )
-            for symbol in program.symbols
-        ]
-        self._out_shape = program.output.shape
-        self._entrance = entrance(self._executor, self._constants, program, self.spec)
+        self._native: Any = native
         # By the candidates' positions, and whether events can be appended.
-        self._splits: dict[tuple[tuple[int, ...], bool], SplitExecutors] = {}
-        self._building = threading.Lock()
+        self._parts: dict[tuple[tuple[int, ...], bool], Parts] = {}
+
+    @classmethod
+    def build(cls, program: Program, **about: Any) -> PlanEngine:
+        """Check and plan a program; its constants are copied.
+
+        Raises:
+            BackendError: the engine cannot hold the program, and why.
+        """
+        values, constants = described(program)
+        spec = about["spec"].to_dict()
+        header = {"program": values, "spec": spec, "threads": about["threads"]}
+        native = _compiled.native().engine.Engine.build(
+            json.dumps(header), [np.ascontiguousarray(c) for c in constants]
+        )
+        return cls(native, **about)
+
+    @classmethod
+    def load(cls, path: Path, threads: int | None = None, *, copy: bool = False) -> PlanEngine:
+        """Open what :meth:`save` wrote; arguments and errors are
+        :func:`fastrec.runtime.native.file.read`'s."""
+        native, about = file.read(path, threads, copy=copy)
+        return cls(native, **about)
 
     def __call__(self, *inputs: Any) -> Any:
-        scores = self._straight(inputs, self.threads)
+        native = self._native  # another thread may close the engine, which unsets it
+        scores = None if native is None else native(inputs, self.threads)
         return super().__call__(*inputs) if scores is None else scores
-
-    def _straight(self, inputs: tuple[Any, ...], threads: int) -> np.ndarray | None:
-        """The scores without Python code in between, where the inputs are arrays as the spec says.
-
-        None for other inputs, which :meth:`__call__` then converts or refuses.
-        """
-        entrance = self._entrance  # another thread may close the engine, which unsets it
-        done = None if entrance is None else entrance(inputs, threads)
-        if isinstance(done, tuple):
-            fault, step, value = done
-            raise self._error(fault, step, value, inputs)
-        return done
 
     def encode(
         self,
@@ -84,18 +86,14 @@ class PlanEngine(Engine):
             BackendError: the program does not split there, or cannot append, and why; or the engine
                 is closed.
         """
-        self._require_open()
+        native = self._open()
         none = candidates == () and not any(CANDIDATES in f.dims for f in self.spec.fields)
         which = () if none else candidate_positions(self.spec, candidates)
         key = (which, bool(appendable))
-        executors = self._splits.get(key)
-        if executors is None:
-            with self._building:
-                executors = self._splits.get(key) or SplitExecutors(
-                    self._program, self.spec, self._executor, self.threads, *key
-                )
-                self._splits[key] = executors
-        return executors.encode(history)
+        parts = self._parts.get(key)
+        if parts is None:
+            parts = self._parts[key] = Parts(native.split(list(which), key[1]), self.spec)
+        return parts.encode(history, self.threads)
 
     def append(self, state: State, *events: Any) -> State:
         """The state after new events, as many for each of its users; ``state`` itself stays.
@@ -116,7 +114,7 @@ class PlanEngine(Engine):
             ArgumentError, DtypeError, DeviceError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
-        return self._own(state)._executors.append(state, events)
+        return self._own(state).append(state, events, self.threads)
 
     def score(self, state: State, *candidates: Any) -> Any:
         """The scores of candidates for the users of ``state``: the bits that a call with all inputs
@@ -127,19 +125,31 @@ class PlanEngine(Engine):
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
-        return self._own(state)._executors.score(state, candidates)
+        return self._own(state).score(state, candidates, self.threads)
 
-    def _own(self, state: Any) -> State:
-        self._require_open()
+    def _own(self, state: Any) -> Parts:
+        self._open()
         if not isinstance(state, State):
             raise DtypeError("state", "what encode returned", type(state).__name__)
-        if not any(state._executors is own for own in self._splits.values()):
+        if not any(state.parts is own for own in self._parts.values()):
             raise ArgumentError("state", "one that this engine encoded", "another engine's")
-        return state
+        return state.parts
+
+    def _open(self) -> Any:
+        native = self._native
+        if native is None:
+            self._require_open()
+        return native
 
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
-        with kernels.call_threads(self.threads):
-            return self._call(arrays)
+        return self._checked(arrays, self.threads)
+
+    def _checked(self, arrays: Sequence[np.ndarray], threads: int) -> np.ndarray:
+        """The scores of arrays that the spec has accepted, in whatever order they lie."""
+        scores = self._open()(aligned(arrays), threads)
+        if scores is None:
+            raise BackendError("inputs that the spec accepts were refused by the native engine")
+        return scores
 
     def throughput(
         self, requests: Sequence[tuple[np.ndarray, ...]], *, seconds: float = 2.0
@@ -151,49 +161,10 @@ class PlanEngine(Engine):
         """
 
         def alone(*request: np.ndarray) -> np.ndarray:
-            scores = self._straight(request, 1)
-            if scores is not None:
-                return scores
-            with kernels.call_threads(1):
-                return self._call(self.spec.check(request)[0])
+            scores: np.ndarray | None = self._open()(request, 1)
+            return self._checked(self.spec.check(request)[0], 1) if scores is None else scores
 
         return closed_loop(alone, requests, self.threads, seconds)
-
-    def _call(self, arrays: list[np.ndarray], step_ns: np.ndarray | None = None) -> np.ndarray:
-        arrays = [np.ascontiguousarray(a) for a in arrays]
-        sizes = [arrays[i].shape[d] for i, d in self._sizes]
-        known = dict(zip(self._program.symbols, sizes, strict=True))
-        out = np.empty([size.at(known) for size in self._out_shape], np.float32)
-        # Held until the call is over: another thread may close the engine meanwhile.
-        native, _constants = self._held()
-        fault, step, value = native.run(
-            sizes,
-            [a.ctypes.data for a in arrays],
-            [out.ctypes.data],
-            0 if step_ns is None else step_ns.ctypes.data,
-        )
-        if fault:
-            raise self._error(fault, step, value, arrays)
-        return out
-
-    def _held(self) -> tuple[Any, list[np.ndarray]]:
-        """The executor, and the constants that it borrows."""
-        try:
-            return self._executor, self._constants
-        except AttributeError:
-            self._require_open()
-            raise
-
-    def _error(self, fault: int, step: int, value: int, arrays: Sequence[np.ndarray]) -> Exception:
-        sizes = self._sizes_of(arrays)
-        return error_of(self._program, self.spec.names, fault, step, value, sizes, arrays)
-
-    def _sizes_of(self, arrays: Sequence[np.ndarray]) -> dict[str, int]:
-        """Each symbol's size in a call."""
-        return {
-            symbol: arrays[i].shape[d]
-            for symbol, (i, d) in zip(self._program.symbols, self._sizes, strict=True)
-        }
 
     def profile(
         self, inputs: Sequence[Any], *, calls: int = 5, limits: bool | Ceilings = False
@@ -219,51 +190,45 @@ class PlanEngine(Engine):
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
-        self._require_open()
+        native = self._open()
         if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
             raise ArgumentError("calls", "a positive integer", calls)
-        arrays = self.spec.check(inputs)[0]
+        arrays = aligned(self.spec.check(inputs)[0])
         ceilings = Ceilings(self.threads) if limits is True else limits or None
-        taken = np.zeros((calls, len(self._program.steps)), np.int64)
         with kernels.call_threads(self.threads):
-            for call in taken:
-                self._call(arrays, call)
-            request = Request(self._sizes_of(arrays), arrays)
-            return profile(self._program, request, taken, ceilings)
+            steps = native.profile(arrays, calls, self.threads)
+        return profile_rows(steps, ceilings)
 
     def save(self, path: str | Path) -> Path:
         """Write one file that :func:`fastrec.runtime.load_engine` maps, without torch.
 
         Raises:
             ArtifactError: ``path`` exists and is not a native engine's file.
-            BackendError: the engine is closed, or its program has a form that files do not hold.
+            BackendError: the engine is closed.
+            OSError: the disk is full, or the folder may not be written; an older file is as it was.
         """
-        self._require_open()
-        return file.write(self._program, self.spec, self._header(), path)
+        native = self._open()
+        program = json.loads(native.header)["program"]
+        return file.write({**self._header(), "program": program}, native.constants, Path(path))
 
-    @classmethod
-    def load(cls, path: Path, threads: int | None = None) -> PlanEngine:
-        """Open what :meth:`save` wrote.
-
-        Args:
-            path: the file.
-            threads: threads that a call may use; None means as when it was saved.
+    def plan(self) -> dict[str, Any]:
+        """The program in the order that it runs, and how: ``users`` (the symbol that counts
+        independent users, or None), ``groups`` ([first step, step behind the last, symbol] whose
+        rows threads share out) and ``slots`` (buffers that take turns in the same memory).
 
         Raises:
-            ArgumentError: ``threads`` is not a positive integer or None.
-            ArtifactError: missing, foreign, truncated, altered, newer, or an unsound program.
-            BackendError: the compiled kernels are missing, or lack what the file requires.
+            BackendError: the engine is closed.
         """
-        program, about = file.read(path, threads)
-        try:
-            return cls(program, **about)
-        except (TypeError, ValueError, OverflowError) as error:  # of the compiled executor
-            raise ArtifactError(f"{path}: an invalid program: {error}") from error
+        return dict(json.loads(self._open().plan()))
 
     def close(self) -> None:
-        """Free the executor and the constants."""
+        """Free the native engine."""
         if not self._closed:
             super().close()
-            self._splits.clear()
-            self._entrance = None
-            del self._executor, self._constants
+            self._parts.clear()
+            self._native = None
+
+
+def aligned(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The arrays as the native engine reads them: contiguous, aligned, of the machine's order."""
+    return tuple(np.require(a, a.dtype.newbyteorder("="), ["C", "A"]) for a in arrays)

@@ -2,8 +2,9 @@
 
 ``steps.linear(x=..., weight=..., y=..., activation="none")`` makes a step of the kind ``linear``; a
 name that the kind does not have, or that is left out, raises. Operands and fields are attributes of
-the step: ``step.x``, ``step.activation``. What a kind is (its operands, fields and traits) stands
-in :func:`kinds`; passes ask :attr:`Step.kind_info`.
+the step: ``step.x``, ``step.activation``. The kinds, their operands
+and fields are those of the compiled engine (csrc/cpu/engine/steps); passes ask
+:attr:`Step.kind_info`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastrec.kernels import _compiled
 from fastrec.runtime.native.buffers import Buffer, View
 
 # One instruction of a map: (name, a, b, c), or ("number" | "integer", value), ("index", dim).
@@ -64,107 +66,11 @@ class KindInfo:
         name: the kind.
         operands: in the order that the executor takes them, results last.
         fields: its parameters.
-        rows: which rows of one user (events, or candidates) it keeps apart: ``mixed`` (none),
-            ``elements`` (a result follows from the operands' elements at its position), ``last`` (a
-            row along the last dimension follows from the operands' row), ``queries`` (a query's row
-            follows from that query and all keys).
-        users: whether it keeps apart the users of a batch, the first dimension: ``mixed``,
-            ``apart``, or ``apart_of_two`` (where its first operand has two dimensions or more).
     """
 
     name: str
     operands: tuple[OperandInfo, ...]
     fields: tuple[FieldInfo, ...]
-    rows: str
-    users: str
-
-
-def kinds() -> list[dict[str, Any]]:
-    """Every kind of step as plain values."""
-
-    def kind(
-        name: str, operands: str, fields: str = "", rows: str = "mixed", users: str = "apart_of_two"
-    ) -> dict[str, Any]:
-        # An operand: "name" and marks: ? optional, > written, / strided, * many.
-        return {
-            "name": name,
-            "operands": [
-                {
-                    "name": text.rstrip("?>/*"),
-                    "optional": "?" in text,
-                    "output": ">" in text,
-                    "strided": "/" in text,
-                    "many": "*" in text,
-                }
-                for text in operands.split()
-            ],
-            "fields": [
-                {
-                    "name": field,
-                    "type": type_.partition("(")[0],
-                    "choices": type_.partition("(")[2].rstrip(")").split("|")
-                    if "(" in type_
-                    else [],
-                }
-                for field, _, type_ in (text.partition(":") for text in fields.split())
-            ],
-            "rows": rows,
-            "users": users,
-        }
-
-    activation = f"activation:choice({'|'.join(ACTIVATIONS)})"
-    heads = "q/ k/ v/"
-    return [
-        kind("attention", f"{heads} lengths? y>", "scale:number", "queries"),
-        kind("causal_attention", f"{heads} y>", "scale:number"),
-        kind(
-            "masked_attention",
-            f"{heads} mask?/ y>",
-            "scale:number causal:flag caps:flag empty_is_nan:flag",
-        ),
-        kind("cumsum", "x y>"),
-        kind("gather", "ids table scale? y>", rows="elements", users="apart"),
-        kind("grouped_linear", "x weight bias? y>", "shuffle:flag", "last"),
-        kind(
-            "layer_norm",
-            "x residual? weight bias sum?> y>",
-            "eps:number y_scale:number y_zero_point:integer y_tiles:flag",
-            "last",
-        ),
-        kind("linear", "x weight bias? y>", activation, "last"),
-        kind("linear_bf16", "x weight bias? y>", activation, "last"),
-        kind(
-            "linear_int8",
-            "x values group_index panel_start w_scale w_sum bias? y>",
-            f"outputs:integer inputs:integer x_scale:number x_zero_point:integer {activation} "
-            "y_scale:number y_zero_point:integer x_tiles:flag y_tiles:flag",
-            "last",
-        ),
-        kind("map", "x* y>", "program:program", "elements", "apart"),
-        kind("matmul", "a b y>", "transposed:flag"),
-        kind("quantize", "x y>", "scale:number zero_point:integer", users="apart"),
-        kind("reduce", "x y>", "operation:choice(sum|mean|max)"),
-        kind(
-            "resumed_attention",
-            "q k v past_k past_v past y>",
-            "scale:number has_pattern:flag window:integer distances:lists",
-            users="mixed",
-        ),
-        kind("separable_projection", "x/ depthwise pointwise bias? lengths? y>", "before:integer"),
-        kind("softmax", "x y>"),
-        kind(
-            "window_sparse_attention",
-            f"{heads} lengths? y>",
-            "scale:number causal:flag window:integer distances:lists",
-        ),
-        kind(
-            "window_sparse_attention_int8",
-            f"{heads} lengths? y>",
-            "exponent_scale:number v_scale:number y_scale:number q_zero_point:integer "
-            "y_zero_point:integer causal:flag window:integer distances:lists",
-            "queries",
-        ),
-    ]
 
 
 @functools.cache
@@ -174,10 +80,8 @@ def _kinds() -> dict[str, KindInfo]:
             row["name"],
             tuple(OperandInfo(**operand) for operand in row["operands"]),
             tuple(FieldInfo(f["name"], f["type"], tuple(f["choices"])) for f in row["fields"]),
-            row["rows"],
-            row["users"],
         )
-        for row in kinds()
+        for row in _compiled.native().engine.KINDS
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fastrec.kernels import _compiled
 from fastrec.kernels.pattern_tables import decoded
 from fastrec.kernels.separable_projection.reference import taps_before
 from fastrec.kernels.window_sparse_attention._spec import decode
@@ -16,7 +17,6 @@ from fastrec.runtime.native.buffers import ONE, View
 from fastrec.runtime.native.lowerer import Lowerer
 from fastrec.runtime.native.lowerings.attention import MOST_DIMS
 from fastrec.runtime.native.registry import lowers
-from fastrec.runtime.native.rows import EVERYTHING
 
 ops = torch.ops.fastrec
 
@@ -109,13 +109,15 @@ def _window_sparse_attention_int8(
         raise to.unsupported(node, "a v_scale a head; the nearest supported is one number")
     batch, heads, rows, dims = q.shape
     pattern = decoded(text)
+    # The window that stands for all keys: a part of the queries then sees them all too.
+    everything = _compiled.native().engine.EVERYTHING
     keys = longest = to.at_most(node, k.shape[2])
-    if pattern.window < EVERYTHING:
+    if pattern.window < everything:
         longest = max(to.at_most(node, rows), keys)
     lists = [
         pattern.distances(longest, h) for h in range(heads.coefficient if pattern.per_head else 1)
     ]
-    window = EVERYTHING if pattern.window >= longest else pattern.window
+    window = everything if pattern.window >= longest else pattern.window
     if min(keys, 2 * window + 1) + 2 * max(map(len, lists)) > MAX_KEYS:
         raise to.unsupported(node, f"more than {MAX_KEYS} keys a query")
     lengths = kwargs.get("lengths")

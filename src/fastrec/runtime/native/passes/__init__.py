@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastrec.runtime.native.passes.fuse_residuals import fuse_residuals
 from fastrec.runtime.native.passes.keep_tiles import keep_tiles
 from fastrec.runtime.native.passes.merge_linears import merge_linears
-from fastrec.runtime.native.passes.order_by_rows import order_by_rows
 from fastrec.runtime.native.passes.quantise_norms import quantise_norms
 from fastrec.runtime.native.passes.remove_unused import remove_unused
 from fastrec.runtime.native.passes.simplify import simplify
@@ -24,4 +23,3 @@ def optimise(program: Program) -> None:
     write_in_place(program)
     keep_tiles(program)
     remove_unused(program)
-    order_by_rows(program)
