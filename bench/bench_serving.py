@@ -35,10 +35,10 @@ from fastrec.runtime import load_engine
 from fastrec.serving.core import LoopClock
 from fastrec.serving.load import (
     Generator,
+    LoadPlan,
     Mix,
-    Plan,
+    RequestSizes,
     Retry,
-    Sizes,
     Stage,
     find_capacity,
     run_precisely,
@@ -65,9 +65,9 @@ CONFIG: dict[str, Any] = {
 # Small requests; ones whose engine time makes the wire's small; and heavy-tailed ones whose mean is
 # some 200 candidates. With the rate that the search for C begins with.
 LOADS = {
-    "canonical": Sizes(1, 50),
-    "eight": Sizes(8, 50),
-    "heavy": Sizes(1, 100, tail=1.5, most=1000),
+    "canonical": RequestSizes(1, 50),
+    "eight": RequestSizes(8, 50),
+    "heavy": RequestSizes(1, 100, tail=1.5, most=1000),
 }
 STARTS = {"canonical": 400.0, "eight": 50.0, "heavy": 100.0}
 
@@ -131,7 +131,7 @@ def busy_s() -> float:
 
 
 class Bench:
-    """What all pieces share."""
+    """State shared by all parts of the benchmark."""
 
     def __init__(self, engine: Path, parts: Path, scale: float) -> None:
         self.engine, self.parts, self.scale = engine, parts, scale
@@ -151,7 +151,7 @@ class Bench:
         rate: float,
         seconds: float,
         *,
-        sizes: Sizes = LOADS["canonical"],
+        sizes: RequestSizes = LOADS["canonical"],
         mix: tuple[Mix, ...] = MIX,
         during: Callable[[Generator], None] | None = None,
         stages: tuple[Stage, ...] | None = None,
@@ -159,7 +159,9 @@ class Bench:
     ) -> tuple[dict[str, Any], Generator]:
         """One run, and who took how much processor time."""
         stages = (Stage(seconds * self.scale, rate),) if stages is None else stages
-        plan = Plan(stages=stages, mix=mix, sizes=sizes, slo_ms=SLO_MS, patience_s=5.0, **options)
+        plan = LoadPlan(
+            stages=stages, mix=mix, sizes=sizes, slo_ms=SLO_MS, patience_s=5.0, **options
+        )
         async with GrpcTarget(f"127.0.0.1:{at.port}", "ranker", connections=4) as target:
             target.prepare(requests_of(self.spec, sizes, 8))
             before, whole = at.cpu_s(), busy_s()
@@ -173,12 +175,12 @@ class Bench:
             del result[bulky]
         return result, generator
 
-    async def warm(self, at: Server, sizes: Sizes) -> None:
+    async def warm(self, at: Server, sizes: RequestSizes) -> None:
         """A second of a low rate: connections, caches, the scheduler's model of the engine."""
         patient = tuple(replace(m, timeout_ms=5e3) for m in MIX)
         await self.load(at, 50.0, 1.0, sizes=sizes, mix=patient)
 
-    async def capacity(self, at: Server, sizes: Sizes, start: float) -> dict[str, Any]:
+    async def capacity(self, at: Server, sizes: RequestSizes, start: float) -> dict[str, Any]:
         """C on a running server."""
         await self.warm(at, sizes)
         tried: list[list[float]] = []
@@ -195,7 +197,7 @@ class Bench:
         return {"capacity_rps": found, "tried": tried}
 
 
-async def engine_alone(bench: Bench, sizes: Sizes) -> dict[str, float]:
+async def engine_alone(bench: Bench, sizes: RequestSizes) -> dict[str, float]:
     """Milliseconds of the engine itself, one call after another."""
     engine = load_engine(bench.engine, threads=1)
     requests = [tuple(kinds[0].values()) for kinds in requests_of(bench.spec, sizes, 1)]
@@ -208,7 +210,7 @@ async def engine_alone(bench: Bench, sizes: Sizes) -> dict[str, float]:
 
 
 async def steady(bench: Bench, load: str) -> dict[str, Any]:
-    """C; then half of it, 0.95 of it with an express lane, and twice and five times it."""
+    """C; then half of it, 0.95 of it with an express queue, and twice and five times it."""
     sizes = LOADS[load]
     made: dict[str, Any] = {"engine_ms": await engine_alone(bench, sizes)}
     async with server("ours", bench.engine, config=CONFIG) as at:

@@ -1,8 +1,8 @@
-"""What a request costs besides the engine: gRPC, decoding, the scheduler, encoding.
+"""Cost of a request beside the engine: gRPC, decoding, the scheduler, encoding.
 
 An engine that returns at once answers the canonical ranker's request (100 events, 50 or 1,000
 candidates) over loopback, one after another; the client is gRPC's own, in another process, with
-a message made beforehand. In-process calls of the same runtime show the scheduler alone.
+a message made beforehand. In-process calls of the same core show the scheduler alone.
 
     python bench/bench_wire.py --out bench/results
 """
@@ -70,7 +70,7 @@ async def in_process(server: Server, inputs: dict[str, np.ndarray], calls: int) 
     times = LatencyHistogram()
     for i in range(calls + calls // 10):
         start = time.perf_counter_ns()
-        await server.runtime.infer(Request("nothing", "", inputs))
+        await server.core.infer(Request("nothing", "", inputs))
         if i >= calls // 10:
             times.add(time.perf_counter_ns() - start)
     return summary(times)
@@ -110,7 +110,7 @@ def measure(kind: str, candidates: int, calls: int) -> dict[str, Any]:
     config = ServingConfig(slo=SLO(latency_ms=60_000), pool=Pool(kind=kind))
     server = Server(None, config, ServerOptions(grpc_port=0, http_port=None))
     run(server.start())
-    run(server.runtime.load("nothing", Nothing))
+    run(server.core.load("nothing", Nothing))
     inputs = inputs_of(candidates)
     result = {
         "engine": kind,

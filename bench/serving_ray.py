@@ -19,7 +19,7 @@ from fastrec.serving.wire.tensors import datatype, tensor_inputs, to_raw
 
 
 class Reply:
-    """What Serve asks of a reply."""
+    """A reply as Serve expects it."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = {"gold": 0.5, "silver": 0.3, "bulk": 0.2}
-# A call of the other lanes lasts so long at most: a quarter of the goal.
+# A call of the other queues lasts so long at most: a quarter of the goal.
 CAP_MS = 12.5
 LOADS = {
     "canonical": "one user, 50 candidates",

@@ -26,12 +26,12 @@ import fastrec.serving.server as serving
 from fastrec.runtime import load_engine
 from fastrec.serving.core import (
     EntryPoint,
+    InferenceCore,
     Kind,
     Rejected,
     Request,
     Response,
     RolloutChanged,
-    Runtime,
     ServingConfig,
     Timings,
 )
@@ -41,7 +41,7 @@ def tell(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-class Fifo(Runtime):
+class Fifo(InferenceCore):
     """First come, first served, one request a call; nothing is refused."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -99,7 +99,7 @@ def bad(path: str, fault: str) -> Bad:
 async def plain(kind: str, engine: str, settings: dict[str, Any]) -> None:
     """Ours, or the queue in its place."""
     if kind == "fifo":
-        serving.Runtime = Fifo  # type: ignore[misc]
+        serving.InferenceCore = Fifo  # type: ignore[misc]
     server = serving.Server(
         engine,
         ServingConfig.from_dict(settings["config"]),
@@ -117,14 +117,14 @@ async def plain(kind: str, engine: str, settings: dict[str, Any]) -> None:
     if "release" in settings:
         await release(server, engine, settings["release"])
     await over.wait()
-    server.runtime._draining = True
-    await server.runtime.close()
+    server.core._draining = True
+    await server.core.close()
 
 
 async def release(server: Any, engine: str, settings: dict[str, Any]) -> None:
     """Release the bad version, and tell what becomes of it."""
     await asyncio.sleep(settings["after_s"])
-    start = server.runtime.clock.now()
+    start = server.core.clock.now()
 
     class Steps:
         def on_event(self, event: Any) -> None:
@@ -135,9 +135,9 @@ async def release(server: Any, engine: str, settings: dict[str, Any]) -> None:
                 )  # fmt: skip
 
     rollout: Any = None
-    server.runtime.subscribe(Steps())
+    server.core.subscribe(Steps())
     source = EntryPoint("serving_servers:bad", {"path": engine, "fault": settings["fault"]})
-    rollout = await server.runtime.release(
+    rollout = await server.core.release(
         Path(engine).stem, source, version="2", engines=1, kind="thread"
     )
 

@@ -66,3 +66,22 @@ def test_every_public_name_resolves(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'accelerate'"):
         _ = fastrec.accelerate
+
+
+def test_without_torch_each_name_that_needs_it_says_how_to_install_it() -> None:
+    code = """
+import fastrec
+from fastrec.errors import MissingDependencyError
+for name in ("prune_", "compile", "export", "autotune", "models.Ranker", "train.fit"):
+    *room, name = name.split(".")
+    try:
+        getattr(getattr(fastrec, room[0]) if room else fastrec, name)
+    except MissingDependencyError as error:
+        assert "pip install 'fastrec-kernels[torch]'" in str(error), error
+    else:
+        raise AssertionError(name)
+print(fastrec.runtime.load_engine.__name__)
+"""
+    result = run(code, block=("torch",))
+    assert result.returncode == 0, result.stderr
+    assert "load_engine" in result.stdout

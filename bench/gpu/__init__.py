@@ -43,7 +43,6 @@ SECTIONS = (
     Section("products", "products:measure", 50),
     Section("attention-long", "attention:long", 60),
     Section("attention-short", "attention:short", 40),
-    Section("attention-block", "attention:block", 60),
     Section("ranker-1", "ranker:batch_1", 90),
     Section("ranker-64", "ranker:batch_64", 90),
     Section("requests", "requests:count", 45),

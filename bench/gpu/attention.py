@@ -1,4 +1,4 @@
-"""``window_sparse_attention`` beside FlexAttention and SDPA; the block beside torch.compile."""
+"""``window_sparse_attention`` beside FlexAttention and SDPA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from fastrec import kernels
 from fastrec.kernels.window_sparse_attention import AttentionPattern
-from fastrec.kernels.window_sparse_attention.block import window_sparse_attention_block
 from fastrec.kernels.window_sparse_attention.reference import window_sparse_attention_reference
 from fastrec.kernels.window_sparse_attention.samples import pairs
 from gpu.sheet import Contender, Sheet, Work
@@ -61,12 +60,6 @@ def short(sheet: Sheet) -> None:
     here = sheet.pick(shape, (2, 2, 33, 16))
     attends = _attends(sheet, pattern, here[2])
     _forward(sheet, shape, here, pattern, attends)
-
-
-def block(sheet: Sheet) -> None:
-    """The same with its projections."""
-    shape, pattern = SHORT
-    _block(sheet, shape, sheet.pick(shape, (2, 2, 33, 16)), pattern)
 
 
 def _ours(
@@ -205,57 +198,3 @@ def _backward(
         {name: contender(attend) for name, attend in attends.items() if "SDPA" not in name},
         expected,
     )
-
-
-def _block(
-    sheet: Sheet, shape: tuple[int, ...], here: tuple[int, ...], pattern: AttentionPattern
-) -> None:
-    batch, heads, length, dims = shape
-    d, rows = heads * dims, batch * length
-    macs = 4 * rows * d * d + 2 * batch * heads * pairs(pattern, length, 0) * dims
-    work = Work(2 * (2 * rows * d + 4 * d * d + 4 * d), macs, "bf16")
-    users, heads, steps, dims = here
-    d = heads * dims
-    options = {"device": sheet.device, "dtype": torch.bfloat16}
-    in_weight, out_weight = (torch.randn(n, d, **options) / d**0.5 for n in (3 * d, d))
-    biases = torch.randn(3 * d, **options), torch.randn(d, **options)
-    bias = torch.zeros(steps, steps, **options)
-    bias.masked_fill_(~pattern.mask(steps)[0].to(sheet.device), -torch.inf)
-
-    def torchs(x: torch.Tensor, mask: torch.Tensor | None = bias) -> torch.Tensor:
-        projected = F.linear(x, in_weight, biases[0]).unflatten(-1, (3, heads, dims))
-        q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return F.linear(out.transpose(1, 2).flatten(2), out_weight, biases[1])
-
-    def exact(x: torch.Tensor, mask: torch.Tensor | None = bias) -> torch.Tensor:
-        projected = F.linear(x.float(), in_weight.float(), biases[0].float())
-        q, k, v = projected.unflatten(-1, (3, heads, dims)).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if mask is None else mask.float()
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return F.linear(out.transpose(1, 2).flatten(2), out_weight.float(), biases[1].float())
-
-    @functools.cache
-    def compiled() -> Callable[..., torch.Tensor]:
-        return torch.compile(torchs, mode="max-autotune-no-cudagraphs") if sheet.gpu else torchs
-
-    def fused(x: torch.Tensor) -> Call:
-        return lambda: window_sparse_attention_block(
-            x, in_weight, out_weight, biases, pattern, heads=heads, backend="triton"
-        )
-
-    dense = Contender(lambda x: lambda: compiled()(x, None), lambda x: exact(x, None), note=DENSE)
-    contenders = {
-        "fastrec, one launch": Contender(fused),
-        "torch.compile, max-autotune, same mask": Contender(lambda x: lambda: compiled()(x)),
-        "torch.compile, max-autotune, dense": dense,
-        "torch": Contender(lambda x: lambda: torchs(x)),
-    }
-    with torch.no_grad():
-        sheet.compare(
-            f"attention block B={batch} H={shape[1]} L={length} d={shape[1] * shape[3]}, bf16",
-            work,
-            lambda: (torch.randn(users, steps, d, **options),),
-            contenders,
-            exact,
-        )

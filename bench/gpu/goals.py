@@ -79,7 +79,6 @@ def linear(kind: str, size: str = "M=3200 K=N=1024") -> str:
     return f"int8 linear {size}, {kind}"
 
 
-BLOCK = "attention block B=64"
 COMPILED = "torch.compile"
 GOALS = (
     Goal("long attention, times FlexAttention", times(f"{LONG}, forward", "Flex"), at_least=2.5),
@@ -95,7 +94,6 @@ GOALS = (
         at_least=0.6,
     ),
     Goal("short attention, times SDPA flash", times(SHORT, "SDPA"), at_least=1.5),
-    Goal("fused block, times torch.compile", times(BLOCK, COMPILED), at_least=3),
     Goal("int8 linear dense, times _int_mm", times(linear("density 1"), "_int_mm"), at_least=1),
     Goal(
         "int8 linear, 50 % sparse, times _int_mm",

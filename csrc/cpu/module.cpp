@@ -12,7 +12,6 @@
 #include "engine/bind.h"
 #include "grouped_linear/bind.h"
 #include "int8_embedding/bind.h"
-#include "int8_embedding_sum/bind.h"
 #include "layer_norm_quantize/bind.h"
 #include "padded_attention/bind.h"
 #include "parallel.h"
@@ -104,7 +103,6 @@ PYBIND11_MODULE(_native, m) {
   engine::bind(m);
   grouped_linear::bind(m);
   int8_embedding::bind(m);
-  int8_embedding_sum::bind(m);
   layer_norm_quantize::bind(m);
   padded_attention::bind(m);
   separable_projection::bind(m);

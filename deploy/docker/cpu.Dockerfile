@@ -11,7 +11,7 @@ ARG PYTHON=3.12
 FROM python:${PYTHON}-slim-bookworm AS install
 COPY dist/*.whl constraints.txt /tmp/dist/
 RUN python -m venv /opt/fastrec \
- && wheel="$(ls /tmp/dist/fastrec-*-cp"$(python -c 'import sys; print("%d%d" % sys.version_info[:2])')"-*.whl)" \
+ && wheel="$(ls /tmp/dist/fastrec_kernels-*-cp"$(python -c 'import sys; print("%d%d" % sys.version_info[:2])')"-*.whl)" \
  && /opt/fastrec/bin/pip install --no-cache-dir --only-binary=:all: -c /tmp/dist/constraints.txt "${wheel}[serve]" \
  && /opt/fastrec/bin/pip uninstall -y pip \
  && /opt/fastrec/bin/python -m compileall -q /opt/fastrec/lib

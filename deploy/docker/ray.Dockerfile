@@ -9,7 +9,7 @@ FROM python:${PYTHON}-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
 COPY dist/*.whl constraints.txt /tmp/dist/
 RUN python -m venv /opt/fastrec \
- && wheel="$(ls /tmp/dist/fastrec-*-cp"$(python -c 'import sys; print("%d%d" % sys.version_info[:2])')"-*.whl)" \
+ && wheel="$(ls /tmp/dist/fastrec_kernels-*-cp"$(python -c 'import sys; print("%d%d" % sys.version_info[:2])')"-*.whl)" \
  && /opt/fastrec/bin/pip install --no-cache-dir --only-binary=:all: -c /tmp/dist/constraints.txt "${wheel}[ray]" \
  && rm -rf /tmp/dist
 RUN useradd --uid 10001 --create-home fastrec

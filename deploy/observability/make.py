@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 K8S = HERE.parent / "k8s"
 HEAD = "# Written by deploy/observability/make.py: change that, or the server's configuration.\n"
 
-# Of the requests that are the server's to answer, so many are. A used-up quota, a wrong request and
-# one that was taken back are the caller's; whatever is refused for load is ours.
+# Target share of answered requests. Used-up quotas, wrong requests and cancelled ones are the
+# caller's and do not count; refusals under load do.
 AVAILABILITY = 0.999
 BAD = "overload|queue_full|deadline_infeasible|expired|not_ready|internal"
 CALLERS = "quota|invalid|not_found|cancelled"
@@ -91,7 +91,7 @@ def burning(severity: str, name: str, record: str, budget: float, about: str) ->
 
 
 def alerts(config: ServingConfig) -> list[dict[str, Any]]:
-    """What a person should look at, now (page) or today (ticket)."""
+    """Alerts for a person to look at, now (page) or today (ticket)."""
     rules = []
     for severity in BURNS:
         rules.append(

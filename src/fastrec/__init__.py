@@ -4,54 +4,56 @@
 effect. The names below are resolved on first use (PEP 562).
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
+from fastrec.lazy import attach
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it
-_EXPORTS = {
-    "HiddenStates": "fastrec.compress",
-    "replace_": "fastrec.compress",
-    "WindowSparse": "fastrec.compress",
-    "LowRank": "fastrec.compress",
-    "Grouped": "fastrec.compress",
-    "Budget": "fastrec.search",
-    "autotune": "fastrec.search",
-    "AttentionPattern": "fastrec.kernels.window_sparse_attention.pattern",
-    "BlockPruning": "fastrec.compress",
-    "Int8": "fastrec.compress",
-    "QAT": "fastrec.compress",
-    "Recipe": "fastrec.compress",
-    "compile": "fastrec.runtime",
-    "distill": "fastrec.compress",
-    "export": "fastrec.exporters",
-    "NMPruning": "fastrec.compress",
-    "load": "fastrec.compress",
-    "prune_": "fastrec.compress",
-    "quantize_": "fastrec.compress",
-    "save": "fastrec.compress",
-    "sensitivity": "fastrec.compress",
-    "student": "fastrec.compress",
-}
-_ROOMS = (
-    "compress",
-    "data",
-    "errors",
-    "exporters",
-    "kernels",
-    "measure",
-    "models",
-    "nn",
-    "report",
-    "runtime",
-    "serving",
-    "train",
-    "search",
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".compress": (
+            "BlockPruning",
+            "Grouped",
+            "HiddenStates",
+            "Int8",
+            "LowRank",
+            "NMPruning",
+            "QAT",
+            "Recipe",
+            "WindowSparse",
+            "distill",
+            "load",
+            "prune_",
+            "quantize_",
+            "replace_",
+            "save",
+            "sensitivity",
+            "student",
+        ),
+        ".exporters": ("export",),
+        ".kernels.window_sparse_attention.pattern": ("AttentionPattern",),
+        ".runtime": ("compile",),
+        ".search": ("Budget", "autotune"),
+    },
+    (
+        "compress",
+        "data",
+        "errors",
+        "exporters",
+        "kernels",
+        "measure",
+        "models",
+        "nn",
+        "report",
+        "runtime",
+        "search",
+        "serving",
+        "train",
+    ),
 )
+__all__ += ["__version__"]
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fastrec import (
         compress,
@@ -91,54 +93,3 @@ if TYPE_CHECKING:
     from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
     from fastrec.runtime import compile
     from fastrec.search import Budget, autotune
-
-__all__ = [
-    "QAT",
-    "AttentionPattern",
-    "BlockPruning",
-    "Budget",
-    "Grouped",
-    "HiddenStates",
-    "Int8",
-    "LowRank",
-    "NMPruning",
-    "Recipe",
-    "WindowSparse",
-    "__version__",
-    "autotune",
-    "compile",
-    "compress",
-    "data",
-    "distill",
-    "errors",
-    "export",
-    "exporters",
-    "kernels",
-    "load",
-    "measure",
-    "models",
-    "nn",
-    "prune_",
-    "quantize_",
-    "replace_",
-    "report",
-    "runtime",
-    "save",
-    "search",
-    "sensitivity",
-    "serving",
-    "student",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"fastrec.{name}")
-    raise AttributeError(f"module 'fastrec' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

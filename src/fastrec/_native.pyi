@@ -125,21 +125,6 @@ class activation_quantize:
         channels: int,
     ) -> bool: ...
 
-class int8_embedding_sum:
-    MAX_TABLES: ClassVar[int]
-    @staticmethod
-    def kernel_isa() -> str: ...
-    @staticmethod
-    def run(
-        tables: list[tuple[int, int, int, int, int, int, int]],
-        out: int,
-        out_u8: bool,
-        scale: float,
-        zero_point: int,
-        rows: int,
-        dims: int,
-    ) -> tuple[int, int, int]: ...
-
 class layer_norm_quantize:
     @staticmethod
     def kernel_isa() -> str: ...

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
-from fastrec.errors import FastrecError
+from fastrec import __version__, env
+from fastrec.errors import FastrecError, MissingDependencyError
+from fastrec.measure.packages import extra_of
+from fastrec.terminal import stderr, stdout
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Custom-kernel acceleration for real-time sequential recommenders.",
-)
+_ENOUGH = 1 << 20  # bytes: a file system with fewer is called full
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        stdout().print(f"fastrec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fastrec(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Custom-kernel acceleration for real-time sequential recommenders."""
 
 
 def _mount() -> None:
@@ -40,10 +63,53 @@ def _mount() -> None:
 
 
 def main() -> None:
-    """Entry point: typed errors become one red line and exit status 2, never a traceback."""
+    """Entry point: an error that a user can act on becomes one line and exit status 2, never a
+    traceback."""
     _mount()
     try:
         app()
     except FastrecError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
-        sys.exit(2)
+        _fail(error, str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = extra_of(package)
+        if extra is None:
+            raise
+        missing = MissingDependencyError(package, extra, "this command")
+        _fail(missing, str(missing))
+    except OSError as error:
+        _fail(error, _system_message(error))
+
+
+def _fail(error: Exception, message: str) -> NoReturn:
+    name = (type(error).__name__, "bold red")
+    stderr().print(Text.assemble(name, f": {message}"), soft_wrap=True)
+    sys.exit(2)
+
+
+def _system_message(error: OSError) -> str:
+    """The system's words and the file; where a full disk names none, the disk is looked for."""
+    what = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {what}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        places = [*sys.argv[1:], ".", tempfile.gettempdir(), str(env.cache_dir())]
+        folders = dict.fromkeys(_existing(Path(place)) for place in places)
+        full = [str(folder) for folder in folders if _is_full(folder)]
+        return f"{what}: " + (", ".join(full) or "a file system that this command writes to")
+    return what
+
+
+def _existing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not os.path.exists(path):  # False where it cannot be looked at
+        path = path.parent
+    return path
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _ENOUGH
+    except OSError:
+        return False

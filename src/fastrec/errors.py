@@ -6,6 +6,19 @@ class; each also derives from the built-in a Python user would expect (ValueErro
 
 from __future__ import annotations
 
+# The name on PyPI, where "fastrec" is another project's package.
+DISTRIBUTION = "fastrec-kernels"
+
+
+def install_command(*extras: str) -> str:
+    """The shell command that installs fastrec with ``extras``, such as ``"torch"``."""
+    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
+
+
+def not_installed(package: str, extra: str) -> str:
+    """Why something cannot run: ``package``, which ``extra`` brings, is missing."""
+    return f"{package} is not installed: {install_command(extra)}"
+
 
 class FastrecError(Exception):
     """Base of every error that fastrec raises on purpose."""
@@ -87,11 +100,17 @@ class CudaError(BackendError):
 
 
 class MissingDependencyError(BackendError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the command that installs it.
+
+    Args:
+        package: name of the package, e.g. ``"polars"``.
+        extra: extra of the distribution that brings it, e.g. ``"data"``.
+        purpose: what needs it, e.g. ``"fastrec.export"``.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         self.package, self.extra, self.purpose = package, extra, purpose
-        super().__init__(f"{purpose} needs {package}: pip install 'fastrec[{extra}]'")
+        super().__init__(f"{purpose} needs {package}: {install_command(extra)}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.package, self.extra, self.purpose)
@@ -99,6 +118,25 @@ class MissingDependencyError(BackendError, ImportError):
 
 class ArtifactError(FastrecError, ValueError):
     """A saved file is truncated, altered, too new, or not a fastrec artifact."""
+
+
+class StorageError(FastrecError, OSError):
+    """A file or folder cannot be written: disk full, read-only folder and the like.
+
+    Args:
+        path: the file or folder that was to be written.
+        error: what the system said; its ``errno`` is kept.
+    """
+
+    def __init__(self, path: object, error: OSError) -> None:
+        self.path, self.error = path, error
+        super().__init__(error.errno, error.strerror)
+
+    def __str__(self) -> str:
+        return f"{self.path}: cannot be written ({self.error.strerror or self.error})"
+
+    def __reduce__(self) -> tuple[type, tuple[object, OSError]]:
+        return type(self), (self.path, self.error)
 
 
 class DataError(FastrecError, ValueError):

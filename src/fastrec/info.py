@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import fastrec
 from fastrec import kernels
-from fastrec.errors import ArgumentError, BackendError
+from fastrec.errors import ArgumentError, BackendError, install_command, not_installed
 from fastrec.kernels import _cuda
 from fastrec.kernels._compiled import Signature, reason_missing
+from fastrec.measure.packages import EXTRAS, package_versions
+from fastrec.terminal import JsonOption, stdout, write_json
 
 if TYPE_CHECKING:
     from fastrec.kernels._registry import OpSpec
-
-# Optional packages by the extra that brings them.
-EXTRAS = {
-    "torch": ("torch",),
-    "data": ("polars",),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino", "nncf"),
-    "litert": ("ai-edge-litert",),
-    "qnn": ("onnxruntime-qnn",),
-    "report": ("matplotlib", "psutil"),
-    "serve": ("grpcio", "protobuf", "h11", "prometheus-client"),
-    "otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-grpc"),
-    "ray": ("ray",),
-    "cuda": ("triton", "cupy-cuda13x", "nvidia-cuda-nvrtc"),
-}
 
 CUDA_LOADERS = {"compiled": "compiled", "cupy": "compiled by CuPy at first use"}
 
@@ -46,14 +30,11 @@ _CANDIDATES, _PROFILED_CALLS = 50, 30
 
 def collect() -> dict[str, Any]:
     """Versions, instruction sets and per op the kernel that runs, or why none does."""
-    packages = {}
-    for extra, names in EXTRAS.items():
-        for name in names:
-            try:
-                version: str | None = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                version = None
-            packages[name] = {"version": version, "extra": extra}
+    extras = {name: extra for extra, names in EXTRAS.items() for name in names}
+    versions = package_versions(*extras)
+    packages = {
+        name: {"version": versions.get(name), "extra": extra} for name, extra in extras.items()
+    }
     reason = reason_missing()
     return {
         "fastrec": fastrec.__version__,
@@ -77,7 +58,7 @@ def collect() -> dict[str, Any]:
 
 def _ops() -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None:
-        why = "torch is not installed (fastrec[torch])"
+        why = not_installed("torch", "torch")
         return {op_id: {"why": why} for op_id in kernels.OP_IDS}
     ops = {}
     for op_id, spec in kernels.registry().items():
@@ -91,19 +72,17 @@ def _ops() -> dict[str, Any]:
     return ops
 
 
-def info(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
-) -> None:
+def info(json_out: JsonOption = None) -> None:
     """Show which kernels are active here and why the others are not."""
     found = collect()
-    console = Console()
+    console = stdout()
     console.print(f"fastrec {found['fastrec']}, Python {found['python']}")
     if found["isa"] is None:
-        console.print(f"[yellow]no compiled kernels[/]: {found['compiled']['why']}")
+        console.print(f"no compiled kernels: {found['compiled']['why']}", style="yellow")
     else:
         console.print(f"instruction set {found['isa']['active']}, {found['threads']} threads")
     if (how := found["cuda"]["loaded_by"]) is None:
-        console.print(f"[yellow]no CUDA kernels[/]: {found['cuda']['why']}")
+        console.print(f"no CUDA kernels: {found['cuda']['why']}", style="yellow")
     else:
         console.print(f"CUDA kernels: {CUDA_LOADERS[how]}")
     ops = Table("op", "runs on", "what it is")
@@ -113,10 +92,10 @@ def info(
     console.print(ops)
     packages = Table("package", "version", "extra")
     for name, row in found["packages"].items():
-        packages.add_row(name, row["version"] or "not installed", f"fastrec[{row['extra']}]")
+        packages.add_row(name, row["version"] or "not installed", row["extra"])
     console.print(packages)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n")
+    console.print(f"An extra is installed like this: {install_command('torch')}")
+    write_json(json_out, found)
 
 
 def explain(
@@ -126,7 +105,7 @@ def explain(
     op: Annotated[
         str | None, typer.Option("--op", metavar="ID", help="One op: which kernels it has here.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write it here.")] = None,
+    json_out: JsonOption = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also draw the model's profile: a .png file.")
     ] = None,
@@ -145,9 +124,8 @@ def explain(
     else:
         assert model is not None
         rows, table = _explain_model(model, plot)
-    Console().print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    stdout().print(table)
+    write_json(json_out, rows)
 
 
 def _check_plot(plot: Path, op: str | None) -> None:

@@ -57,7 +57,7 @@ def tried(rows: list[dict[str, Any]], what: str) -> dict[str, str]:
 
 @no_gpu
 def test_a_section_is_tried_on_small_inputs_and_leaves_bounds(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (fastrec[cuda])")
+    pytest.importorskip("triton", reason="triton is not installed (fastrec-kernels[cuda])")
     rows = dry_run(tmp_path, "products")["rows"]
     assert all(row["bound_us"] > 0 for row in rows)
     said = tried(rows, "int8 linear M=4096 K=N=4096, 2:4")
@@ -70,7 +70,7 @@ def test_a_section_is_tried_on_small_inputs_and_leaves_bounds(tmp_path: Path) ->
 @no_gpu
 @pytest.mark.slow
 def test_the_dry_run_tries_every_section(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed (fastrec[cuda])")
+    pytest.importorskip("triton", reason="triton is not installed (fastrec-kernels[cuda])")
     report = dry_run(tmp_path)
     from gpu import SECTIONS
 
@@ -80,7 +80,7 @@ def test_the_dry_run_tries_every_section(tmp_path: Path) -> None:
         mine = [row for row in rows if row["what"] == f"ranker B={batch}"]
         assert [row["launches"] for row in mine] == [5, 5, 5]
         assert all(row["bound_us"] > 0 for row in mine)
-    for what in ("attention B=8", "attention B=64", "attention block", "a small ranker"):
+    for what in ("attention B=8", "attention B=64", "a small ranker"):
         said = tried(rows, what)
         mine = {why for engine, why in said.items() if engine.startswith("fastrec")}
         assert mine == {"right on small inputs; not measured: torch sees no CUDA device"}, said
@@ -171,7 +171,7 @@ def test_engines_are_right_before_they_are_timed_and_timed_in_turn(sheet: Any) -
 
 
 def made_up() -> list[dict[str, Any]]:
-    from gpu.goals import BLOCK, LONG, SHORT, linear
+    from gpu.goals import LONG, SHORT, linear
 
     def timed(what: str, engine: str, us: float, x: float | None = None) -> dict[str, Any]:
         row = {"section": "s", "what": what, "engine": engine, "device_us": us, "host_us": 1.0}
@@ -185,7 +185,6 @@ def made_up() -> list[dict[str, Any]]:
     rows += [timed(f"{LONG}, forward", "fastrec, Triton", 100.0)]
     rows += [timed(f"{LONG}, forward", "FlexAttention, compiled", 300.0, 3.0)]
     rows += [timed(SHORT, "fastrec, Triton", 5.0), timed(SHORT, "SDPA flash", 5.0, 1.0)]
-    rows += [timed(BLOCK, "fastrec, one launch", 5.0)]
     rows += [
         timed(linear("density 0.5"), name, us) for name, us in (("fastrec", 4), ("_int_mm", 8))
     ]
@@ -206,7 +205,6 @@ def test_goals_are_judged_on_the_rows(tmp_path: Path) -> None:
     assert found["long attention, times SDPA flash"]["verdict"] == "not measured"
     assert found["long attention, share of the copy's bytes/s"]["measured"] == pytest.approx(0.6)
     assert found["short attention, times SDPA flash"]["verdict"] == "missed"
-    assert found["fused block, times torch.compile"]["verdict"] == "not measured"
     assert found["int8 linear, 50 % sparse, times _int_mm"]["measured"] == 2.0
     assert found["ranker int8 B=1, device us"]["verdict"] == "reached"
     assert found["launches a request, at most"]["verdict"] == "missed"
@@ -214,7 +212,9 @@ def test_goals_are_judged_on_the_rows(tmp_path: Path) -> None:
 
 
 def test_the_page_and_the_plots_hold_the_figures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (fastrec[report])")
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is not installed (fastrec-kernels[report])"
+    )
     from gpu import pictures
     from gpu.page import judged, markdown
 

@@ -77,7 +77,7 @@ def test_the_validators_see_mistakes(region: dict[str, list[dict[str, Any]]]) ->
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    """What ``fastrec serve`` makes of a container's arguments."""
+    """A container's arguments, parsed by ``fastrec serve``."""
     app = typer.Typer(add_completion=False)
     app.command()(serve)
     return typer.main.get_command(app).make_context("serve", list(arguments)).params
@@ -238,7 +238,7 @@ def test_the_gateway_lets_requests_pass_and_no_admin_calls(
 
 
 def test_ray_serves_what_the_manifest_says() -> None:
-    schema = pytest.importorskip("ray.serve.schema", reason="fastrec[ray] is not installed")
+    schema = pytest.importorskip("ray.serve.schema", reason="fastrec-kernels[ray] is not installed")
     from fastrec.serving.ray import build
 
     made = yaml.safe_load((DEPLOY / "k8s/ray/rayservice.yaml").read_text())["spec"]

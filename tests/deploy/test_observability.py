@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as families
 
 from fastrec.serving.core import ServingConfig
 from fastrec.serving.core.events import BatchDone, RequestDone, RolloutChanged
+from fastrec.serving.core.inference_core import ModelInfo
 from fastrec.serving.core.request import Kind
-from fastrec.serving.core.runtime import ModelInfo
 from fastrec.serving.observe.metrics import Metrics
 from fastrec.serving.observe.recorder import Recorder
 
@@ -34,7 +34,7 @@ TARGET_LABELS = {"namespace", "pod", "rollouts_pod_template_hash"}
 
 
 class Stand:
-    """What the collector asks of a runtime and a door."""
+    """Stands in for the core and the request handler."""
 
     running = 0
 
@@ -52,7 +52,7 @@ class Stand:
 
 @pytest.fixture(scope="module")
 def exposition() -> str:
-    """What a server of that configuration says once all has happened."""
+    """The metrics of a server of that configuration after every kind of event."""
     recorder = Recorder(CONFIG)
     for tier in CONFIG.tiers:
         for outcome in ["ok", *map(str, Kind)]:

@@ -201,7 +201,7 @@ def test_recorded_maps_are_the_attention_and_change_no_score(model: Ranker) -> N
     assert [m.shape for m in maps] == [(3, 4, 9, 9)] * 2 + [(3, 4, 5, 9)]
     assert torch.allclose(plain, recorded, atol=1e-5)
     assert torch.equal(plain, after)
-    for weights in maps:
+    for weights in (m.weights() for m in maps):
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
         beyond = torch.arange(9)[None] >= inputs[3][:, None]
         assert weights.masked_select(beyond[:, None, None]).eq(0).all()
@@ -223,7 +223,7 @@ def test_a_fresh_model_already_finds_a_repeated_item() -> None:
     length = torch.full((64,), 30)
     with torch.no_grad(), record_attention(model) as maps:
         model(item, category, behaviour, length, cand_item, cand_category)
-    found = maps[-1].mean(1)[:, 0].argmax(-1)
+    found = maps[-1].weights().mean(1)[:, 0].argmax(-1)
     assert (found == 7).float().mean() > 0.9
 
 
@@ -231,7 +231,7 @@ def test_recorded_maps_carry_gradients() -> None:
     model = Ranker(TINY)
     with record_attention(model) as maps:
         model(*make_inputs(TINY, 2, 5, 3))
-    maps[-1].square().sum().backward()
+    maps[-1].weights().square().sum().backward()
     assert model.cross_attention.q_proj.weight.grad is not None
 
 

@@ -203,6 +203,16 @@ def test_the_gate_passes_what_agrees_and_names_what_does_not():
         gate.require("rival")
 
 
+def test_scores_that_differ_by_rounding_alone_agree_whatever_their_spread():
+    scores = np.full((2, 5), 0.4790, np.float32)
+    rounded = np.nextafter(scores, np.float32(1))
+    scores[:, 0] = np.nextafter(scores[:, 0], np.float32(0))
+    gate = correctness_gate(scores, rounded, Tolerance.for_precision("int8"))
+    assert gate.passed
+    assert gate.noise > 0.4
+    assert not correctness_gate(scores, scores + 1e-4 * np.arange(5), Tolerance(noise=0.5)).passed
+
+
 def test_a_shift_of_a_whole_request_is_no_noise_for_its_ranking():
     scores = np.random.default_rng(0).normal(size=(3, 20))
     gate = correctness_gate(scores, scores + 5, Tolerance(noise=0.01))

@@ -14,7 +14,7 @@ from fastrec.errors import ArgumentError
 from fastrec.measure import machine
 from fastrec.runtime import load_engine
 
-pytest.importorskip("openvino", reason="OpenVINO comes with fastrec[openvino]")
+pytest.importorskip("openvino", reason="OpenVINO comes with fastrec-kernels[openvino]")
 
 STATIC = {"shapes": "static", "hint": "f32"}
 

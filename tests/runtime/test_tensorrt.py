@@ -363,7 +363,7 @@ def test_why_it_cannot_run(trt, ranker, request_of, monkeypatch):
 def test_a_missing_package_is_named_with_its_extra(ranker, request_of):
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("tensorrt is installed here")
-    assert "fastrec[tensorrt]" in str(available_backends()["tensorrt"])
+    assert "fastrec-kernels[tensorrt]" in str(available_backends()["tensorrt"])
     with pytest.raises(MissingDependencyError, match=r"fastrec\[tensorrt\]"):
         compiled(ranker, request_of(2))
 
@@ -410,7 +410,9 @@ def test_the_stand_in_has_nothing_that_tensorrt_has_not(kind: type) -> None:
 
 
 def test_the_stand_in_has_what_cupy_has() -> None:
-    pytest.importorskip("cupy", reason="CuPy comes with fastrec[tensorrt] and fastrec[cuda]")
+    pytest.importorskip(
+        "cupy", reason="CuPy comes with fastrec-kernels[tensorrt] and fastrec-kernels[cuda]"
+    )
     from cupy import cuda
     from cupy.cuda import runtime
 
@@ -428,7 +430,7 @@ def test_the_stand_in_has_what_cupy_has() -> None:
 
 
 def test_the_surface_is_that_of_the_package() -> None:
-    trt = pytest.importorskip("tensorrt", reason="tensorrt comes with fastrec[tensorrt]")
+    trt = pytest.importorskip("tensorrt", reason="tensorrt comes with fastrec-kernels[tensorrt]")
     for line in SURFACE.read_text().splitlines():
         if not line.startswith("#"):
             owner: Any = trt

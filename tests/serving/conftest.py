@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
+pytest.importorskip("grpc", reason="fastrec-kernels[serve] is not installed")
 
 from serving_process import Running, engine_file
 

@@ -91,7 +91,7 @@ def running() -> int:
 
 
 def places(handle: Any, count: int = 30) -> list[str]:
-    """Regions of the replicas that so many calls reach."""
+    """Regions of the replicas that ``count`` calls reach."""
     return [handle.place.remote().result(timeout_s=30)[0] for _ in range(count)]
 
 

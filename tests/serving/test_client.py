@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
+pytest.importorskip("grpc", reason="fastrec-kernels[serve] is not installed")
 
 from serving_process import Running
 
@@ -30,7 +30,7 @@ INPUTS = {"user": np.array([3]), "candidate": np.arange(8)[None]}
 
 
 class Sleeper:
-    """Scores after so many seconds, which can be changed."""
+    """Scores after a delay that can be changed."""
 
     spec = SPEC
 
@@ -52,7 +52,7 @@ def serve() -> Any:
     def begin(engine: Sleeper, slo_ms: float = 10_000.0, **options: Any) -> str:
         server = Running(None, ServingConfig(slo=SLO(slo_ms)), http_port=None, **options)
         running.append(server)
-        server.run(server.server.runtime.load("ranker", lambda: engine))
+        server.run(server.server.core.load("ranker", lambda: engine))
         return server.grpc
 
     begin.running = running  # type: ignore[attr-defined]

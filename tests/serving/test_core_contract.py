@@ -1,4 +1,4 @@
-"""A runtime end to end on an engine of its own: what the edges build on."""
+"""A core end to end on an engine of its own: what the edges build on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastrec.serving.core import Kind, Rejected, Request, RequestDone, Runtime
+from fastrec.serving.core import InferenceCore, Kind, Rejected, Request, RequestDone
 from fastrec.spec import InputField, InputSpec
 
 SPEC = InputSpec(
@@ -35,23 +35,23 @@ def request(**changes: Any) -> Request:
 
 def test_a_request_is_answered_and_told() -> None:
     async def main() -> None:
-        runtime = Runtime()
+        core = InferenceCore()
         events: list[Any] = []
 
         class Log:
             def on_event(self, event: Any) -> None:
                 events.append(event)
 
-        runtime.subscribe(Log())
-        info = await runtime.load("ranker", Doubling)
+        core.subscribe(Log())
+        info = await core.load("ranker", Doubling)
         assert info.state == "READY"
-        assert runtime.ready("ranker")
-        response = await runtime.infer(request(id="r1"))
+        assert core.ready("ranker")
+        response = await core.infer(request(id="r1"))
         np.testing.assert_array_equal(response.outputs["scores"], [[13.0, 15.0, 17.0]])
         assert (response.model, response.version) == ("ranker", "1")
         assert [e.outcome for e in events if isinstance(e, RequestDone) and e.id == "r1"] == ["ok"]
-        assert await runtime.drain()
-        await runtime.close()
+        assert await core.drain()
+        await core.close()
 
     asyncio.run(main())
 
@@ -70,12 +70,12 @@ def test_a_request_is_answered_and_told() -> None:
 )
 def test_what_is_wrong_has_a_kind(changes: dict[str, Any], kind: Kind) -> None:
     async def main() -> None:
-        runtime = Runtime()
-        await runtime.load("ranker", Doubling)
+        core = InferenceCore()
+        await core.load("ranker", Doubling)
         with pytest.raises(Rejected) as raised:
-            await runtime.infer(request(**changes))
+            await core.infer(request(**changes))
         assert raised.value.kind is kind
-        await runtime.close()
+        await core.close()
 
     asyncio.run(main())
 

@@ -15,18 +15,18 @@ from fastrec.cli import _mount, app
 from fastrec.errors import ArgumentError, ConfigError, ServingError
 from fastrec.report.load_cli import _mix, _stages
 from fastrec.serving.core import SLO, Request, ServingConfig, Tier, VirtualClock
-from fastrec.serving.core.lanes import Ticket
+from fastrec.serving.core.queues import PendingRequest
 from fastrec.serving.core.request import Rejected
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.load import (
-    Answer,
     Bursts,
     Generator,
+    LoadPlan,
     Mix,
-    Plan,
+    RequestSizes,
     Retry,
-    Sizes,
     Stage,
+    TryResult,
     draw,
     find_capacity,
     summary,
@@ -37,7 +37,7 @@ from fastrec.serving.simulated import add_engines, signature
 
 
 def plan(rate=1000.0, seconds=20.0, **options):
-    return Plan(stages=(Stage(seconds, rate),), **options)
+    return LoadPlan(stages=(Stage(seconds, rate),), **options)
 
 
 # --- what is drawn
@@ -58,13 +58,13 @@ def test_poisson_arrivals_have_exponential_gaps():
 
 
 def test_stages_and_ramps_have_their_rates():
-    made = Plan(stages=(Stage(10, 1000), Stage(20, 0, 2000), Stage(5, 0), Stage(5, 400)))
+    made = LoadPlan(stages=(Stage(10, 1000), Stage(20, 0, 2000), Stage(5, 0), Stage(5, 400)))
     at, stage = draw(made).at_s, draw(made).stage
     for i, expected in enumerate((10_000, 20_000, 0, 2000)):
         assert abs((stage == i).sum() - expected) <= 5 * np.sqrt(expected)
     # In the middle of the ramp a quarter of its requests have come.
     assert abs(((at > 10) & (at < 20)).sum() - 5000) < 5 * np.sqrt(5000)
-    even = draw(Plan(stages=(Stage(2, 10), Stage(2, 20)), arrivals="uniform")).at_s
+    even = draw(LoadPlan(stages=(Stage(2, 10), Stage(2, 20)), arrivals="uniform")).at_s
     np.testing.assert_allclose(np.diff(even)[:19], 0.1)
     np.testing.assert_allclose(np.diff(even)[20:], 0.05)
 
@@ -82,7 +82,7 @@ def test_bursts_keep_the_mean_and_are_bursts():
 
 def test_tiers_tenants_and_sizes_are_shared_out():
     mix = (Mix("gold", 1.0, tenants=3, skew=1.0), Mix("bulk", 3.0))
-    made = plan(5000.0, 20.0, mix=mix, sizes=Sizes(candidates=20, tail=1.5, most=400))
+    made = plan(5000.0, 20.0, mix=mix, sizes=RequestSizes(candidates=20, tail=1.5, most=400))
     drawn = draw(made)
     assert abs((drawn.mix == 0).mean() - 0.25) < 0.01
     tenants = np.bincount(drawn.tenant[drawn.mix == 0], minlength=3)
@@ -121,21 +121,21 @@ def test_tiers_tenants_and_sizes_are_shared_out():
 )
 def test_bad_plans_are_named(values, where):
     with pytest.raises(ConfigError, match=where):
-        Plan.from_dict(values)
+        LoadPlan.from_dict(values)
 
 
 def test_plans_are_read_from_json(tmp_path):
     path = tmp_path / "plan.json"
-    made = Plan(stages=(Stage(1.0, 5.0, 7.0),), mix=(Mix("a", 2.0), Mix("b")), retry=Retry(3))
+    made = LoadPlan(stages=(Stage(1.0, 5.0, 7.0),), mix=(Mix("a", 2.0), Mix("b")), retry=Retry(3))
     clock = VirtualClock()
     generator = Generator(made, Queue(clock, 0.01), clock)
     path.write_text(json.dumps(summary(generator)["plan"]))
-    assert Plan.load(path) == made
+    assert LoadPlan.load(path) == made
     with pytest.raises(ConfigError, match="cannot be read"):
-        Plan.load(tmp_path / "nothing.json")
+        LoadPlan.load(tmp_path / "nothing.json")
     path.write_text("{")
     with pytest.raises(ConfigError):
-        Plan.load(path)
+        LoadPlan.load(path)
 
 
 # --- virtual time
@@ -159,7 +159,7 @@ class Queue:
         if self.down[0] <= begin < self.down[1]:
             begin = self.down[1]
         self.free = begin + self.service_s
-        self.clock.call_at(self.free, lambda: done(Answer("ok")))
+        self.clock.call_at(self.free, lambda: done(TryResult("ok")))
 
 
 def run_virtual(made, target, clock):
@@ -220,7 +220,7 @@ def test_latency_counts_from_when_a_request_was_due_even_where_the_generator_was
 def test_clients_retry_as_they_are_told():
     clock = VirtualClock()
     first_two = Queue(
-        clock, 1e-4, refuse=lambda shot, n: Answer("overload", 0.5) if n <= 2 else None
+        clock, 1e-4, refuse=lambda shot, n: TryResult("overload", 0.5) if n <= 2 else None
     )
     one = plan(1.0, 1.0, arrivals="uniform", retry=Retry(3, backoff_ms=100.0))
     generator = run_virtual(one, first_two, clock)
@@ -233,7 +233,7 @@ def test_clients_retry_as_they_are_told():
 
     for obey, tries in ((True, 1), (False, 3)):
         clock = VirtualClock()
-        closed = Queue(clock, 1e-4, refuse=lambda shot, n: Answer("overload", -1.0))
+        closed = Queue(clock, 1e-4, refuse=lambda shot, n: TryResult("overload", -1.0))
         made = plan(1.0, 1.0, arrivals="uniform", retry=Retry(3, obey=obey))
         generator = run_virtual(made, closed, clock)
         assert generator.log.tries[0] == tries
@@ -243,7 +243,7 @@ def test_clients_retry_as_they_are_told():
         assert result["all"]["latency_ms"] is None
 
     clock = VirtualClock()
-    wrong = Queue(clock, 1e-4, refuse=lambda shot, n: Answer("invalid"))
+    wrong = Queue(clock, 1e-4, refuse=lambda shot, n: TryResult("invalid"))
     assert run_virtual(one, wrong, clock).log.tries[0] == 1
 
 
@@ -260,7 +260,7 @@ def test_every_request_is_counted_once(rate, seconds, arrivals, tries, refused, 
     clock = VirtualClock()
     rng = np.random.default_rng(seed)
     queue = Queue(
-        clock, 1e-3, refuse=lambda *_: Answer("quota") if rng.random() < refused else None
+        clock, 1e-3, refuse=lambda *_: TryResult("quota") if rng.random() < refused else None
     )
     made = plan(
         rate, seconds, arrivals=arrivals, retry=Retry(tries), mix=(Mix("a"), Mix("b")), seed=seed
@@ -287,13 +287,13 @@ class SchedulerTarget:
         arrays = (np.zeros((1, 1), np.int64), np.zeros((1, 50), np.int64))
         request = Request("model", "1", {}, tier=shot.tier, priority=shot.priority)
 
-        def ended(ticket):
-            done(Answer("ok" if ticket.error is None else str(ticket.error.kind)))
+        def ended(pending):
+            done(TryResult("ok" if pending.error is None else str(pending.error.kind)))
 
         try:
-            self.scheduler.submit(Ticket(request, arrays, ended), arrays)
+            self.scheduler.submit(PendingRequest(request, arrays, ended), arrays)
         except Rejected as refusal:
-            answer = Answer(str(refusal.kind))
+            answer = TryResult(str(refusal.kind))
             self.clock.call_at(self.clock.now(), lambda: done(answer))
 
 
@@ -349,7 +349,9 @@ def test_a_server_over_loopback(start, engine_path):
     running = start(engine_path, PATIENT)
 
     async def load():
-        made = plan(60.0, 2.0, sizes=Sizes(users=2, candidates=3, tail=1.0, most=9), slo_ms=5000.0)
+        made = plan(
+            60.0, 2.0, sizes=RequestSizes(users=2, candidates=3, tail=1.0, most=9), slo_ms=5000.0
+        )
         async with GrpcTarget(running.grpc, "ranker") as target:
             target.prepare(requests_of(await target.spec(), made.sizes))
             from fastrec.serving.core import LoopClock

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from fastrec.serving.core import Lanes, Pool, QueuePolicy, ServingConfig
+from fastrec.serving.core import Pool, Queueing, QueuePolicy, ServingConfig
 from fastrec.spec import InputField, InputSpec
 
 grpcclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
@@ -62,12 +62,12 @@ def serve(start):
     def begin(**lanes):
         gate = Gate()
         config = ServingConfig(
-            lanes=Lanes(express_priorities=(), **lanes),
+            lanes=Queueing(express_priorities=(), **lanes),
             pool=Pool(kind="thread"),
             slo=ServingConfig().slo.__class__(latency_ms=60_000),
         )
         server = start(None, config)
-        server.run(server.server.runtime.load("gate", lambda: gate))
+        server.run(server.server.core.load("gate", lambda: gate))
         gate.seen.clear()
         gate.open.clear()
         clients.append(Calls(server.grpc))

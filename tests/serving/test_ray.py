@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ray.serve", reason="fastrec[ray] is not installed")
+pytest.importorskip("ray.serve", reason="fastrec-kernels[ray] is not installed")
 
 from serving_process import request_of
 
@@ -24,7 +24,7 @@ from fastrec.runtime import load_engine
 from fastrec.serving.core import ServingConfig
 from fastrec.serving.core.events import BatchDone, RequestDone
 from fastrec.serving.ray import RayOptions, add_inference_service, build
-from fastrec.serving.ray.load import Load
+from fastrec.serving.ray.load_meter import LoadMeter
 from fastrec.serving.ray.routing import ranks, way
 from fastrec.serving.ray.scaling import QueueDelay
 
@@ -128,7 +128,7 @@ def test_without_news_nothing_changes() -> None:
 
 
 class Still:
-    """A runtime whose clock stands where it is put."""
+    """A core whose clock stands where it is put."""
 
     def __init__(self) -> None:
         self.config = ServingConfig()
@@ -144,24 +144,24 @@ class Still:
 
 
 def test_what_a_replica_tells_of_its_load() -> None:
-    runtime = Still()
-    load = Load(runtime)  # type: ignore[arg-type]
+    core = Still()
+    load = LoadMeter(core)  # type: ignore[arg-type]
     assert (load.queue_delay_s(), load.busy()) == (0.0, 0.0)
     for i in range(100):
-        runtime.at = i / 100
+        core.at = i / 100
         wait = 0.1 if i >= 90 else 0.001
         load.on_event(
-            RequestDone(runtime.at, "ranker", "1", "default", "", 2, "ok", 5, wait, 0, 0, "")
+            RequestDone(core.at, "ranker", "1", "default", "", 2, "ok", 5, wait, 0, 0, "")
         )
-        load.on_event(BatchDone(runtime.at, "ranker", "1", "e", "", 1, 5, 0.05, 0.05, ""))
+        load.on_event(BatchDone(core.at, "ranker", "1", "e", "", 1, 5, 0.05, 0.05, ""))
     assert load.queue_delay_s() == pytest.approx(0.1)
     assert load.busy() == pytest.approx(100 * 0.05 / 5 / 2)
     assert load.wait_s() == pytest.approx(0.3 * 0.5 / 2)
     refused = RequestDone(1.0, "ranker", "1", "default", "", 2, "overload", 5, 0, 0, 0, "")
     for _ in range(200):
         load.on_event(refused)
-    assert load.queue_delay_s() == runtime.config.latency_s("default")
-    runtime.at = 60.0
+    assert load.queue_delay_s() == core.config.latency_s("default")
+    core.at = 60.0
     assert (load.queue_delay_s(), load.busy()) == (0.0, 0.0)
 
 
@@ -206,7 +206,7 @@ def _calls() -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def told(engine_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``ray_cluster.py`` saw."""
+    """Results of ``ray_cluster.py``."""
     request = tmp_path_factory.mktemp("ray") / "request.npz"
     np.savez(request, **request_of())
     source = str(Path(__file__).parents[2] / "src")

@@ -14,8 +14,8 @@ from fastrec.serving.core import (
     Admission,
     Batching,
     Kind,
-    Lanes,
     Pool,
+    Queueing,
     QueuePolicy,
     Quota,
     Rejected,
@@ -24,7 +24,7 @@ from fastrec.serving.core import (
     Tier,
     VirtualClock,
 )
-from fastrec.serving.core.lanes import Ticket
+from fastrec.serving.core.queues import PendingRequest
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.simulated import SimulatedEngine, add_engines, signature
 
@@ -55,11 +55,11 @@ class World:
         self.engines: list[SimulatedEngine] = add_engines(
             self.scheduler, self.clock, costs or [cost] * engines
         )
-        self.answers: dict[int, list[Ticket]] = {}
+        self.answers: dict[int, list[PendingRequest]] = {}
         self.refused: dict[int, Rejected] = {}
         self.sent = 0
 
-    def send(self, users: int = 1, candidates: int = 50, **fields: Any) -> Ticket:
+    def send(self, users: int = 1, candidates: int = 50, **fields: Any) -> PendingRequest:
         number = self.sent
         self.sent += 1
         arrays = (
@@ -70,12 +70,12 @@ class World:
         for name, value in fields.items():
             setattr(request, name, value)
         self.answers[number] = []
-        ticket = Ticket(request, arrays, self.answers[number].append)
+        pending = PendingRequest(request, arrays, self.answers[number].append)
         try:
-            self.scheduler.submit(ticket, arrays)
+            self.scheduler.submit(pending, arrays)
         except Rejected as refusal:
             self.refused[number] = refusal
-        return ticket
+        return pending
 
     def at(self, when: float, **fields: Any) -> None:
         self.clock.call_at(when, lambda: self.send(**fields))
@@ -92,14 +92,14 @@ def test_outputs_are_the_requests_own_however_they_were_cut_and_joined() -> None
     )
     world = World(config, 2)
     sizes = [(1, 5), (1, 8), (3, 6), (1, 700), (40, 50), (1, 64), (2, 63), (1, 1)]
-    tickets = [world.send(u, m) for u, m in sizes]
+    sent = [world.send(u, m) for u, m in sizes]
     world.clock.run()
-    for number, (ticket, (users, candidates)) in enumerate(zip(tickets, sizes, strict=True)):
-        assert ticket.error is None
+    for number, (pending, (users, candidates)) in enumerate(zip(sent, sizes, strict=True)):
+        assert pending.error is None
         expected = number * 1000 + np.arange(users * candidates).reshape(users, candidates)
-        np.testing.assert_array_equal(ticket.outputs["scores"], expected)
-    assert tickets[3].pieces > 1
-    assert tickets[4].pieces > 1
+        np.testing.assert_array_equal(pending.outputs["scores"], expected)
+    assert sent[3].sub_count > 1
+    assert sent[4].sub_count > 1
     # No call was longer than the cap allows (2 ms, a row's rounding apart).
     assert max(e.predicted_s for e in world.events if hasattr(e, "predicted_s")) <= 2.1e-3
 
@@ -114,17 +114,17 @@ def test_requests_share_calls_when_they_wait() -> None:
 
 
 def test_express_passes_the_queue_and_is_never_joined() -> None:
-    config = ServingConfig(slo=SLO(100.0), lanes=Lanes(express_share=1.0, reserved_slots=0))
+    config = ServingConfig(slo=SLO(100.0), lanes=Queueing(express_share=1.0, reserved_slots=0))
     world = World(config)
     for _ in range(30):
         world.send()
     fast = world.send(priority=1)
-    assert fast.lane == "express"
+    assert fast.queue == "express"
     world.clock.run()
     # It waits for the one call that was running, of one user.
     assert fast.started - fast.arrival <= 1.1e-3
     assert [
-        e.requests for e in world.events if getattr(e, "engine", "") and e.lane == "express"
+        e.requests for e in world.events if getattr(e, "engine", "") and e.queue == "express"
     ] == [1]
 
 
@@ -235,9 +235,9 @@ def test_large_requests_that_can_be_in_time_are_let_in() -> None:
     """The limit counts what is in flight, not what comes: four requests of 10 ms are done in 40."""
     tiers = {"gold": Tier(5), "bulk": Tier(5)}
     world = World(ServingConfig(slo=SLO(50.0), tiers=tiers), costs=[lambda users, rows: 0.010])
-    tickets = [world.send(tier="bulk") for _ in range(4)]
+    sent = [world.send(tier="bulk") for _ in range(4)]
     world.clock.run()
-    assert [t.error for t in tickets] == [None] * 4
+    assert [t.error for t in sent] == [None] * 4
     done = [e for e in world.events if getattr(e, "outcome", "") == "ok"]
     assert max(e.total_s for e in done) <= 0.05
 
@@ -246,22 +246,22 @@ def test_what_is_turned_away_early_is_what_submit_refuses() -> None:
     """The wire asks before it decodes: the answer is that of submit, and nothing is charged."""
     tiers = {"gold": Tier(6), "bulk": Tier(4, quota=Quota(2e5, 2e4)), "express": Tier(1)}
     world = World(ServingConfig(slo=SLO(20.0), tiers=tiers))
-    scheduler, gate = world.scheduler, world.scheduler.gate
+    scheduler, admission = world.scheduler, world.scheduler.admission
     rng = np.random.default_rng(0)
     told: list[tuple[str, str]] = []
 
     def arrive() -> None:
         fields = {"tier": str(rng.choice(list(tiers))), "tenant": "a", "priority": 0}
         fields["priority"] = int(fields["tier"] == "express")
-        before = gate.in_flight_s, scheduler.queues.count, len(scheduler.open)
+        before = admission.in_flight_s, scheduler.queues.count, len(scheduler.open)
         try:
             scheduler.turn_away(Request("ranker", "", {}, **fields), (1, 50))
             early = ""
         except Rejected as refusal:
             early = str(refusal.kind)
-        assert (gate.in_flight_s, scheduler.queues.count, len(scheduler.open)) == before
-        ticket = world.send(**fields)
-        told.append((early, "" if ticket.error is None else str(ticket.error.kind)))
+        assert (admission.in_flight_s, scheduler.queues.count, len(scheduler.open)) == before
+        pending = world.send(**fields)
+        told.append((early, "" if pending.error is None else str(pending.error.kind)))
 
     for when in np.cumsum(rng.exponential(1 / 4000, 4000)):
         world.clock.call_at(float(when), arrive)
@@ -287,8 +287,8 @@ def test_the_early_look_lasts_as_long_as_the_overload() -> None:
 
 
 def test_a_full_queue_is_refused_with_tritons_text() -> None:
-    lanes = Lanes(policies={2: QueuePolicy(max_queue_size=3)}, express_priorities=())
-    world = World(ServingConfig(slo=SLO(1000.0), lanes=lanes))
+    queueing = Queueing(policies={2: QueuePolicy(max_queue_size=3)}, express_priorities=())
+    world = World(ServingConfig(slo=SLO(1000.0), lanes=queueing))
     for _ in range(6):
         world.send()
     # One runs, three wait.
@@ -304,10 +304,10 @@ def test_triton_timeout_policies(start: float) -> None:
         1: QueuePolicy(default_timeout_us=1000, timeout_action="DELAY"),
         2: QueuePolicy(default_timeout_us=1000, allow_timeout_override=False),
     }
-    lanes = Lanes(policies=policies, express_priorities=())
+    queueing = Queueing(policies=policies, express_priorities=())
     config = ServingConfig(
         slo=SLO(1000.0),
-        lanes=lanes,
+        lanes=queueing,
         batching=Batching(enabled=False),
         admission=Admission(check_deadlines=False),
     )
@@ -324,7 +324,7 @@ def test_triton_timeout_policies(start: float) -> None:
 
 
 def test_an_engine_that_dies_loses_no_request() -> None:
-    world = World(ServingConfig(slo=SLO(100.0), lanes=Lanes(reserved_slots=0)), 2)
+    world = World(ServingConfig(slo=SLO(100.0), lanes=Queueing(reserved_slots=0)), 2)
     for _ in range(20):
         world.send()
     world.clock.call_at(0.0005, world.engines[0].die)
@@ -337,23 +337,23 @@ def test_an_engine_that_dies_loses_no_request() -> None:
 
 def test_an_engine_that_hangs_is_found_and_its_requests_run_elsewhere() -> None:
     pool = Pool(stall_factor=10, stall_floor_ms=20)
-    config = ServingConfig(slo=SLO(200.0), pool=pool, lanes=Lanes(reserved_slots=0))
+    config = ServingConfig(slo=SLO(200.0), pool=pool, lanes=Queueing(reserved_slots=0))
     world = World(config, 2)
     world.engines[0].hangs = True
-    tickets = [world.send() for _ in range(10)]
+    sent = [world.send() for _ in range(10)]
     world.clock.run(0.2)
     assert world.lost == ["stalled"]
-    assert all(t.error is None and t.tries <= 2 for t in tickets)
+    assert all(t.error is None and t.tries <= 2 for t in sent)
 
 
 def test_one_bad_request_does_not_take_its_neighbours_along() -> None:
     world = World(LOOSE)
     world.engines[0].fails = lambda arrays: bool((arrays[0] == 4).any())
-    tickets = [world.send() for _ in range(9)]
+    sent = [world.send() for _ in range(9)]
     world.clock.run()
-    failed = [i for i, t in enumerate(tickets) if t.error is not None]
+    failed = [i for i, t in enumerate(sent) if t.error is not None]
     assert failed == [4]
-    error = tickets[4].error
+    error = sent[4].error
     assert error is not None
     assert error.kind is Kind.INTERNAL
 
@@ -383,8 +383,8 @@ def test_work_goes_to_the_engine_that_is_done_first() -> None:
     def three(users: int, rows: int) -> float:
         return 3 * cost(users, rows)
 
-    lanes = Lanes(express_priorities=())
-    world = World(ServingConfig(slo=SLO(200.0), lanes=lanes), costs=[three, cost])
+    queueing = Queueing(express_priorities=())
+    world = World(ServingConfig(slo=SLO(200.0), lanes=queueing), costs=[three, cost])
     rng = np.random.default_rng(1)
     for when in np.cumsum(rng.exponential(1 / 300, 600)):
         world.at(float(when))
@@ -425,13 +425,14 @@ def test_nothing_is_lost_and_everything_is_answered_once(
         pool=Pool(stall_factor=5, stall_floor_ms=30),
     )
     world = World(config, engines)
-    tickets: list[Ticket] = []
+    sent: list[PendingRequest] = []
     for i, (kind, when, fields) in enumerate(steps):
         if kind == "send":
-            world.clock.call_at(when, lambda f=fields: tickets.append(world.send(**f)))
+            world.clock.call_at(when, lambda f=fields: sent.append(world.send(**f)))
         elif kind == "cancel":
             world.clock.call_at(
-                when, lambda i=i: tickets and world.scheduler.cancel(tickets[i % len(tickets)])
+                when,
+                lambda i=i: sent and world.scheduler.cancel(sent[i % len(sent)]),
             )
         else:
             engine = world.engines[i % engines]
@@ -454,13 +455,13 @@ def test_nothing_is_lost_and_everything_is_answered_once(
     assert len(outcomes) == world.sent
     assert not scheduler.open
     assert scheduler.queues.count == scheduler.queues.bytes == 0
-    assert scheduler.gate.in_flight_s == 0
+    assert scheduler.admission.in_flight_s == 0
     assert not any(scheduler.queues.by_priority.values())
-    for ticket in tickets:
-        if ticket.error is None:
-            number = int(ticket.request.inputs["user"][0, 0])
-            expected = number * 1000 + ticket.request.inputs["candidate"]
-            np.testing.assert_array_equal(ticket.outputs["scores"], expected)
+    for pending in sent:
+        if pending.error is None:
+            number = int(pending.request.inputs["user"][0, 0])
+            expected = number * 1000 + pending.request.inputs["candidate"]
+            np.testing.assert_array_equal(pending.outputs["scores"], expected)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -468,7 +469,7 @@ def test_aged_requests_are_next(seed: int) -> None:
     """A request with a far deadline under a stream of near ones that fills the engine."""
     config = ServingConfig(
         slo=SLO(20.0),
-        lanes=Lanes(age_ms=50.0, express_priorities=()),
+        lanes=Queueing(age_ms=50.0, express_priorities=()),
         batching=Batching(enabled=False),
         admission=Admission(enabled=False),
     )

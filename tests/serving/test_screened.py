@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
+pytest.importorskip("grpc", reason="fastrec-kernels[serve] is not installed")
 
 from serving_process import Running, engine_file, request_of
 

@@ -1,4 +1,4 @@
-"""The fleet on paper: against queueing theory, against the real runtime, and as a command."""
+"""Fleet simulation: against queueing theory, against the real core, and as a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from typer.testing import CliRunner
 
 from fastrec.errors import ArgumentError, ArtifactError
-from fastrec.serving.core import SLO, Admission, Batching, Lanes, ServingConfig, Tier
+from fastrec.serving.core import SLO, Admission, Batching, Queueing, ServingConfig, Tier
 from fastrec.serving.simulate import EngineProfile, Fleet, Outcome, simulate
 from fastrec.serving.simulate.check import check
 
@@ -23,7 +23,7 @@ PLAIN = ServingConfig(
     slo=SLO(1e6),
     batching=Batching(enabled=False),
     admission=Admission(enabled=False),
-    lanes=Lanes(express_priorities=()),
+    lanes=Queueing(express_priorities=()),
 )
 
 
@@ -94,8 +94,8 @@ def test_probes_beat_chance_where_some_hosts_are_slow() -> None:
 
 
 def test_a_door_that_takes_time_bounds_what_a_host_answers() -> None:
-    # 1,000 requests a second go through a door of 1 ms; twice as many come.
-    fleet = one_host(4, rate=2000.0, seconds=0.5, warm_s=0.0, door_us=1000.0)
+    # 1,000 requests a second go through a handler of 1 ms; twice as many come.
+    fleet = one_host(4, rate=2000.0, seconds=0.5, warm_s=0.0, event_loop_us=1000.0)
     (out,) = simulate(fleet, MS, PLAIN)
     assert out.offered == pytest.approx(1000, rel=0.15)
     assert out.latency.percentile_ms(99) > 400
@@ -183,7 +183,7 @@ def test_draws_stay_within_what_was_measured(scatter: list[float]) -> None:
 def test_the_command_reports(tmp_path: Path) -> None:
     from fastrec.cli import _mount, app
 
-    pytest.importorskip("matplotlib", reason="fastrec[report] is not installed")
+    pytest.importorskip("matplotlib", reason="fastrec-kernels[report] is not installed")
     if not app.registered_commands:
         _mount()
     MS.save(tmp_path / "profile.json")

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from serving_process import request_of
 
-pytest.importorskip("opentelemetry.sdk", reason="fastrec[otel] is not installed")
+pytest.importorskip("opentelemetry.sdk", reason="fastrec-kernels[otel] is not installed")
 
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased
 
 from fastrec.errors import ArgumentError
-from fastrec.serving.core import Lanes, ServingConfig
+from fastrec.serving.core import Queueing, ServingConfig
 from fastrec.serving.observe.traces import WorstToo, over_otlp
 from fastrec.serving.server import ServerOptions
 from fastrec.serving.wire.messages import SERVICE, InferRequest
@@ -187,7 +187,7 @@ def test_a_server_without_tracing_loads_none_of_it(engine_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert ServerOptions().tracer_provider is None
-    assert Lanes().hold_until == 0
+    assert Queueing().hold_until == 0
 
 
 def test_the_otlp_provider_takes_its_name_from_the_environment(monkeypatch):

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <new>
 
 #include "engine/fastrec.h"
@@ -81,8 +82,8 @@ int guarded(fastrec_error* error, F&& body) noexcept {
   }
 }
 
-void require(bool true_, const char* what) {
-  if (!true_) throw Argument(what);
+void expect(bool met, const char* what) {
+  if (!met) throw Argument(what);
 }
 
 // The arrays as the specification's fields; sizes are completed, or the reason is thrown.
@@ -91,7 +92,7 @@ std::vector<Array> admitted(const InputSpec& spec, const fastrec_array* inputs, 
   if (count != static_cast<int>(spec.fields.size()))
     throw Argument("expected " + std::to_string(spec.fields.size()) + " inputs, got " +
                    std::to_string(count));
-  require(inputs || count == 0, "inputs: expected an array, got null");
+  expect(inputs || count == 0, "inputs: expected an array, got null");
   std::vector<Array> arrays;
   for (int i = 0; i < count; ++i) {
     const fastrec_array& given = inputs[i];
@@ -135,7 +136,7 @@ void require_room(const std::vector<int64_t>& sizes, const float* scores, size_t
 }
 
 void copy_sizes(const std::vector<int64_t>& from, int64_t* sizes, int* dims) {
-  require(sizes && dims, "sizes, dims: expected addresses, got null");
+  expect(sizes && dims, "sizes, dims: expected addresses, got null");
   std::copy(from.begin(), from.end(), sizes);
   *dims = static_cast<int>(from.size());
 }
@@ -151,8 +152,8 @@ int fastrec_abi_version(void) { return FASTREC_ABI_VERSION; }
 
 int fastrec_open(const char* path, int flags, fastrec_engine** engine, fastrec_error* error) {
   return guarded(error, [&] {
-    require(path && engine, "path, engine: expected addresses, got null");
-    require((flags & ~FASTREC_COPY) == 0, "flags: expected 0 or FASTREC_COPY");
+    expect(path && engine, "path, engine: expected addresses, got null");
+    expect((flags & ~FASTREC_COPY) == 0, "flags: expected 0 or FASTREC_COPY");
     auto made = std::make_unique<fastrec_engine>();
     made->file = open_file(path, flags & FASTREC_COPY ? Keep::copied : Keep::mapped);
     made->threads = made->file.engine->threads();
@@ -177,8 +178,8 @@ int fastrec_inputs(const fastrec_engine* engine) {
 int fastrec_describe(const fastrec_engine* engine, int index, fastrec_input* input,
                      fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine && input, "engine, input: expected addresses, got null");
-    require(index >= 0 && index < fastrec_inputs(engine), "index: expected one of the inputs");
+    expect(engine && input, "engine, input: expected addresses, got null");
+    expect(index >= 0 && index < fastrec_inputs(engine), "index: expected one of the inputs");
     const InputSpec& spec = engine->file.engine->inputs();
     const InputField& field = spec.fields[index];
     fastrec_input made{};
@@ -191,7 +192,9 @@ int fastrec_describe(const fastrec_engine* engine, int index, fastrec_input* inp
       made.sizes[d] = free ? -1 : field.dims[d].number;
       made.symbols[d] = free ? spec.symbols[symbol].c_str() : nullptr;
       made.low[d] = free ? spec.limits[symbol].low : field.dims[d].number;
-      made.high[d] = free ? spec.limits[symbol].high : field.dims[d].number;
+      made.high[d] = !free                          ? field.dims[d].number
+                     : spec.limits[symbol].high < 0 ? std::numeric_limits<int64_t>::max()
+                                                    : spec.limits[symbol].high;
     }
     const bool bounded = field.rows && field.rows->symbol < 0;
     made.rows = bounded ? field.rows->number : -1;
@@ -206,8 +209,8 @@ const char* fastrec_header(const fastrec_engine* engine) {
 
 int fastrec_set_threads(fastrec_engine* engine, int threads, fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine, "engine: expected an address, got null");
-    require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1..1024");
+    expect(engine, "engine: expected an address, got null");
+    expect(threads >= 1 && threads <= kMaxThreads, "threads: expected 1..1024");
     engine->threads = threads;
   });
 }
@@ -215,7 +218,7 @@ int fastrec_set_threads(fastrec_engine* engine, int threads, fastrec_error* erro
 int fastrec_output_sizes(const fastrec_engine* engine, const fastrec_array* inputs, int count,
                          int64_t* sizes, int* dims, fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine, "engine: expected an address, got null");
+    expect(engine, "engine: expected an address, got null");
     SpecSizes found = unknown_sizes();
     admitted(engine->file.engine->inputs(), inputs, count, found);
     copy_sizes(engine->file.engine->output_sizes(found), sizes, dims);
@@ -225,7 +228,7 @@ int fastrec_output_sizes(const fastrec_engine* engine, const fastrec_array* inpu
 int fastrec_run(fastrec_engine* engine, const fastrec_array* inputs, int count, float* scores,
                 size_t room, fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine, "engine: expected an address, got null");
+    expect(engine, "engine: expected an address, got null");
     Engine& of = *engine->file.engine;
     SpecSizes sizes = unknown_sizes();
     const std::vector<Array> arrays = admitted(of.inputs(), inputs, count, sizes);
@@ -237,8 +240,8 @@ int fastrec_run(fastrec_engine* engine, const fastrec_array* inputs, int count, 
 int fastrec_encode(fastrec_engine* engine, const fastrec_array* history, int count, int flags,
                    fastrec_state** state, fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine && state, "engine, state: expected addresses, got null");
-    require((flags & ~FASTREC_APPENDABLE) == 0, "flags: expected 0 or FASTREC_APPENDABLE");
+    expect(engine && state, "engine, state: expected addresses, got null");
+    expect((flags & ~FASTREC_APPENDABLE) == 0, "flags: expected 0 or FASTREC_APPENDABLE");
     auto parts = engine->file.engine->split(engine->candidates, flags & FASTREC_APPENDABLE);
     SpecSizes sizes = unknown_sizes();
     const auto arrays = admitted(parts->history_inputs(), history, count, sizes);
@@ -250,8 +253,8 @@ int fastrec_encode(fastrec_engine* engine, const fastrec_array* history, int cou
 int fastrec_append(fastrec_engine* engine, const fastrec_state* state, const fastrec_array* events,
                    int count, fastrec_state** next, fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine && state && next, "engine, state, next: expected addresses, got null");
-    require(state->parts->appends(), "state: expected one encoded with FASTREC_APPENDABLE");
+    expect(engine && state && next, "engine, state, next: expected addresses, got null");
+    expect(state->parts->appends(), "state: expected one encoded with FASTREC_APPENDABLE");
     SpecSizes sizes = unknown_sizes();
     const auto arrays = admitted(state->parts->event_inputs(), events, count, sizes);
     auto made = state->parts->append(*state->state, arrays.data(), engine->threads);
@@ -263,7 +266,7 @@ int fastrec_score(fastrec_engine* engine, const fastrec_state* state,
                   const fastrec_array* candidates, int count, float* scores, size_t room,
                   fastrec_error* error) {
   return guarded(error, [&] {
-    require(engine && state, "engine, state: expected addresses, got null");
+    expect(engine && state, "engine, state: expected addresses, got null");
     if (!state->parts->scores())
       throw Refused("this model has no candidates to score: see fastrec_state_output");
     SpecSizes sizes = state->state->sizes;
@@ -276,7 +279,7 @@ int fastrec_score(fastrec_engine* engine, const fastrec_state* state,
 int fastrec_state_output(const fastrec_state* state, const float** output, int64_t* sizes,
                          int* dims, fastrec_error* error) {
   return guarded(error, [&] {
-    require(state && output, "state, output: expected addresses, got null");
+    expect(state && output, "state, output: expected addresses, got null");
     if (state->parts->scores())
       throw Refused("a state of a model with candidates has no output: see fastrec_score");
     const Values& values = *state->state->values.at(0);

@@ -147,7 +147,7 @@ Engine::Engine(const json::Value& header, std::vector<Constant> constants,
   if (threads < 1 || threads > kMaxThreads) throw InvalidProgram("a sound number of threads");
   threads_ = static_cast<int>(threads);
   check_interface(program_, inputs_);
-  check(program_, inputs_.limits);
+  check(program_, {inputs_.limits.begin(), inputs_.limits.begin() + program_.symbols.size()});
   const int output = program_.outputs[0].buffer;
   program_.outputs.clear();
   program_.buffers[output].space = Space::arena;
@@ -157,6 +157,34 @@ Engine::Engine(const json::Value& header, std::vector<Constant> constants,
 }
 
 Engine::~Engine() = default;
+
+json::Value Engine::plan() const {
+  const Plan& plan = executor_->plan();
+  const auto symbol = [&](int s) -> json::Value {
+    if (s < 0) return nullptr;
+    return program_.symbols[s];
+  };
+  json::List groups, slots(plan.slots.size(), json::List());
+  for (const RowGroup& group : plan.groups)
+    groups.push_back(json::List{group.begin, group.end, symbol(group.symbol)});
+  // Steps' operands tell which slot a buffer has.
+  std::vector<std::vector<int>> buffers(plan.slots.size());
+  for (size_t p = 0; p < plan.steps.size(); ++p)
+    for (size_t o = 0; o < plan.steps[p].operands.size(); ++o) {
+      const Operand& operand = plan.steps[p].operands[o];
+      if (operand.space != Space::arena || operand.index < 0) continue;
+      std::vector<int>& of = buffers[operand.index];
+      const int buffer = program_.steps[p].operands[o].buffer;
+      if (std::find(of.begin(), of.end(), buffer) == of.end()) of.push_back(buffer);
+    }
+  for (size_t s = 0; s < buffers.size(); ++s)
+    slots[s] = json::List(buffers[s].begin(), buffers[s].end());
+  json::Object described = write_program(program_).object();
+  described.emplace_back("users", symbol(plan.users));
+  described.emplace_back("groups", std::move(groups));
+  described.emplace_back("slots", std::move(slots));
+  return described;
+}
 
 std::vector<int64_t> Engine::output_sizes(const SpecSizes& sizes) const {
   const Symbols symbols = symbols_of(sizes);

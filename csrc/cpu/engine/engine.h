@@ -65,6 +65,10 @@ class Engine {
   // Threads that the engine was made for.
   int threads() const { return threads_; }
 
+  // The program in the order that it runs, and how: "users" (a symbol or null), "groups" ([first
+  // step, step behind the last, symbol]) and "slots" (buffers that take turns in the same memory).
+  json::Value plan() const;
+
   // Of the scores, float32.
   std::vector<int64_t> output_sizes(const SpecSizes& sizes) const;
   // The scores of inputs that the specification admits, on at most `threads` threads. `step_ns`

@@ -43,7 +43,7 @@ bool fits(const InputField& field, const std::vector<Limit>& limits, const Array
     const int64_t size = array.sizes[d];
     if (expected.symbol >= 0 && sizes[expected.symbol] < 0) {
       const Limit& limit = limits[expected.symbol];
-      if (size < limit.low || size > limit.high) return false;
+      if (size < limit.low || (limit.high >= 0 && size > limit.high)) return false;
       sizes[expected.symbol] = size;
     }
     if (value_of(expected, sizes) != size) return false;
@@ -117,7 +117,7 @@ InputSpec InputSpec::read(const json::Value& value, const std::vector<std::strin
     Limit made;
     made.low = limit[0].integer();
     if (!limit[1].is_null()) made.high = limit[1].integer();
-    if (made.low < 1 || made.low > made.high)
+    if (made.low < 1 || (!limit[1].is_null() && made.low > made.high))
       throw InvalidProgram("limits of at least 1, in order");
     if (const int found = spec.symbol(name); found >= 0) spec.limits[found] = made;
   }
@@ -150,9 +150,8 @@ std::string InputSpec::refusal(const Array* arrays, SpecSizes sizes) const {
       wanted += known ? std::to_string(value_of(dim, sizes)) : symbols[dim.symbol];
       if (known) continue;
       const Limit& limit = limits[dim.symbol];
-      wanted +=
-          " (" + std::to_string(limit.low) +
-          (limit.high == Limit{}.high ? " or more)" : ".." + std::to_string(limit.high) + ")");
+      wanted += " (" + std::to_string(limit.low) +
+                (limit.high < 0 ? " or more)" : ".." + std::to_string(limit.high) + ")");
     }
     if (fits(field, limits, arrays[i], sizes)) continue;
     for (int d = 0; d < arrays[i].dims; ++d)

@@ -3,23 +3,17 @@
 
 #include <array>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "engine/program.h"
+#include "engine/check.h"
 
 namespace fastrec::engine {
 
 // Symbols of a specification: the program's first, then those that no step depends on.
 inline constexpr int kMaxSpecSymbols = 8;
 using SpecSizes = std::array<int64_t, kMaxSpecSymbols>;  // -1: not known yet
-
-// Limits of a symbol's size.
-struct Limit {
-  int64_t low = 1, high = std::numeric_limits<int64_t>::max();
-};
 
 // A size, or (symbol >= 0) that symbol's.
 struct SpecSize {

@@ -41,7 +41,7 @@ bool user_by_user(const Program& program, const View& view, int symbol) {
 }
 
 bool reads_index(const ProgramStep& step, int dim) {
-  return step.kind->reads_index && step.kind->reads_index(step.fields.get(), dim);
+  return step.kind->reads_index(step.fields.get(), dim);
 }
 
 bool keeps_users_apart(const Program& program, const ProgramStep& step, int symbol) {
@@ -236,7 +236,11 @@ std::vector<Slot> assign_slots(const Program& program, const std::vector<RowGrou
 std::vector<Extent> rows_of_layers(const Program& program, int users) {
   std::vector<Extent> rows;
   for (const ProgramStep& step : program.steps) {
-    if (!step.kind->traits.weights) continue;
+    const bool weights =
+        std::any_of(step.operands.begin(), step.operands.end(), [&](const View& view) {
+          return !view.absent() && is_constant(program, view) && view.sizes.size() > 1;
+        });
+    if (!weights || step.kind->rows(step.fields.get()) != Rows::last) continue;
     const Shape& x = step.operands[0].sizes;
     const Extent count = product(x, 0, x.size() - 1).without(users);
     if (std::find(rows.begin(), rows.end(), count) == rows.end()) rows.push_back(count);
@@ -350,11 +354,8 @@ Plan make_plan(const Program& program, const Plan* whole, const std::vector<int>
     const uint32_t tiles = tiled(from);
     for (size_t o = 0; o < from.operands.size(); ++o) {
       const View& view = from.operands[o];
-      Operand& operand = step.operands.emplace_back();
-      if (view.absent()) {
-        operand.absent = true;
-        continue;
-      }
+      Operand& operand = step.operands.emplace_back(Operand::none());
+      if (view.absent()) continue;
       const Buffer& buffer = program.buffers[view.buffer];
       operand.space = buffer.space;
       operand.index = buffer.space == Space::arena ? slot_of[view.buffer] : buffer.index;

@@ -312,7 +312,7 @@ class Resuming {
     require_rows(step);
     ProgramStep copy = step;
     const RowDimension row = row_dimension(step.operands.back().sizes, users_);
-    if (step.kind->reads_index && step.kind->reads_index(step.fields.get(), row.dim)) {
+    if (step.kind->reads_index(step.fields.get(), row.dim)) {
       const Shape& shape = step.operands.back().sizes;
       const int inputs = static_cast<int>(step.operands.size()) - 1;
       copy.operands.insert(copy.operands.end() - 1,

@@ -77,7 +77,8 @@ struct Status {
 // Which rows of one user a step keeps apart, so that threads may share them out.
 enum class Rows {
   mixed,     // none
-  elements,  // an element of the result follows from the operands' at its position (map, gather)
+  elements,  // an element of the result follows from the operands' at its position (map)
+  lookup,    // a row of the result from the first operand's element at its position (gather)
   last,      // a row along the last dimension from the operands' row (linear layers, norms)
   queries,   // a query's row from that query and from all keys
 };

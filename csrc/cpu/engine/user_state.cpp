@@ -11,8 +11,6 @@ namespace {
 
 constexpr std::align_val_t kLine{64};
 
-using Kind = Refused::Kind;
-
 std::vector<std::string> names_of(const InputSpec& spec, size_t more) {
   std::vector<std::string> names;
   for (const InputField& field : spec.fields) names.push_back(field.name);
@@ -213,7 +211,7 @@ SplitExecutors::SplitExecutors(Engine& engine, const std::vector<int>& candidate
       if (dim.symbol >= 0) known[dim.symbol] = true;
   for (const InputField& field : history_inputs_.fields)
     if (field.rows && field.rows->symbol >= 0 && !known[field.rows->symbol])
-      throw Refused(Kind::argument, "candidates",
+      throw Refused(Refused::Kind::argument, "candidates",
                     "the input that brings " + history_inputs_.symbols[field.rows->symbol] +
                         " beside " + field.name,
                     "another part");
@@ -259,12 +257,12 @@ std::shared_ptr<const UserState> SplitExecutors::append(const UserState& state, 
   const std::string& name = appends.inputs.fields[0].name;
   const auto had = static_cast<int64_t>(state.lengths.size());
   if (users != had)
-    throw Refused(Kind::shape, name, std::to_string(had) + " users, as in the state",
+    throw Refused(Refused::Kind::shape, name, std::to_string(had) + " users, as in the state",
                   std::to_string(users));
   const int64_t longest = *std::max_element(state.lengths.begin(), state.lengths.end());
   const int64_t most = history_inputs_.limits[appends.events_symbol].high;
-  if (longest > most - count)
-    throw Refused(Kind::shape, name,
+  if (most >= 0 && longest > most - count)
+    throw Refused(Refused::Kind::shape, name,
                   "at most " + std::to_string(most) + " events with the " +
                       std::to_string(longest) + " of the state (encode the newest " +
                       std::to_string(most) + " anew)",

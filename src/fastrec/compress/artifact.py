@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +30,7 @@ from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
 from fastrec.compress.serving_numerics import match_serving_numerics_
 from fastrec.errors import ArgumentError, ArtifactError
+from fastrec.files import atomic_folder, recover
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import MODELS
 from fastrec.models.attention import SelfAttention
@@ -97,15 +96,9 @@ def save(
         text = json.dumps(manifest | {"sha256": _own_hash(manifest)}, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ArgumentError("info", "values that JSON can hold", str(error)) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        _write(staging / TENSORS, data)
-        _write(staging / MANIFEST, text.encode())
-        staging.chmod(0o755)
-        _replace(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with atomic_folder(path) as draft:
+        (draft / TENSORS).write_bytes(data)
+        (draft / MANIFEST).write_text(text)
     return path
 
 
@@ -145,6 +138,7 @@ def read_manifest(path: PathLike) -> dict[str, Any]:
     Raises:
         ArtifactError: missing, altered, not an artifact, or of a newer version.
     """
+    recover(path)
     file = Path(path) / MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
@@ -189,29 +183,6 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
 def _is_replaceable(path: Path) -> bool:
     names = {child.name for child in path.iterdir()}
     return not names or (MANIFEST in names and names <= {MANIFEST, TENSORS})
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _replace(staging: Path, path: Path) -> None:
-    """Rename into place. A folder with files cannot be renamed over, so an old one steps aside
-    first."""
-    if not path.exists():
-        staging.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        path.rename(aside / "old")
-        staging.rename(path)
-    finally:
-        if not path.exists() and (aside / "old").exists():
-            (aside / "old").rename(path)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

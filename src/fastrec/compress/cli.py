@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError, DataError
+from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,13 +53,9 @@ def compress(
     ] = None,
     distill_steps: Annotated[int | None, typer.Option(help="Steps of the student.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of batches and student.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write what was made to this file.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Prune, quantise and distil a trained ranker; finished variants in OUT are not made again."""
-    from rich.console import Console
-
     from fastrec.compress.recipe import VARIANTS
     from fastrec.data import SequenceDataset
 
@@ -68,10 +65,8 @@ def compress(
     baseline = load_trained(model)
     dataset = SequenceDataset.open(data)
     rows = _run(plan, baseline, dataset, out, names)
-    _table(rows, Console())
-    if json_out is not None:
-        report = {"recipe": plan.to_dict(), "variants": rows}
-        json_out.write_text(json.dumps(report, indent=1) + "\n")
+    _table(rows, stdout())
+    write_json(json_out, {"recipe": plan.to_dict(), "variants": rows})
 
 
 def _recipe(
@@ -166,25 +161,9 @@ def load_trained(path: Path) -> nn.Module:
 def _run(
     plan: Recipe, baseline: nn.Module, dataset: Any, out: Path, names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from fastrec.compress.artifact import artifact_bytes
 
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
+    with progress() as tell:
         made = plan.run(baseline, dataset, out=out, progress=tell, variants=names)
     return [
         {

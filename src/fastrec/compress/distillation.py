@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,11 @@ from fastrec.compress.hidden_states import (
 from fastrec.compress.selection import call_model, check_model
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.models import record_attention
+from fastrec.nn.attention_map import AttentionMap
 from fastrec.train import TrainConfig, TrainReport, fit
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+Map: TypeAlias = Tensor | AttentionMap
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Forward:
     """
 
     scores: Tensor
-    maps: Sequence[Tensor] = ()
+    maps: Sequence[Map] = ()
     length: Tensor | None = None
     label: Tensor | None = None
     hidden: Mapping[str, Tensor] = field(default_factory=dict)
@@ -110,6 +112,9 @@ class AttentionMapKL:
     (its pattern) and made to add up to one. Keys beyond a history's length have no weight in the
     teacher's map and so none here; query rows beyond it, and users without history, do not count.
 
+    Self-attention with as many heads as the teacher's runs on the ``attention_map_kl`` kernel,
+    which never holds an L x L map; other maps are computed in torch.
+
     Args:
         weight: of this term.
         layers: (student map, teacher map) index pairs in place of the pairing above.
@@ -131,8 +136,17 @@ class AttentionMapKL:
                     f"indices below {len(student.maps)} (student), {len(teacher.maps)} (teacher)",
                     (own, target),
                 )
-            terms.append(map_divergence(student.maps[own], teacher.maps[target], student.length))
+            terms.append(self._term(student.maps[own], teacher.maps[target], student.length))
         return torch.stack(terms).mean()
+
+    @staticmethod
+    def _term(own: Map, target: Map, length: Tensor | None) -> Tensor:
+        if isinstance(own, AttentionMap) and isinstance(target, AttentionMap):
+            value = own.divergence(target, length)
+            if value is not None:
+                return value
+        own, target = (x if isinstance(x, Tensor) else x.weights() for x in (own, target))
+        return map_divergence(own, target, length)
 
 
 @dataclass(frozen=True)
@@ -186,7 +200,7 @@ class DistillReport:
         return {"train": self.train.to_dict(), "losses": self.losses}
 
 
-def pair_maps(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[int, int]]:
+def pair_maps(student: Sequence[Map], teacher: Sequence[Map]) -> list[tuple[int, int]]:
     """(student index, teacher index) of the maps that learn from each other.
 
     Raises:

@@ -5,19 +5,20 @@ Names are resolved on first use, so that ``import fastrec.data`` loads neither p
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "BEHAVIOURS": "fastrec.data.parse",
-    "GenerateReport": "fastrec.data.generation",
-    "PrepareReport": "fastrec.data.preparation",
-    "SequenceBatch": "fastrec.data.batch",
-    "SequenceDataset": "fastrec.data.dataset",
-    "TAOBAO_WINDOW": "fastrec.data.parse",
-    "generate": "fastrec.data.generation",
-    "prepare": "fastrec.data.preparation",
-}
+from fastrec.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".batch": ("SequenceBatch",),
+        ".dataset": ("SequenceDataset",),
+        ".generation": ("GenerateReport", "generate"),
+        ".parse": ("BEHAVIOURS", "TAOBAO_WINDOW"),
+        ".preparation": ("PrepareReport", "prepare"),
+    },
+)
 
 if TYPE_CHECKING:
     from fastrec.data.batch import SequenceBatch
@@ -25,24 +26,3 @@ if TYPE_CHECKING:
     from fastrec.data.generation import GenerateReport, generate
     from fastrec.data.parse import BEHAVIOURS, TAOBAO_WINDOW
     from fastrec.data.preparation import PrepareReport, prepare
-
-__all__ = [
-    "BEHAVIOURS",
-    "TAOBAO_WINDOW",
-    "GenerateReport",
-    "PrepareReport",
-    "SequenceBatch",
-    "SequenceDataset",
-    "generate",
-    "prepare",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'fastrec.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -10,11 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+from fastrec.terminal import JsonOption, progress, stdout, write_json
 
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")
-]
+app = typer.Typer(no_args_is_help=True)
 
 
 class LogFormat(str, Enum):
@@ -38,36 +36,11 @@ _STAGES = {"read": "Reading rows", "sort": "Sorting users", "generate": "Generat
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that draws one bar for each stage, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    bars: dict[str, TaskID] = {}
-    columns = (
-        TextColumn("{task.description:18}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(_STAGES[stage], total=total)
-            progress.update(bars[stage], completed=done)
-
-        yield update
-
-
-def _write_json(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        import json
-
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with progress() as tell:
+        yield lambda stage, done, total: tell(_STAGES[stage], done, total)
 
 
 def _table(title: str, rows: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, show_header=False, title_justify="left")
@@ -79,7 +52,7 @@ def _table(title: str, rows: dict[str, Any]) -> None:
         elif isinstance(value, int):
             value = f"{value:,}"
         table.add_row(name.replace("_", " "), str(value))
-    Console().print(table)
+    stdout().print(table)
 
 
 @app.command()
@@ -101,7 +74,7 @@ def prepare(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing data set at OUT.")
     ] = False,
-    json: JsonOption = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Turn a log into memory-mapped per-user sequences with a train/valid/test split."""
     from fastrec.data import TAOBAO_WINDOW
@@ -110,7 +83,7 @@ def prepare(
 
     if all_times and window is not None:
         raise ArgumentError("--window", "not together with --all-times", window)
-    with _progress() as progress:
+    with _progress() as tell:
         report = run(
             source,
             out,
@@ -119,12 +92,12 @@ def prepare(
             strict=strict,
             window=None if all_times else window or TAOBAO_WINDOW,
             force=force,
-            progress=progress,
+            progress=tell,
         )
     rows = report.to_dict()
     rejected = rows.pop("rejected")
     _table("Prepared", {**rows, **{f"refused: {name}": n for name, n in rejected.items()}})
-    _write_json(json, report.to_dict())
+    write_json(json_out, report.to_dict())
 
 
 @app.command()
@@ -138,12 +111,12 @@ def generate(
     items: Annotated[int | None, typer.Option(help="Size of the catalogue.")] = None,
     categories: Annotated[int | None, typer.Option(help="Number of categories.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
-    json: JsonOption = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Write a synthetic log with the statistics of Taobao's."""
     from fastrec.data import generate as run
 
-    with _progress() as progress:
+    with _progress() as tell:
         report = run(
             out,
             preset=preset.value,
@@ -152,17 +125,17 @@ def generate(
             n_items=items,
             n_categories=categories,
             seed=seed,
-            progress=progress,
+            progress=tell,
         )
     _table("Generated", report.to_dict())
-    _write_json(json, report.to_dict())
+    write_json(json_out, report.to_dict())
 
 
 @app.command()
 def stats(
     source: Annotated[Path, typer.Argument(help="A five-column log or a prepared folder.")],
     max_users: Annotated[int, typer.Option(help="Look at this many users at most.")] = 5000,
-    json: JsonOption = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Describe how users come back: lengths, sessions, repeats, long-range returns."""
     from fastrec.data.dataset import SequenceDataset
@@ -171,4 +144,4 @@ def stats(
     log = SequenceDataset.open(source) if source.is_dir() else read_log(source)
     values = statistics(log, max_users=max_users)
     _table("Statistics", values)
-    _write_json(json, values)
+    write_json(json_out, values)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 import time as clock
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ import numpy as np
 from fastrec.data.parse import BEHAVIOURS, TAOBAO_WINDOW, polars
 from fastrec.data.preparation import Progress
 from fastrec.data.sessions import draw_sessions
-from fastrec.data.storage import fsync_folder
 from fastrec.data.synthetic_behaviour import MAX_LENGTH, STRESS, Habits, Walk
 from fastrec.data.synthetic_catalogue import World
 from fastrec.errors import ArgumentError
+from fastrec.files import atomic_write
 
 if TYPE_CHECKING:
     import polars as pl
@@ -121,24 +120,14 @@ def generate(
     world = World.make(n_items, n_categories, seed)
     habits = STRESS if stress else Habits()
     events = 0
-    fd, name = tempfile.mkstemp(prefix=f".{out.name}.partial-", dir=out.parent)
-    partial = Path(name)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            for number, first in enumerate(range(0, n_users, BLOCK_USERS)):
-                n = min(BLOCK_USERS, n_users - first)
-                frame = _block(world, np.random.default_rng([seed, 1, number]), first, n, habits)
-                frame.write_csv(file, include_header=False)
-                events += frame.height
-                if progress:
-                    progress("generate", first + n, n_users)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_folder(out.parent)
+    with atomic_write(out) as draft, draft.open("wb") as file:
+        for number, first in enumerate(range(0, n_users, BLOCK_USERS)):
+            n = min(BLOCK_USERS, n_users - first)
+            frame = _block(world, np.random.default_rng([seed, 1, number]), first, n, habits)
+            frame.write_csv(file, include_header=False)
+            events += frame.height
+            if progress:
+                progress("generate", first + n, n_users)
     seconds = clock.monotonic() - started
     return GenerateReport(
         out=str(out_csv),

@@ -1,18 +1,16 @@
 """A folder of ``.npy`` files that appears whole or not at all.
 
-Everything is written to a hidden sibling of the target, synced, and renamed over it at the end. The
+Everything is written to a draft beside the target, which replaces it at the end (``files.py``). The
 manifest, written last, holds the size and CRC-32 of each file, so a cut or altered folder is found
 on opening.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import io
 import json
 import os
-import shutil
-import tempfile
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -22,21 +20,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastrec.errors import ArgumentError, ArtifactError, DataError
+from fastrec.files import draft_folder, install, recover
 
 MANIFEST = "manifest.json"
 FORMAT = "fastrec-sequences"
 VERSION = 1
 SMALL_BYTES = 64 << 20
 _CHUNK = 1 << 20
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a folder's entries (created, renamed) durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def crc32_of(path: Path) -> int:
@@ -77,20 +67,19 @@ class ArrayWriter:
         self.length += len(values)
 
     def close(self) -> dict[str, int]:
-        """Finish the file and sync it; returns its size and CRC-32."""
+        """Finish the file; returns its size and CRC-32."""
         first, last = self._header(0), self._header(self.length)
         if len(first) != len(last):
             raise ArtifactError(f"{self._file.name}: numpy did not reserve room in the .npy header")
         self._file.seek(0)
         self._file.write(last)
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self._path.stat().st_size, "crc32": crc32_of(self._path)}
 
     def abandon(self) -> None:
         """Close without finishing."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk refuses the rest of the buffer again
+            self._file.close()
 
 
 class FolderWriter:
@@ -121,11 +110,8 @@ class FolderWriter:
             )
 
     def __enter__(self) -> FolderWriter:
-        _remove_stale(self.out)
-        prefix = f".{self.out.name}.partial-"
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=self.out.parent))
-        self._lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._stack = contextlib.ExitStack()
+        self.path = self._stack.enter_context(draft_folder(self.out))
         return self
 
     def __exit__(
@@ -136,8 +122,7 @@ class FolderWriter:
     ) -> None:
         for writer in self._writers.values():
             writer.abandon()
-        shutil.rmtree(self.path, ignore_errors=True)  # gone already if it was committed
-        os.close(self._lock)
+        self._stack.__exit__(kind, error, trace)
 
     def array(self, name: str, dtype: DTypeLike) -> ArrayWriter:
         """An appendable array that becomes ``<name>.npy``."""
@@ -150,48 +135,15 @@ class FolderWriter:
         self.array(name, values.dtype).append(values)
 
     def commit(self, meta: dict[str, Any]) -> None:
-        """Close and sync every file, write the manifest last, and rename the folder into place."""
+        """Close every file, write the manifest last, and put the folder in its place."""
         files = {name: writer.close() for name, writer in self._writers.items()}
         self._writers = {}
         manifest = {"format": FORMAT, "version": VERSION, "files": files, **meta}
         manifest["crc32"] = zlib.crc32(_canonical(manifest))
-        with (self.path / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.path.chmod(0o755)
-        fsync_folder(self.path)
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        (self.path / MANIFEST).write_text(text, encoding="utf-8")
         self._check_target()
-        if self.out.exists():
-            # The old folder stays whole beside the new one until the new one has its name.
-            old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
-            self.out.rename(old / "folder")
-            try:
-                self.path.rename(self.out)
-            except OSError:
-                (old / "folder").rename(self.out)
-                raise
-            shutil.rmtree(old)
-        else:
-            self.path.rename(self.out)
-        fsync_folder(self.out.parent)
-
-
-def _remove_stale(out: Path) -> None:
-    """Remove what killed runs left beside ``out``; a running one holds a lock on its folder."""
-    for path in out.parent.glob(f".{out.name}.partial-*"):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(fd)
+        install(self.path, self.out)
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:
@@ -211,6 +163,7 @@ def read_manifest(path: str | os.PathLike[str], *, verify: bool | None = None) -
         ArtifactError: a file is missing, cut, altered, or of a newer version; names the file.
     """
     folder = Path(path)
+    recover(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; `fastrec data prepare` makes one")
     file = folder / MANIFEST

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastrec.errors import MissingDependencyError
+from fastrec.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, {".onnx.export": ("export",)})
 
 if TYPE_CHECKING:
     from fastrec.exporters.onnx.export import export
-
-__all__ = ["export"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "export":
-        raise AttributeError(f"module 'fastrec.exporters' has no attribute {name!r}")
-    try:
-        from fastrec.exporters.onnx.export import export
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingDependencyError("torch", "torch", "fastrec.export") from error
-    return export

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fastrec.kernels.attention_map_kl import attention_map_kl
     from fastrec.kernels.grouped_linear import grouped_linear
     from fastrec.kernels.int8_embedding import int8_embedding
-    from fastrec.kernels.int8_embedding_sum import int8_embedding_sum
     from fastrec.kernels.layer_norm_quantize import layer_norm_quantize
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.separable_projection import separable_projection
@@ -41,7 +40,6 @@ OP_IDS = (
     "attention_map_kl",
     "grouped_linear",
     "int8_embedding",
-    "int8_embedding_sum",
     "layer_norm_quantize",
     "padded_attention",
     "separable_projection",
@@ -61,7 +59,6 @@ __all__ = [
     "force_isa",
     "grouped_linear",
     "int8_embedding",
-    "int8_embedding_sum",
     "isa_names",
     "layer_norm_quantize",
     "num_threads",

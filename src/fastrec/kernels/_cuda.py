@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastrec.errors import BackendError
+from fastrec.errors import BackendError, not_installed
 from fastrec.kernels._compiled import Signature
 
 # The oldest architecture whose kernels are built: cp.async and the matrix instructions used.
@@ -50,7 +50,7 @@ def loader() -> str | None:
 def reason_without_cupy() -> str | None:
     """Why CuPy can't compile the kernels, or None if it can (a GPU aside)."""
     if importlib.util.find_spec("cupy") is None:
-        return "CuPy, which would compile them, is not installed (fastrec[cuda])"
+        return not_installed("CuPy, which would compile them,", "cuda")
     return None if sources() else "their sources, which CuPy would compile, are missing"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastrec import env
+from fastrec.errors import not_installed
 from fastrec.kernels._compiled import Signature
 
 TRITON_DTYPES = ("float32", "bfloat16", "float16")
@@ -24,7 +25,7 @@ def triton_can_run(signature: Signature) -> str | None:
 def reason_missing(device: str) -> str | None:
     """Why no Triton kernel runs on tensors of this device, or None if they do."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (fastrec[cuda])"
+        return not_installed("triton", "cuda")
     if env.triton_interpret():
         return None if device == "cpu" else "TRITON_INTERPRET is set: only CPU tensors are computed"
     if device != "cuda":

@@ -15,14 +15,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastrec import env
+from fastrec.files import atomic_write
 
 Config = TypeVar("Config")
 
@@ -78,11 +77,8 @@ class Table:
         """Adds an entry and writes the file, whole or not at all."""
         content = self.content()
         content["entries"][key] = asdict(config)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-        Path(name).replace(self.path)
+        with atomic_write(self.path, sync=False) as draft:
+            draft.write_text(json.dumps(content, indent=2))
         self.entries[key] = asdict(config)
 
 

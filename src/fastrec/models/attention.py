@@ -6,6 +6,7 @@ Glossary: B batch, H heads, L history length, m candidates, d model width, D = d
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from fastrec.kernels.window_sparse_attention_int8 import window_sparse_attention
 from fastrec.models.encoder import EncoderConfig
 from fastrec.nn import WindowSparseAttention
 from fastrec.nn._projections import make_projection, project
+from fastrec.nn.attention_map import AttentionMap
 
 # Added to the scores of masked keys. Finite, so that a row with no valid key stays finite, and
 # exact in fp16 and bf16; exp(-30000) is 0 in every dtype.
@@ -63,7 +65,7 @@ class Attention(nn.Module):
         self.n_heads = n_heads
         self.head_dim = d // n_heads
         self.out_proj = nn.Linear(d, d) if out_proj is None else out_proj
-        self.record: list[Tensor] | None = None
+        self.record: list[AttentionMap] | None = None
         self.fused = False
         self.register_buffer("int8", None)
         self._int8: tuple[float, ...] | None = None
@@ -133,19 +135,16 @@ class Attention(nn.Module):
         """
         bias = None if mask is None else mask.bias
         lengths = None if mask is None else mask.length
-        if self._int8 is not None and self.record is None:
+        if self.record is not None:
+            self.record.append(self._map(q, k, bias, lengths, causal))
+        if self._int8 is not None:
             context = self._in_bytes(q, k, v, lengths, causal)
             return project(self.out_proj, context.transpose(1, 2).flatten(2), lengths)
-        if self._int8 is not None:
-            q, k, v = (
-                (x.float() - MIDDLE) * s for x, s in zip((q, k, v), self._int8[:3], strict=True)
-            )
         # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products; in
         # fp32 its causal kernel skips half of the work.
-        slow = (
+        spelled_out = (
             self.training and q.device.type == "cpu" and not (causal and q.dtype == torch.float32)
         )
-        spelled_out = self.record is not None or slow
         if self.fused and not (spelled_out or causal) and self._kernel_takes(q, k, v):
             context = padded_attention(q, k, v, lengths=lengths)
         elif not spelled_out:
@@ -154,17 +153,32 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=bias, is_causal=causal, scale=scale
             )
         else:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            if bias is not None:
-                scores = scores + bias
-            if causal:
-                later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-                scores = scores.masked_fill(later, MASKED)
-            weights = scores.softmax(-1)
-            if self.record is not None:
-                self.record.append(weights)
-            context = weights @ v
+            context = self._weights(q, k, bias, causal) @ v
         return project(self.out_proj, context.transpose(1, 2).flatten(2), lengths)
+
+    def _weights(self, q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+        """The attention map [B, H, Lq, Lk]."""
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + bias
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, MASKED)
+        return scores.softmax(-1)
+
+    def _map(
+        self, q: Tensor, k: Tensor, bias: Tensor | None, lengths: Tensor | None, causal: bool
+    ) -> AttentionMap:
+        if self._int8 is not None:
+            q, k = ((x.float() - MIDDLE) * s for x, s in zip((q, k), self._int8[:2], strict=True))
+        return AttentionMap(
+            q=q,
+            k=k,
+            scale=self.head_dim**-0.5,
+            pattern=_EVERY_KEY_BEFORE if causal else _EVERY_KEY,
+            lengths=lengths,
+            make_weights=functools.partial(self._weights, q, k, bias, causal),
+        )
 
 
 class SelfAttention(Attention):
@@ -321,15 +335,17 @@ def fuse_attention_(model: nn.Module) -> None:
 
 
 @contextmanager
-def record_attention(model: nn.Module) -> Iterator[list[Tensor]]:
+def record_attention(model: nn.Module) -> Iterator[list[AttentionMap]]:
     """Collect the attention maps of each forward inside the block.
 
-    Yields a list that every attention module of ``model`` appends its map [B, H, Lq, Lk] to, in the
-    order of execution (encoder blocks first, the cross attention last). Maps carry gradients, so
-    that a student's can be pulled towards a teacher's. Recording spells the softmax out, which is
-    slower than the fused call; clear the list between forwards to keep memory flat.
+    Yields a list to which every attention module of ``model`` appends an
+    :class:`~fastrec.nn.attention_map.AttentionMap`, in the order of execution (encoder blocks
+    first, the cross attention last). A map holds the queries and keys with their gradients, so that
+    a student's can be pulled towards a teacher's; no L x L matrix exists until
+    :meth:`~fastrec.nn.attention_map.AttentionMap.weights` is called. Clear the list between
+    forwards to free the memory.
     """
-    maps: list[Tensor] = []
+    maps: list[AttentionMap] = []
     recordable = (Attention, WindowSparseAttention)
     modules = [module for module in model.modules() if isinstance(module, recordable)]
     before = [module.record for module in modules]

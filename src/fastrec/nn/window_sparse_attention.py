@@ -21,6 +21,7 @@ from fastrec.nn._projections import (
     output_layer,
     project,
 )
+from fastrec.nn.attention_map import AttentionMap
 
 
 class WindowSparseAttention(nn.Module):
@@ -66,7 +67,7 @@ class WindowSparseAttention(nn.Module):
         in_proj: d -> 2 H r + d: q's heads, k's heads, v's heads.
         out_proj: d -> d.
         record: None, or the list to which ``fastrec.models.record_attention`` has each forward
-            append its weights [B, H, L, L].
+            append its :class:`~fastrec.nn.attention_map.AttentionMap`.
 
     Raises:
         ArgumentError: a value outside what is written above.
@@ -131,7 +132,7 @@ class WindowSparseAttention(nn.Module):
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, float(dropout)
         self.batch_first, self.pattern, self.projection = batch_first, pattern, projection
         self.groups, self.kernel_size, self.rank = groups, kernel_size, rank
-        self.record: list[Tensor] | None = None
+        self.record: list[AttentionMap] | None = None
         like_torch = {"bias": bias, "device": device, "dtype": dtype}
         self.in_proj = self._make(2 * num_heads * self.qk_dim + embed_dim, True, like_torch)
         self.out_proj = self._make(embed_dim, False, like_torch)
@@ -288,13 +289,12 @@ class WindowSparseAttention(nn.Module):
             lengths, hidden = lengths_of_mask(hidden)
         q, k, v = self._project(inputs, lengths, hidden)
         drops = self.training and self.dropout > 0
-        records = self.record is not None
-        if need_weights or drops or records or attn_mask is not None or hidden is not None:
+        if self.record is not None:
+            self.record.append(self._map(q, k, lengths, hidden, attn_mask))
+        if need_weights or drops or attn_mask is not None or hidden is not None:
             if lengths is not None:
                 hidden = bias_of_lengths(lengths, inputs[0])
             heads, weights = self._spelled_out(q, k, v, hidden, attn_mask)
-            if self.record is not None:
-                self.record.append(weights)
         else:
             q, k = (self._as_wide_as_v(x) for x in (q, k))
             heads = self._attend(q, k, v, lengths)
@@ -347,6 +347,18 @@ class WindowSparseAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Result and weights [B, H, L, L] by the definition; ``hidden`` [B, L] is added."""
+        weights = self._weights(q, k, hidden, attn_mask)
+        if self.training and self.dropout > 0:
+            weights = F.dropout(weights, self.dropout)
+        if hidden is not None:
+            # 0 * NaN is NaN: what is padded is not read.
+            v = torch.where((hidden > -torch.inf)[:, None, :, None], v, 0.0)
+        return weights.to(v.dtype) @ v, weights
+
+    def _weights(
+        self, q: Tensor, k: Tensor, hidden: Tensor | None, attn_mask: Tensor | None
+    ) -> Tensor:
+        """The attention map [B, H, L, L]; zeros in a row that sees no key."""
         batch, heads, length, _ = q.shape
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
         pattern = self.pattern.mask(length, heads).to(q.device)
@@ -362,13 +374,30 @@ class WindowSparseAttention(nn.Module):
         # A row that sees nothing would be NaN, in its gradient too.
         seen = (scores > -torch.inf).any(-1, keepdim=True)
         weights = torch.where(seen, scores, 0.0).softmax(-1)
-        weights = torch.where(seen, weights, 0.0)
-        if self.training and self.dropout > 0:
-            weights = F.dropout(weights, self.dropout)
-        if hidden is not None:
-            # 0 * NaN is NaN: what is padded is not read.
-            v = torch.where((hidden > -torch.inf)[:, None, :, None], v, 0.0)
-        return weights.to(v.dtype) @ v, weights
+        return torch.where(seen, weights, 0.0)
+
+    def _map(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lengths: Tensor | None,
+        hidden: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> AttentionMap:
+        masked = hidden is not None or attn_mask is not None
+
+        def weights() -> Tensor:
+            bias = hidden if lengths is None else bias_of_lengths(lengths, q[:, 0])
+            return self._weights(q, k, bias, attn_mask)
+
+        return AttentionMap(
+            q=q,
+            k=k,
+            scale=self.head_dim**-0.5,
+            pattern=None if masked else self.pattern,
+            lengths=lengths,
+            make_weights=weights,
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "Row": "schema",
-    "Table1Settings": "settings",
-    "table1": "table",
-    "validate": "schema",
-}
+from fastrec.lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".schema": ("Row", "validate"),
+        ".settings": ("Table1Settings",),
+        ".table": ("table1",),
+    },
+)
 
 if TYPE_CHECKING:
     from fastrec.report.schema import Row, validate
     from fastrec.report.settings import Table1Settings
     from fastrec.report.table import table1
-
-__all__ = ["Row", "Table1Settings", "table1", "validate"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"fastrec.report.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'fastrec.report' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 
 class PresetName(str, Enum):
@@ -30,56 +28,11 @@ class ConfigName(str, Enum):
     canonical = "canonical"
 
 
-_JSON = typer.Option("--json", metavar="FILE", help="Also write the report as JSON here.")
 _ENGINES = typer.Option(
     metavar="A,B",
     help="native, torch, torch_compile, onnxruntime, openvino (the default); litert, cuda, "
     "tensorrt; all.",
 )
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that draws one bar, the stage at work, on standard error.
-
-    It writes to a copy of the descriptor: while engines are built, descriptors 1 and 2 go to a log.
-    """
-    import os
-    import time
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with os.fdopen(os.dup(2), "w") as stream:
-        console = Console(file=stream)
-        started, current = time.monotonic(), ""
-        if not console.is_terminal:  # a log file or CI: one line a stage
-
-            def note(stage: str, done: int, total: int) -> None:
-                nonlocal current
-                if stage != current:
-                    console.print(f"{time.monotonic() - started:6.0f} s  {stage}", highlight=False)
-                    current = stage
-
-            yield note
-            return
-        columns = (
-            TextColumn("{task.description:52}"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("starting", total=None)
-
-            def tell(stage: str, done: int, total: int) -> None:
-                nonlocal current
-                if stage != current:
-                    bar.reset(task, description=stage, total=total, completed=done)
-                    current = stage
-                bar.update(task, completed=done, total=total)
-
-            yield tell
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -126,11 +79,9 @@ def table1(
         int | None, typer.Option(help="Threads of each engine; default all.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of data, training and evaluation.")] = 0,
-    json_out: Annotated[Path | None, _JSON] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Make the paper's Table I on this machine: train, compress, check, measure, report."""
-    from rich.console import Console
-
     from fastrec.report.schema import KNOWN_ENGINES
     from fastrec.report.settings import Table1Settings
     from fastrec.report.table import table1 as run
@@ -152,20 +103,15 @@ def table1(
         threads=threads,
         seed=seed,
     )
-    with _progress() as progress:
-        report = run(settings, out, progress=progress)
-    console = Console()
+    with progress() as tell:
+        report = run(settings, out, progress=tell)
+    console = stdout()
     render_terminal(report, console)
     seconds = report["run"]["seconds"]
     spent = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value >= 1)
-    console.print(f"\nSeconds: {spent}", highlight=False)
+    console.print(f"\nSeconds: {spent}")
     console.print(f"Report: {out / 'report.html'}; also table1.json, table1.md and plots there.")
-    _write(json_out, report)
-
-
-def _write(path: Path | None, report: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(json_out, report)
 
 
 def bench(
@@ -196,11 +142,9 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="With `all`: folder for backends.md and backends.json.")
     ] = None,
-    json_out: Annotated[Path | None, _JSON] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Time engines on one model, interleaved, after their answers were checked against torch."""
-    from rich.console import Console
-
     from fastrec.report.bench import bench as run
     from fastrec.report.bench import print_bench
 
@@ -212,7 +156,7 @@ def bench(
             _bench_all(requests, seconds_per_engine, threads, seed, out, json_out)
             return
         names = None
-    with _progress() as progress:
+    with progress() as tell:
         report = run(
             model,
             engines=names,
@@ -221,10 +165,10 @@ def bench(
             seconds_per_engine=seconds_per_engine,
             threads=threads,
             seed=seed,
-            progress=progress,
+            progress=tell,
         )
-    print_bench(report, Console())
-    _write(json_out, report)
+    print_bench(report, stdout())
+    write_json(json_out, report)
 
 
 def _bench_all(
@@ -236,21 +180,19 @@ def _bench_all(
     json_out: Path | None,
 ) -> None:
     """The matrix of variants and engines."""
-    from rich.console import Console
-
     from fastrec.report.matrix import markdown, matrix, print_matrix
 
-    with _progress() as progress:
+    with progress() as tell:
         report = matrix(
             requests=requests,
             seconds_per_engine=seconds_per_engine,
             threads=threads,
             seed=seed,
-            progress=progress,
+            progress=tell,
         )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "backends.md").write_text(markdown(report))
-        _write(out / "backends.json", report)
-    _write(json_out, report)
-    print_matrix(report, Console())
+        write_json(out / "backends.json", report)
+    write_json(json_out, report)
+    print_matrix(report, stdout())

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.terminal import JsonOption, stderr, stdout, write_json
 
 if TYPE_CHECKING:
-    from fastrec.serving.load import Mix, Plan, Stage
+    from fastrec.serving.load import LoadPlan, Mix, Stage
 
 
 def loadtest(
@@ -59,47 +60,40 @@ def loadtest(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of arrivals and requests.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for loadtest.html and .json.")] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Put load on a server whatever it answers, and tell how its latency held."""
-    import json
-
-    from rich.console import Console
-
     from fastrec.report.loadtest import print_result, write_report
-    from fastrec.serving.load import Plan, Retry, Sizes, Stage, run_precisely
+    from fastrec.serving.load import LoadPlan, RequestSizes, Retry, Stage, run_precisely
 
     if plan is not None:
-        made = Plan.load(plan)
+        made = LoadPlan.load(plan)
     else:
-        made = Plan(
+        made = LoadPlan(
             stages=(Stage(seconds, rate),) if profile is None else _stages(profile),
             arrivals=arrivals,
             mix=_mix(tiers, tenants, timeout_ms),
-            sizes=Sizes(users, candidates, tail, max(most, candidates)),
+            sizes=RequestSizes(users, candidates, tail, max(most, candidates)),
             retry=Retry(tries, obey=not stubborn),
             slo_ms=slo_ms,
             seed=seed,
         )
-    console = Console(stderr=True)
+    console = stderr()
 
     def note(rate: float, reached: float) -> None:
-        console.print(f"{rate:8.1f} /s: {reached:.2%} in time", highlight=False)
+        console.print(f"{rate:8.1f} /s: {reached:.2%} in time")
 
     result = run_precisely(_measure(target, model, made, capacity, request, token, config, note))
-    print_result(result, Console())
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print_result(result, stdout())
+    write_json(json_out, result)
     if out is not None:
-        Console().print(f"Report: {write_report(result, out)}", highlight=False)
+        stdout().print(f"Report: {write_report(result, out)}")
 
 
 async def _measure(
     target: str,
     model: str,
-    plan: Plan,
+    plan: LoadPlan,
     capacity: bool,
     request: Path | None,
     token: str,
@@ -107,25 +101,25 @@ async def _measure(
     note: Callable[[float, float], None],
 ) -> dict[str, Any]:
     from fastrec.measure.machine import machine_card
-    from fastrec.serving.core import Runtime, ServingConfig
+    from fastrec.serving.core import InferenceCore, ServingConfig
     from fastrec.serving.load.targets import (
+        CoreTarget,
         GrpcTarget,
-        RuntimeTarget,
         requests_in,
         requests_of,
     )
 
     if Path(target).is_file():
         name = model or Path(target).stem
-        runtime = Runtime(ServingConfig() if config is None else ServingConfig.load(config))
+        core = InferenceCore(ServingConfig() if config is None else ServingConfig.load(config))
         try:
-            info = await runtime.load(name, target)
+            info = await core.load(name, target)
             requests = (
                 requests_of(info.spec, plan.sizes) if request is None else requests_in(request)
             )
-            result = await _run(plan, RuntimeTarget(runtime, name, requests), capacity, note)
+            result = await _run(plan, CoreTarget(core, name, requests), capacity, note)
         finally:
-            await runtime.close()
+            await core.close()
         return {"target": f"{Path(target).name}, in this process", **result,
                 "machine": machine_card()}  # fmt: skip
     if ":" not in target:
@@ -149,7 +143,7 @@ async def _measure(
 
 
 async def _run(
-    plan: Plan, target: Any, capacity: bool, note: Callable[[float, float], None]
+    plan: LoadPlan, target: Any, capacity: bool, note: Callable[[float, float], None]
 ) -> dict[str, Any]:
     """The plan; with ``capacity``, a search first, and then the plan's last stage at that rate."""
     from fastrec.serving.core import LoopClock

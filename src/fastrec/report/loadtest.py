@@ -89,9 +89,9 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
             previous = row[0]
         shown.add_row(*row[:2], *(row[i] for i in places))
     console.print(shown)
-    console.print(summary_line(result), highlight=False)
+    console.print(summary_line(result))
     for text in warnings(result):
-        console.print(f"[yellow]{text}[/]", highlight=False)
+        console.print(text, style="yellow")
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:

@@ -270,7 +270,7 @@ def print_matrix(report: Mapping[str, Any], console: Console) -> None:
             table.add_row(*_cells(row))
     console.print(table)
     for engine, why in _reasons(report).items():
-        console.print(f"  - {engine}: {why}", style="dim", highlight=False)
+        console.print(f"  - {engine}: {why}", style="dim")
 
 
 def _reasons(report: Mapping[str, Any]) -> dict[str, str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from fastrec.files import atomic_write
 
 
 def fingerprint(*parts: Any) -> str:
@@ -42,10 +43,8 @@ class Store:
 
     def write(self, name: str, key: str, result: Any) -> None:
         """Keep a result, whole or not at all."""
-        path = self.folder / f"{name}.json"
-        draft = path.with_suffix(".partial")
-        draft.write_text(json.dumps({"key": key, "result": result}))
-        os.replace(draft, path)
+        with atomic_write(self.folder / f"{name}.json") as draft:
+            draft.write_text(json.dumps({"key": key, "result": result}))
 
     def stage(self, name: str, key: str, make: Callable[[], Any]) -> Any:
         """The stage's result, made unless it is there."""

@@ -27,7 +27,7 @@ from fastrec.report.schema import ACCURACY
 def render_terminal(report: Mapping[str, Any], console: Console) -> None:
     """Print speed, quality and the paper's figures; a null is a dash with its reason below."""
     rows = report["rows"]
-    console.print(report["summary"], highlight=False)
+    console.print(report["summary"])
     sizes = batches_of(rows)
     speed = Table(title="Table I, measured: latency and resources", box=box.SIMPLE_HEAD)
     speed.add_column("variant")
@@ -50,7 +50,7 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
         previous = group.variant
     console.print(speed)
     for line in ratio_lines(report["ratios"]):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}")
 
     quality = Table(title="Recommendation quality (native engine)", box=box.SIMPLE_HEAD)
     quality.add_column("variant")
@@ -60,7 +60,7 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
         quality.add_row(VARIANT_TITLES[variant], *(share(row[name]) for name in ACCURACY))
     console.print(quality)
     for note in protocol_notes(list(native_rows(rows).values())):
-        console.print(f"  {note}", highlight=False, style="dim")
+        console.print(f"  {note}", style="dim")
 
     paper = Table(title="Beside the paper's Table I", box=box.SIMPLE_HEAD)
     for title in ("variant", "column", "the paper", "this run"):
@@ -72,4 +72,4 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
         previous = variant
     console.print(paper)
     for why, cells in reasons(rows).items():
-        console.print(f"  - {why}: {cell_list(cells, 2)}", highlight=False, style="dim")
+        console.print(f"  - {why}: {cell_list(cells, 2)}", style="dim")

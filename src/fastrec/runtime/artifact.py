@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import tempfile
 import weakref
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrec.errors import ArtifactError, BackendError
+from fastrec.files import atomic_folder, recover
 from fastrec.runtime.engine import Engine
 
 HEADER = "engine.json"
@@ -58,9 +58,7 @@ def write(path: str | Path, header: dict[str, Any], fill: Callable[[Path], None]
     path = Path(path)
     if path.exists() and not (path / HEADER).is_file():
         raise ArtifactError(f"{path} exists and is not an engine artifact; it is left as it is")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with atomic_folder(path) as draft:
         fill(draft)
         files = {
             f.name: {"sha256": _digest(f), "bytes": f.stat().st_size}
@@ -70,12 +68,6 @@ def write(path: str | Path, header: dict[str, Any], fill: Callable[[Path], None]
             {"format": FORMAT, "version": VERSION, **header, "files": files}, indent=1
         )
         (draft / HEADER).write_text(text + "\n")
-        draft.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(draft, path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return path
 
 
@@ -86,6 +78,7 @@ def read(path: str | Path) -> dict[str, Any]:
         ArtifactError: not an engine artifact, a newer version, or a file missing or altered.
     """
     path = Path(path)
+    recover(path)
     try:
         header = json.loads((path / HEADER).read_text())
     except (OSError, ValueError) as error:
@@ -116,9 +109,9 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
         MissingDependencyError: its backend's package is not installed.
     """
     if not Path(path).is_dir():
-        from fastrec.runtime.native import file
+        from fastrec.runtime.native.engine import PlanEngine
 
-        return file.load(Path(path), threads)
+        return PlanEngine.load(Path(path), threads)
     header = read(path)
     backend = header.get("backend")
     if backend not in FOLDERS:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from fastrec.files import atomic_write
 
 _MAGIC = b"fastrec-cache-1\n"
 _DIGEST = 32
@@ -35,18 +35,10 @@ def read_checked(path: Path) -> bytes | None:
 def write_checked(path: Path, content: bytes) -> bool:
     """Write the file, whole or not at all; whether it is there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError:
-        return False
-    draft = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with atomic_write(path, sync=False) as draft, draft.open("wb") as file:
             file.write(_MAGIC + hashlib.sha256(content).digest())
             file.write(content)
-        draft.replace(path)
     except OSError:
-        draft.unlink(missing_ok=True)
         return False
     return True
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastrec.terminal import JsonOption, progress, stderr, write_json
+
 
 def export(
     model: Annotated[Path, typer.Argument(help="What fastrec.save wrote.")],
@@ -22,22 +24,21 @@ def export(
     sparse: Annotated[
         bool, typer.Option(help="Sparse initialisers for weights that are mostly zeros.")
     ] = False,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write a report here.")] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Export a checkpoint as ONNX: standard operators only, checked against torch."""
-    from rich.console import Console
-
     from fastrec.compress import load
     from fastrec.compress.artifact import read_manifest
     from fastrec.exporters.model_spec import spec_of
     from fastrec.exporters.onnx.export import OPSET, onnx_versions
     from fastrec.exporters.onnx.export import export as export_onnx
 
-    console = Console(stderr=True)
-    with console.status("Exporting and checking against torch"):
+    with progress() as tell:
+        tell("exporting and checking against torch", 0, 0)
         loaded = load(model)
         sizes = {"B": 2, "m": candidates} | ({} if history is None else {"L": history})
-        examples = spec_of(loaded, ()).sample(sizes)
+        spec = spec_of(loaded, ())
+        examples = spec.sample(sizes)
         recipe = read_manifest(model).get("recipe")
         export_onnx(
             loaded,
@@ -48,26 +49,16 @@ def export(
             metadata=None if recipe is None else {"recipe": json.dumps(recipe)},
         )
     size_mb = out.stat().st_size / 1e6
-    console.print(f"[green]{out}[/]: {size_mb:.1f} MB, opset {OPSET}, agrees with torch")
-    if json_out is not None:
-        report = {
-            "path": str(out),
-            "size_mb": size_mb,
-            "opset": OPSET,
-            "dynamic_batch": dynamic_batch,
-            "inputs": {n: list(a.shape) for n, a in zip(_names(loaded), examples, strict=True)},
-            "versions": onnx_versions(),
-        }
-        json_out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _names(model: object) -> tuple[str, ...]:
-    from torch import nn
-
-    from fastrec.exporters.model_spec import spec_of
-
-    assert isinstance(model, nn.Module)
-    return spec_of(model, ()).names
+    stderr().print(f"{out}: {size_mb:.1f} MB, opset {OPSET}, agrees with torch", style="green")
+    report = {
+        "path": str(out),
+        "size_mb": size_mb,
+        "opset": OPSET,
+        "dynamic_batch": dynamic_batch,
+        "inputs": {n: list(a.shape) for n, a in zip(spec.names, examples, strict=True)},
+        "versions": onnx_versions(),
+    }
+    write_json(json_out, report)
 
 
 def screen(
@@ -77,18 +68,15 @@ def screen(
     k: Annotated[int, typer.Option(help="Recall is about so many of the best candidates.")] = 10,
     candidates: Annotated[int, typer.Option(help="Of a request, when recall is measured.")] = 1000,
     users: Annotated[int, typer.Option(help="Users that the screen is fitted on.")] = 2000,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write a report here.")] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Fit a pre-ranker beside an engine's file: large requests then cost less in serving."""
     import dataclasses
-
-    from rich.console import Console
 
     from fastrec.data import SequenceDataset
     from fastrec.runtime.artifact import load_engine
     from fastrec.runtime.screening import SUFFIX, fit, recall
 
-    console = Console(stderr=True)
     dataset = SequenceDataset.open(data)
     opened = load_engine(engine)
     try:
@@ -100,17 +88,18 @@ def screen(
             )
             return (batch.inputs() for batch in batches)
 
-        with console.status("Fitting on the engine's own scores"):
+        with progress() as tell:
+            tell("fitting on the engine's own scores", 0, 0)
             fitted = fit(opened, requests("train", 100, users))
-        with console.status("Measuring recall"):
+            tell("measuring recall", 0, 0)
             report = recall(opened, fitted, requests("valid", candidates, 256), keep, k)
     finally:
         opened.close()
     path = Path(f"{engine}{SUFFIX}")
     dataclasses.replace(fitted, report=report).save(path)
-    console.print(
-        f"[green]{path}[/]: of the best {k} of {candidates} candidates, the {keep} kept hold "
-        f"{report['recall']:.1%} (by chance {report['chance']:.1%})"
+    stderr().print(
+        f"{path}: of the best {k} of {candidates} candidates, the {keep} kept hold "
+        f"{report['recall']:.1%} (by chance {report['chance']:.1%})",
+        style="green",
     )
-    if json_out is not None:
-        json_out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(json_out, report)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastrec.errors import ArgumentError, DataError
+from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,17 +49,13 @@ def autotune(
     markdown_out: Annotated[
         Path | None, typer.Option("--markdown", help="Write a report to this file.")
     ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write what was found to this file.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Search precision, sparsity, rank, groups and attention pattern of each layer under a budget.
 
     The best model is saved to OUT/best. It is judged on validation events while searching, and on
     test events at the end.
     """
-    from rich.console import Console
-
     from fastrec.compress.cli import load_trained
     from fastrec.data import SequenceDataset
     from fastrec.measure.machine import machine_card
@@ -73,8 +69,8 @@ def autotune(
         raise ArgumentError("--plot", "a file that ends in .png", plot)
     found_space = _space(space)
     network, dataset = load_trained(model), SequenceDataset.open(data)
-    console = Console()
-    with _progress() as tell:
+    console = stdout()
+    with progress() as tell:
         result = search(
             network,
             budget,
@@ -91,15 +87,14 @@ def autotune(
     result.save(out / "best")
     console.print(result.table())
     if result.cost_model is not None:
-        console.print(result.cost_model.verdict, highlight=False)
+        console.print(result.cost_model.verdict)
     for name, why in result.left.items():
-        console.print(f"no choice for {name}: {why}", style="dim", highlight=False)
+        console.print(f"no choice for {name}: {why}", style="dim")
     difference = tests["difference"]
     console.print(
         f"test {metric}: {tests['best']:.4f}, the model as it came {tests['baseline']:.4f}, "
         f"difference {difference['mean']:+.4f} ({difference['low']:+.4f} to "
         f"{difference['high']:+.4f})",
-        highlight=False,
     )
     console.print(f"saved: {out / 'best'}")
     if plot is not None:
@@ -108,8 +103,7 @@ def autotune(
     report = about | {"threads": threads or cpus(), **result.to_dict()}
     if markdown_out is not None:
         markdown_out.write_text(markdown(report))
-    if json_out is not None:
-        json_out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(json_out, report)
 
 
 def quality(dataset: Any, metric: str, users: int, seed: int) -> Callable[[nn.Module], float]:
@@ -186,26 +180,3 @@ def _space(file: Path | None) -> Space | None:
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: no JSON ({error})") from error
     return Space.from_dict(values)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tell

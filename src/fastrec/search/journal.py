@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArtifactError
+from fastrec.files import atomic_write
 
 
 class Journal:
@@ -52,9 +53,8 @@ class Journal:
     def write(self) -> None:
         """Keep the items, whole or not at all."""
         if self.folder is not None:
-            draft = self._file.with_suffix(".partial")
-            draft.write_text(json.dumps({"key": self.key, "items": self.items}))
-            os.replace(draft, self._file)
+            with atomic_write(self._file) as draft:
+                draft.write_text(json.dumps({"key": self.key, "items": self.items}))
 
 
 def fingerprint(model: nn.Module, *parts: Any) -> str:

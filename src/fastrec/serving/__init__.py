@@ -1,1 +1,1 @@
-"""Serving: admission, lanes, batching, routing and warm pools around engines. No torch here."""
+"""Serving: admission, queues, batching, routing and warm pools around engines. No torch here."""

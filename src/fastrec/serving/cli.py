@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.terminal import stderr, stdout
 
 if TYPE_CHECKING:
     from fastrec.serving.server import Server
@@ -61,17 +62,15 @@ def serve(
     ] = False,
 ) -> None:
     """Serve models over the Open Inference Protocol (gRPC and REST)."""
-    from rich.console import Console
-
     from fastrec.serving.core.config import ServingConfig
     from fastrec.serving.server import Auth, Limits, Server, ServerOptions, Tls, run
 
-    console = Console(stderr=True)
+    console = stderr()
     if new_token:
         from fastrec.serving.wire.auth import new_token as make
 
         token, digest = make()
-        Console().print_json(json.dumps({"token": token, "token_sha256": digest}))
+        stdout().print_json(json.dumps({"token": token, "token_sha256": digest}))
         return
     if path is None:
         raise ArgumentError("path", "an engine file, a model folder, or a folder of either", None)
@@ -107,21 +106,20 @@ def serve(
     )
     if options.auth is None and not _loopback(host):
         console.print(
-            "[yellow]anyone who reaches this address may send requests, under any tier: see "
-            "--auth[/]",
-            highlight=False,
+            "anyone who reaches this address may send requests, under any tier: see --auth",
+            style="yellow",
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     def started(server: Server) -> None:
         ports = {"grpc_port": server.grpc_port, "http_port": server.http_port}
         scheme = "http" if tls is None else "https"
-        names = ", ".join(f"{i.name}:{i.version}" for i in server.runtime.models())
-        console.print(f"[green]serving[/] {names}", highlight=False)
+        names = ", ".join(f"{i.name}:{i.version}" for i in server.core.models())
+        console.print(f"serving {names}", style="green")
         if server.grpc_port is not None:
-            console.print(f"  gRPC  {host}:{server.grpc_port}", highlight=False)
+            console.print(f"  gRPC  {host}:{server.grpc_port}")
         if server.http_port is not None:
-            console.print(f"  HTTP  {scheme}://{host}:{server.http_port}/", highlight=False)
+            console.print(f"  HTTP  {scheme}://{host}:{server.http_port}/")
         if ready_file is not None:
             ready_file.write_text(json.dumps(ports) + "\n")
 

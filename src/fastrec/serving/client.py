@@ -20,6 +20,7 @@ import numpy as np
 from fastrec.errors import ArgumentError, MissingDependencyError
 from fastrec.serving.core.probes import ProbePool, Probing
 from fastrec.serving.core.request import Kind, Rejected
+from fastrec.serving.core.tasks import keep
 
 try:
     import grpc
@@ -32,7 +33,7 @@ try:
         message,
     )
     from fastrec.serving.wire.status import rejected
-    from fastrec.serving.wire.tensors import datatype, from_raw, to_raw
+    from fastrec.serving.wire.tensors import add_raw, from_raw
 except ImportError as error:
     raise MissingDependencyError("grpcio", "serve", "fastrec.serving.client") from error
 
@@ -168,26 +169,14 @@ class Client:
                 return _decoded(reply)
             except grpc.aio.AioRpcError as error:
                 failure = rejected(error.code(), error.details(), error.trailing_metadata())
-                if not self._elsewhere(host, model, version, error, failure):
+                if failure.kind is not Kind.NOT_READY:
                     raise failure from error
+                # Not reached, or it cannot run the model: another server is asked.
+                self._pools[model, version].drop(host)
+                host.missed(time.monotonic())
                 failed.add(host)
         assert failure is not None
         raise failure
-
-    def _elsewhere(
-        self,
-        host: _Host,
-        model: str,
-        version: str,
-        error: grpc.aio.AioRpcError,
-        failure: Rejected,
-    ) -> bool:
-        """Whether another server should be asked: this one was not reached, or cannot run it."""
-        if failure.kind is not Kind.NOT_READY:
-            return False
-        self._pools[model, version].drop(host)
-        host.missed(time.monotonic())
-        return True
 
     async def _choose(self, model: str, version: str, failed: set[_Host]) -> _Host:
         pool = self._pools.get((model, version))
@@ -195,21 +184,15 @@ class Client:
             rng = random.Random(self._rng.random())
             pool = self._pools[model, version] = ProbePool(self._hosts, self.probing, rng)
         now = time.monotonic()
-        probes = [self._start_probe(pool, host, model, version) for host in pool.targets()]
+        probes = [
+            keep(self._probes, self._probe(pool, host, model, version)) for host in pool.targets()
+        ]
         if probes and not pool.fresh(now):
             # Nothing is known: better asked first than guessed. A server that hangs is not waited
             # for where the others have answered.
             await _all_but_one(probes, self.probing.timeout_s)
             now = time.monotonic()
         return pool.pick(now, lambda host: host not in failed and host.paused_until <= now)
-
-    def _start_probe(
-        self, pool: ProbePool[_Host], host: _Host, model: str, version: str
-    ) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(self._probe(pool, host, model, version))
-        self._probes.add(task)
-        task.add_done_callback(self._probes.discard)
-        return task
 
     async def _probe(self, pool: ProbePool[_Host], host: _Host, model: str, version: str) -> None:
         asked = _ProbeRequest(model=model, version=version).SerializeToString()
@@ -249,9 +232,7 @@ def _encoded(
     request_id: str,
 ) -> bytes:
     request = InferRequest(model_name=model, model_version=version, id=request_id)
-    for name, array in inputs.items():
-        request.inputs.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
-        request.raw_input_contents.append(to_raw(array))
+    add_raw(request.inputs, request.raw_input_contents, inputs)
     for name in outputs:
         request.outputs.add(name=name)
     if priority:

@@ -26,8 +26,8 @@ from pathlib import Path
 from fastrec import __version__
 from fastrec.errors import ArtifactError, FastrecError
 from fastrec.runtime.native.file import is_engine_file
+from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.core.request import Kind, Rejected
-from fastrec.serving.core.runtime import Runtime
 
 log = logging.getLogger("fastrec.serving")
 
@@ -52,7 +52,7 @@ class Found:
 
 
 class ModelRepository:
-    """Loads the models of a folder into a runtime.
+    """Loads the models of a folder into a core.
 
     Args:
         path: see the module's notes.
@@ -62,11 +62,11 @@ class ModelRepository:
         ArtifactError: nothing is there.
     """
 
-    def __init__(self, path: str | Path, runtime: Runtime, *, cache: Path | None = None) -> None:
+    def __init__(self, path: str | Path, core: InferenceCore, *, cache: Path | None = None) -> None:
         self._root = Path(path)
         if not self._root.exists():
             raise ArtifactError(f"{path}: there is no such file or folder")
-        self._runtime = runtime
+        self._core = core
         self._cache = cache or Path.home() / ".cache" / "fastrec" / "engines"
         self._loaded: dict[tuple[str, str], Found] = {}
         self._reasons: dict[tuple[str, str], str] = {}
@@ -95,7 +95,7 @@ class ModelRepository:
         """Rows with name, version, state and reason: the loaded, then what lies there unloaded."""
         rows = []
         seen = set()
-        for info in self._runtime.models():
+        for info in self._core.models():
             seen.add((info.name, info.version))
             state = "READY" if info.state == "READY" else "LOADING"
             rows.append({"name": info.name, "version": info.version, "state": state, "reason": ""})
@@ -139,7 +139,7 @@ class ModelRepository:
                 raise Rejected(Kind.NOT_FOUND, f"the repository has no model {name[:128]!r}")
             for key, found in list(self._loaded.items()):
                 if key[0] == name and versions.get(key[1]) != found:
-                    await self._runtime.unload(*key)
+                    await self._core.unload(*key)
                     del self._loaded[key]
             failed: FastrecError | None = None
             # The highest first: it takes the requests that name no version.
@@ -160,7 +160,7 @@ class ModelRepository:
             Rejected: NOT_FOUND: it is not loaded.
         """
         async with self._changing:
-            await self._runtime.unload(name)
+            await self._core.unload(name)
             for key in [key for key in self._loaded if key[0] == name]:
                 del self._loaded[key]
 
@@ -168,7 +168,7 @@ class ModelRepository:
         path = found.path
         if found.kind == "checkpoint":
             path = await compiled(path, self._cache)
-        await self._runtime.load(name, path, version=version)
+        await self._core.load(name, path, version=version)
         self._loaded[name, version] = found
         self._reasons.pop((name, version), None)
         log.info("%s version %s: loaded from %s", name, version, found.path)

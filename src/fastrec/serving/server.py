@@ -1,4 +1,4 @@
-"""The embedded server: a runtime, its models, gRPC and HTTP in one process."""
+"""The embedded server: a core, its models, gRPC and HTTP in one process."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from fastrec import __version__
 from fastrec.errors import ArgumentError, MissingDependencyError
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.events import EngineChanged, Event
-from fastrec.serving.core.runtime import Runtime
+from fastrec.serving.core.inference_core import InferenceCore
 
 try:
     from fastrec.serving.observe.metrics import Metrics
     from fastrec.serving.observe.recorder import Recorder
     from fastrec.serving.repository import ModelRepository
     from fastrec.serving.wire.auth import Auth
-    from fastrec.serving.wire.door import Door
     from fastrec.serving.wire.grpc_server import GrpcServer, Limits
     from fastrec.serving.wire.http import HttpLimits, HttpServer
+    from fastrec.serving.wire.request_handler import RequestHandler
     from fastrec.serving.wire.rest import Rest
     from fastrec.serving.wire.tls import Tls
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] not in (
         "grpc",
         "google",
+        "grpc_reflection",
         "h11",
         "prometheus_client",
     ):
@@ -100,7 +101,7 @@ class Server:
 
     Args:
         path: see :mod:`fastrec.serving.repository`; None = no repository: load models through
-            :attr:`runtime`.
+            :attr:`core`.
         config: of the scheduler.
         options: of the wire.
     """
@@ -138,36 +139,36 @@ class Server:
         options = self.options
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(min(_SWITCH_S, self._switch_s))
-        self.runtime = Runtime(self.config)
+        self.core = InferenceCore(self.config)
         self.recorder = Recorder(self.config)
-        self.runtime.subscribe(self.recorder)
+        self.core.subscribe(self.recorder)
         self.repository = (
             None
             if self._path is None
-            else ModelRepository(self._path, self.runtime, cache=options.cache)
+            else ModelRepository(self._path, self.core, cache=options.cache)
         )
-        self.door = Door(
-            self.runtime,
+        self.handler = RequestHandler(
+            self.core,
             self.repository,
             auth=options.auth,
             admin=options.admin,
             statistics=self.recorder.statistics,
             traces=self._traces(),
         )
-        self.metrics = Metrics(self.recorder, self.runtime, self.door)
+        self.metrics = Metrics(self.recorder, self.core, self.handler)
         if options.grpc_port is not None:
             self._grpc = GrpcServer(
-                self.door,
+                self.handler,
                 f"{options.host}:{options.grpc_port}",
                 tls=options.tls,
                 limits=options.limits,
                 reuse_port=options.reuse_port,
             )
-            self.runtime.subscribe(_Changes(self._grpc.health.changed))
+            self.core.subscribe(_Changes(self._grpc.health.changed))
             await self._grpc.start()
         if options.http_port is not None:
             rest = Rest(
-                self.door,
+                self.handler,
                 metrics=self.metrics.exposition,
                 status=self.status,
                 page=PAGE.read_bytes(),
@@ -195,7 +196,7 @@ class Server:
             self._grpc.health.close()
         if self.options.linger_s:
             await asyncio.sleep(self.options.linger_s)
-        if not await self.runtime.drain(self.options.drain_s):
+        if not await self.core.drain(self.options.drain_s):
             log.warning("requests were still running after %.0f s", self.options.drain_s)
         for task in self._tasks:
             task.cancel()
@@ -203,7 +204,7 @@ class Server:
             await self._grpc.stop(1.0)
         if self._http is not None:
             await self._http.stop()
-        await self.runtime.close()
+        await self.core.close()
         sys.setswitchinterval(self._switch_s)
         gc.unfreeze()
 
@@ -228,15 +229,15 @@ class Server:
             return None
         from fastrec.serving.observe.traces import Traces
 
-        return Traces(self.options.tracer_provider, self.runtime)
+        return Traces(self.options.tracer_provider, self.core)
 
     def status(self) -> dict[str, Any]:
-        """What the status page shows, in plain JSON types."""
+        """The status page's data, in plain JSON types."""
         return {
             "version": __version__,
             "at": time.time(),
-            "ready": self.runtime.ready(),
-            "running": self.door.running,
+            "ready": self.core.ready(),
+            "running": self.handler.running,
             "queued": self.metrics.queued(),
             "limit_s": self.recorder.limit_s,
             "guard": self.recorder.guard,
@@ -249,7 +250,7 @@ class Server:
                     "weight": info.weight,
                     "engines": info.engines,
                 }
-                for info in self.runtime.models()
+                for info in self.core.models()
             ],
             "window": self.recorder.window(),
             "series": self.recorder.series(),

@@ -12,7 +12,7 @@ from fastrec.serving.core.engines import Done, EngineDied, EngineHandle, Ran
 from fastrec.serving.core.latency import LatencyModel
 from fastrec.serving.core.router import Slot
 from fastrec.serving.core.scheduler import Scheduler
-from fastrec.serving.core.signature import Signature
+from fastrec.serving.core.signature import ModelSignature
 from fastrec.spec import InputField, InputSpec
 
 SPEC = InputSpec(
@@ -24,9 +24,9 @@ SPEC = InputSpec(
 Cost = Callable[[int, int], float]
 
 
-def signature() -> Signature:
+def signature() -> ModelSignature:
     """Of a ranker that scores each candidate apart."""
-    made = Signature(SPEC, "m")
+    made = ModelSignature(SPEC, "m")
     made.examine(lambda arrays: {"scores": arrays[0] * 1000 + arrays[1]})
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastrec.errors import ArgumentError, ArtifactError
+from fastrec.errors import ArgumentError, ArtifactError, StorageError
+from fastrec.files import atomic_write
 from fastrec.models import MODELS
 
 FORMAT = 1
@@ -30,20 +32,15 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON metadata to ``path`` in one step: a reader sees old or new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "fastrec": json.dumps({"kind": kind, "format": FORMAT, "sha256": _checksum(host), **meta})
     }
-    # The process id keeps two writers apart; the rename is what makes the write atomic.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(host, partial, metadata=header)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as draft:
+        try:
+            save_file(host, draft, metadata=header)
+        except SafetensorError as error:  # an OSError only by its words
+            raise StorageError(path, OSError(errno.EIO, str(error))) from error
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastrec.terminal import JsonOption, stderr, stdout, write_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -58,15 +60,10 @@ def train(
         bool, typer.Option("--exclude-seen", help="Leave items of the history out of the ranking.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Train a model, keep its best weights, and test them on the held-out last events."""
-    import json
-
     import torch
-    from rich.console import Console
 
     from fastrec.data import SequenceDataset
     from fastrec.train.config import TrainConfig
@@ -95,13 +92,13 @@ def train(
     network = _build(model, dataset)
     report = fit(network, dataset, config, out=out, resume=resume, progress=not quiet)
 
-    console = Console()
+    console = stdout()
     autocast = autocast_dtype(torch.device("cpu")) if amp else None
     tests: list[Evaluation] = []
     for protocol, limit in (("candidates", None), ("full", full_users)):
         if limit == 0:
             continue
-        with Console(stderr=True).status(f"Testing ({protocol})"):
+        with stderr().status(f"Testing ({protocol})"):
             tests.append(
                 evaluate(
                     network,
@@ -121,8 +118,7 @@ def train(
     }
     _show(console, result, tests)
     console.print(f"Trained model: {out / 'model.safetensors'}")
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(json_out, result)
 
 
 def _build(model: ModelName, dataset: Any) -> Any:

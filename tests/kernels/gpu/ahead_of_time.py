@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed (fastrec[cuda])")
+triton = pytest.importorskip("triton", reason="triton is not installed (fastrec-kernels[cuda])")
 
 # Name: backend, architecture, threads of a warp, shared memory of one program in bytes, and the
 # instructions that multiply matrices there.

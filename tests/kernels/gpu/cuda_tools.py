@@ -20,7 +20,7 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 def nvrtc_reason() -> str | None:
     """Why nothing can be compiled with NVRTC, or None."""
     if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed (fastrec[cuda])"
+        return "CuPy is not installed (fastrec-kernels[cuda])"
     from cupy.cuda import nvrtc
 
     try:

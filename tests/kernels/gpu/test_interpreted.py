@@ -21,7 +21,8 @@ FOLDER = Path(__file__).parent
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed (fastrec[cuda])"
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed (fastrec-kernels[cuda])",
 )
 @pytest.mark.skipif(env.triton_interpret(), reason="this is the interpreted run")
 def test_every_kernel_agrees_with_the_reference() -> None:

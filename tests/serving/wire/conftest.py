@@ -1,4 +1,4 @@
-"""A gRPC server in a thread, before a runtime whose answers each test sets."""
+"""A gRPC server in a thread, before a core whose answers each test sets."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 
 from fastrec.serving.core.clock import LoopClock
 from fastrec.serving.core.config import ServingConfig
+from fastrec.serving.core.inference_core import ModelInfo
 from fastrec.serving.core.request import Kind, Rejected, Request, Response
-from fastrec.serving.core.runtime import ModelInfo
 from fastrec.spec import InputField, InputSpec
 
-pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
+pytest.importorskip("grpc", reason="fastrec-kernels[serve] is not installed")
 
 from fastrec.serving.wire.auth import Auth
-from fastrec.serving.wire.door import Door
 from fastrec.serving.wire.grpc_server import GrpcServer, Limits
+from fastrec.serving.wire.request_handler import RequestHandler
 from fastrec.serving.wire.tls import Tls
 
 SPEC = InputSpec(
@@ -34,7 +34,7 @@ SPEC = InputSpec(
 
 
 class Recorded:
-    """Stands in for the runtime: keeps what it was asked, answers as the test says."""
+    """Stands in for the core: keeps what it was asked, answers as the test says."""
 
     def __init__(self) -> None:
         self.clock, self.config = LoopClock(), ServingConfig()
@@ -128,10 +128,12 @@ class Served:
 
     def start(self, **settings: Any) -> str:
         async def begin() -> GrpcServer:
-            self.runtime, self.repository = Recorded(), Repository()
-            door = {k: settings.pop(k) for k in ("auth", "admin", "max_users") if k in settings}
-            self.door = Door(self.runtime, self.repository, statistics=statistics, **door)  # type: ignore[arg-type]
-            server = GrpcServer(self.door, "127.0.0.1:0", **settings)
+            self.core, self.repository = Recorded(), Repository()
+            handler = {k: settings.pop(k) for k in ("auth", "admin", "max_users") if k in settings}
+            self.handler = RequestHandler(
+                self.core, self.repository, statistics=statistics, **handler
+            )  # type: ignore[arg-type]
+            server = GrpcServer(self.handler, "127.0.0.1:0", **settings)
             await server.start()
             return server
 

@@ -13,8 +13,8 @@ from wire_client import arrays, inputs, tritonclient
 
 from fastrec.errors import ArgumentError
 from fastrec.serving.wire.auth import ANYONE, Auth, Identity, new_token, settle
-from fastrec.serving.wire.door import is_loopback
-from fastrec.serving.wire.hints import Hints
+from fastrec.serving.wire.request_handler import is_loopback
+from fastrec.serving.wire.request_parameters import RequestParameters
 from fastrec.serving.wire.status import Refused
 from fastrec.serving.wire.tls import Tls
 
@@ -93,7 +93,7 @@ def test_without_a_valid_token_nothing_is_told_but_health(served):
                 c.infer("ranker", inputs(arrays()))
             with pytest.raises(tritonclient.InferenceServerException, match="UNAUTHENTICATED"):
                 c.get_model_metadata("ranker")
-    assert served.runtime.requests == []
+    assert served.core.requests == []
 
 
 def test_tier_and_tenant_come_from_the_identity(served):
@@ -105,7 +105,7 @@ def test_tier_and_tenant_come_from_the_identity(served):
                 c.infer("ranker", inputs(arrays()), parameters=claim)
         with pytest.raises(tritonclient.InferenceServerException, match="PERMISSION_DENIED"):
             c.infer("ranker", inputs(arrays()), headers={"fastrec-tier": "platinum"})
-    assert [(r.tier, r.tenant) for r in served.runtime.requests] == [
+    assert [(r.tier, r.tenant) for r in served.core.requests] == [
         ("gold", "shop"),
         ("bulk", "shop"),
     ]
@@ -148,7 +148,7 @@ def test_mutual_tls_names_the_caller(served, certificates):
     with connect("client") as c:
         c.infer("ranker", inputs(arrays()))
         c.load_model("other")
-    assert [(r.tier, r.tenant) for r in served.runtime.requests] == [("bulk", "deploy")]
+    assert [(r.tier, r.tenant) for r in served.core.requests] == [("bulk", "deploy")]
     assert served.repository.calls == [("load", "other")]
     for name in ("stranger", None):
         with connect(name) as c, pytest.raises(tritonclient.InferenceServerException):
@@ -167,10 +167,10 @@ def test_a_token_beats_no_certificate_and_is_not_mixed_with_one():
 
 
 def test_claims():
-    assert settle(ANYONE, Hints(tier="gold", tenant="t")) == ("gold", "t")
-    assert settle(Identity("plain"), Hints()) == ("", "plain")
+    assert settle(ANYONE, RequestParameters(tier="gold", tenant="t")) == ("gold", "t")
+    assert settle(Identity("plain"), RequestParameters()) == ("", "plain")
     with pytest.raises(Refused, match="does not hold the tier"):
-        settle(Identity("plain"), Hints(tier="gold"))
+        settle(Identity("plain"), RequestParameters(tier="gold"))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_infer(client, served):
     assert np.array_equal(result.as_numpy("scores"), np.arange(10, dtype=np.float32).reshape(2, 5))
     response = result.get_response()
     assert (response.model_name, response.model_version, response.id) == ("ranker", "2", "r-1")
-    request = served.runtime.requests[0]
+    request = served.core.requests[0]
     for name, array in values.items():
         assert np.array_equal(request.inputs[name], array)
         assert request.inputs[name].dtype == array.dtype
@@ -91,15 +91,16 @@ def test_infer(client, served):
 
 def test_priority_and_timeout_as_tritons_clients_send_them(client, served):
     client.infer("ranker", inputs(arrays()), priority=1, timeout=2_500_000)
-    request = served.runtime.requests[0]
+    request = served.core.requests[0]
     assert request.priority == 1
-    left = request.deadline - served.runtime.clock.now()
+    left = request.deadline - served.core.clock.now()
     assert 0 < left <= 2.5
 
 
 def test_the_callers_grpc_deadline_counts_too(client, served):
     client.infer("ranker", inputs(arrays()), timeout=60_000_000, client_timeout=3.0)
-    assert served.runtime.requests[0].deadline - served.runtime.clock.now() <= 3.0
+    # gRPC rounds timeouts of seconds up to 10 ms on the wire.
+    assert served.core.requests[0].deadline - served.core.clock.now() <= 3.01
 
 
 def test_tier_and_tenant_as_parameters_or_metadata(client, served):
@@ -112,7 +113,7 @@ def test_tier_and_tenant_as_parameters_or_metadata(client, served):
     client.infer(
         "ranker", inputs(arrays()), parameters={"tier": "gold"}, headers={"fastrec-tier": "bulk"}
     )
-    seen = [(r.tier, r.tenant, r.priority) for r in served.runtime.requests]
+    seen = [(r.tier, r.tenant, r.priority) for r in served.core.requests]
     assert seen == [("gold", "shop", 0), ("bulk", "blog", 2), ("gold", "", 0)]
 
 
@@ -128,7 +129,7 @@ def test_typed_contents(url, served):
         reply = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
     assert len(reply.raw_output_contents[0]) == 2 * 5 * 4
     for name, array in arrays().items():
-        assert np.array_equal(served.runtime.requests[0].inputs[name], array)
+        assert np.array_equal(served.core.requests[0].inputs[name], array)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_every_refusal_has_a_code_and_machine_readable_details(url, served, kind
     def refuse(_):
         raise Rejected(kind, "as the test says", 0.25 if kind is Kind.QUOTA else None)
 
-    served.runtime.reply = refuse
+    served.core.reply = refuse
     request = service_pb2.ModelInferRequest(model_name="ranker")
     for name, array in arrays().items():
         request.inputs.add(name=name, datatype="INT64", shape=array.shape)
@@ -191,7 +192,7 @@ def test_what_is_shed_is_refused_before_its_tensors_are_read(url, served):
             if request.tier != "gold":
                 raise Rejected(Kind.OVERLOAD, "as the test says")
 
-    served.runtime.shedding = lambda model, version: Shedding()
+    served.core.shedding = lambda model, version: Shedding()
 
     def send(tier, size):
         request = InferRequest(model_name="ranker")
@@ -207,12 +208,12 @@ def test_what_is_shed_is_refused_before_its_tensors_are_read(url, served):
     with pytest.raises(grpc.RpcError) as caught:
         send("bulk", 5)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert not served.runtime.requests
+    assert not served.core.requests
     with pytest.raises(grpc.RpcError) as caught:
         send("gold", 5)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     send("gold", None)
-    assert len(served.runtime.requests) == 1
+    assert len(served.core.requests) == 1
     assert asked == [("bulk", 0, (2, 5)), ("gold", 0, (2, 5)), ("gold", 0, (2, 5))]
 
 
@@ -220,7 +221,7 @@ def test_an_error_that_is_not_ours_keeps_its_text_to_the_log(client, served, cap
     def fail(_):
         raise OSError("/secret/path")
 
-    served.runtime.reply = fail
+    served.core.reply = fail
     for _ in range(5):
         with pytest.raises(tritonclient.InferenceServerException, match="internal error") as caught:
             client.infer("ranker", inputs(arrays()))
@@ -231,12 +232,12 @@ def test_an_error_that_is_not_ours_keeps_its_text_to_the_log(client, served, cap
 def test_a_cancelled_call_is_cancelled_in_the_runtime(url, served):
     import asyncio
 
-    served.runtime.reply = lambda _: asyncio.sleep(30)
+    served.core.reply = lambda _: asyncio.sleep(30)
     with tritonclient.InferenceServerClient(url) as client:
         context = client.async_infer("ranker", inputs(arrays()), callback=lambda *_: None)
-        assert served.runtime.arrived.wait(5)
+        assert served.core.arrived.wait(5)
         context.cancel()
-        assert served.runtime.cancelled.wait(5)
+        assert served.core.cancelled.wait(5)
 
 
 def test_load_and_unload_from_loopback(client, served):
@@ -276,7 +277,11 @@ def test_health_service(url, served):
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="ranker"))
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        served.runtime.is_ready = False
+        # A watcher that leaves takes no other with it.
+        other = stub.Watch(health_pb2.HealthCheckRequest(service="ranker"))
+        assert next(other).status == health_pb2.HealthCheckResponse.SERVING
+        other.cancel()
+        served.core.is_ready = False
         served.loop.call_soon_threadsafe(served.server.health.changed)
         began = time.monotonic()
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -286,6 +291,7 @@ def test_health_service(url, served):
 
 
 def test_reflection(url):
+    from grpc_reflection.v1alpha import reflection_pb2
     from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
         ProtoReflectionDescriptorDatabase,
     )
@@ -295,8 +301,18 @@ def test_reflection(url):
         assert "inference.GRPCInferenceService" in database.get_services()
         file = database.FindFileContainingSymbol("inference.ModelInferRequest")
         assert file.package == "inference"
+        assert (
+            database.FindFileContainingSymbol("grpc.health.v1.Health").package == "grpc.health.v1"
+        )
         with pytest.raises(KeyError):
             database.FindFileContainingSymbol("inference.Nothing")
+        # Newer clients ask for v1, whose messages are the same.
+        ask = channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+        (reply,) = ask(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString()])
+        )
+        listed = reflection_pb2.ServerReflectionResponse.FromString(reply).list_services_response
+        assert "inference.GRPCInferenceService" in {s.name for s in listed.service}
 
 
 @pytest.mark.parametrize(("timeout_s", "kept_s"), [(0.02, 0.001), (0.05, 0.0025), (10.0, 0.0025)])
@@ -305,21 +321,21 @@ def test_some_of_the_callers_time_is_kept_for_the_answers_way_back(timeout_s, ke
 
     from fastrec.serving.core.clock import VirtualClock
     from fastrec.serving.wire.auth import ANYONE
-    from fastrec.serving.wire.door import Door
-    from fastrec.serving.wire.hints import Hints
+    from fastrec.serving.wire.request_handler import RequestHandler
+    from fastrec.serving.wire.request_parameters import RequestParameters
 
-    class Runtime:
+    class InferenceCore:
         clock = VirtualClock(7.0)
 
         async def infer(self, request):
             return request
 
-    async def ask(hints, remaining_s=None):
-        door = Door(Runtime())
-        return await door.infer("m", "", {}, hints, ANYONE, remaining_s=remaining_s)
+    async def ask(parameters, remaining_s=None):
+        handler = RequestHandler(InferenceCore())
+        return await handler.infer("m", "", {}, parameters, ANYONE, remaining_s=remaining_s)
 
-    asked = asyncio.run(ask(Hints(timeout_s=timeout_s)))
+    asked = asyncio.run(ask(RequestParameters(timeout_s=timeout_s)))
     assert asked.deadline == pytest.approx(7.0 + timeout_s - kept_s)
-    sooner = asyncio.run(ask(Hints(timeout_s=60.0), timeout_s))
+    sooner = asyncio.run(ask(RequestParameters(timeout_s=60.0), timeout_s))
     assert sooner.deadline == asked.deadline
-    assert asyncio.run(ask(Hints())).deadline is None
+    assert asyncio.run(ask(RequestParameters())).deadline is None

@@ -1,4 +1,4 @@
-"""What clients get for requests that are wrong, hostile, or end early; the server goes on."""
+"""Wrong, hostile and truncated requests get typed errors, and the server goes on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fastrec.errors import FastrecError
 from fastrec.serving.wire.grpc_server import Limits
-from fastrec.serving.wire.hints import from_values, of_parameters
 from fastrec.serving.wire.messages import InferRequest, InferResponse
+from fastrec.serving.wire.request_parameters import from_values, parameter_values
 from fastrec.serving.wire.tensors import DATATYPES, datatype, from_raw, tensor_inputs, to_raw
 from fastrec.serving.wire.tensors import from_values as tensor_of
 
@@ -53,7 +53,7 @@ def refused(call, request, code, text, **settings):
 
 
 def test_bytes_that_are_no_message(call):
-    refused(call, b"\xff\xff\xff\xff", "INVALID_ARGUMENT", "4 bytes that are none")
+    refused(call, b"\xff\xff\xff\xff", "INVALID_ARGUMENT", "4 bytes that do not parse")
     whole = good().SerializeToString()
     refused(call, whole[: len(whole) - 7], "INVALID_ARGUMENT", "ModelInferRequest")
 
@@ -141,7 +141,7 @@ def test_a_message_over_the_limit_is_refused_before_it_is_read(served):
             method(request.SerializeToString(), timeout=20)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         method(good().SerializeToString(), timeout=20)
-    assert len(served.runtime.requests) == 1
+    assert len(served.core.requests) == 1
 
 
 def test_clients_that_never_finish_are_sent_away(served):
@@ -183,7 +183,7 @@ def test_fuzz_any_bytes_parse_or_are_refused(data):
     except DecodeError:
         return
     try:
-        from_values(of_parameters(request.parameters))
+        from_values(parameter_values(request.parameters))
         held = sum(array.nbytes for array in tensor_inputs(request).values())
     except FastrecError as error:
         told = str(error)
@@ -207,7 +207,7 @@ def test_fuzz_changed_messages(data):
     try:
         request = InferRequest.FromString(bytes(wire[:cut]))
         tensor_inputs(request)
-        from_values(of_parameters(request.parameters))
+        from_values(parameter_values(request.parameters))
     except (DecodeError, FastrecError):
         pass
 

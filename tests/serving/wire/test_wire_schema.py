@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("google.protobuf", reason="fastrec[serve] is not installed")
+pytest.importorskip("google.protobuf", reason="fastrec-kernels[serve] is not installed")
 
 from fastrec.serving.wire import messages
 

@@ -23,7 +23,7 @@ struct Gather {
   static constexpr Traits traits = {
       .op = "", .shown = "gather", .users = Users::apart, .checked = {ids, "ids", table, 0}};
 
-  static Rows rows(const Fields&) { return Rows::elements; }
+  static Rows rows(const Fields&) { return Rows::lookup; }
   static const char* shown(const Fields&, Tensors operands) {
     return operands[table].dtype == Dtype::s8 ? "int8_embedding" : traits.shown;
   }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrec import env
-from fastrec.errors import ArtifactError, BackendError, MissingDependencyError
+from fastrec.errors import ArtifactError, BackendError, MissingDependencyError, not_installed
 from fastrec.exporters.onnx import custom_ops as ort_custom_ops
 from fastrec.measure.packages import missing, package_versions
 
@@ -154,7 +154,7 @@ def nodes_by_provider(session: Any) -> dict[str, int]:
 def provider_reason(provider: str) -> str | None:
     """Why ONNX Runtime has no such provider here, or None; it may still fail to load."""
     if missing("onnxruntime"):
-        return "onnxruntime is not installed: pip install 'fastrec[onnx]'"
+        return not_installed("onnxruntime", "onnx")
     import onnxruntime as ort
 
     name, package, _ = PROVIDERS[provider]

@@ -30,9 +30,6 @@ class LaunchConfig:
 SHORT_ROWS = 256
 SHORT_BYTES = 32 * 1024
 
-# What the fused block takes, and the rows of one of its programs: more would not fit the registers.
-BLOCK_ROWS, BLOCK_CHANNELS, BLOCK_TILE = 128, 128, 32
-
 
 def is_short(rows: int, dims: int, itemsize: int) -> bool:
     """Whether one program can take all keys of a head."""

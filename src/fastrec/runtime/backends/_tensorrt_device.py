@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from fastrec.errors import not_installed
 from fastrec.measure.packages import missing
 
 
 def reason_missing() -> str | None:
     """Why there is no GPU to run on, or None."""
     if missing("cupy"):
-        return "cupy is not installed: pip install 'fastrec[tensorrt]'"
+        return not_installed("cupy", "tensorrt")
     from cupy.cuda import runtime
 
     try:

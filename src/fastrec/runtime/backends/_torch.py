@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastrec.errors import BackendError
+from fastrec.errors import BackendError, not_installed
 from fastrec.exporters.trace import evaluated
 from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime.engine import Engine
@@ -23,7 +23,7 @@ Forward = Callable[..., torch.Tensor]
 
 def reason_no_torch() -> str | None:
     """Why torch cannot be used, or None."""
-    return "torch is not installed: pip install 'fastrec[torch]'" if missing("torch") else None
+    return not_installed("torch", "torch") if missing("torch") else None
 
 
 def torch_versions() -> dict[str, str]:

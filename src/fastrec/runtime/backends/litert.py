@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrec.errors import ArtifactError, BackendError, MissingDependencyError
+from fastrec.errors import ArtifactError, BackendError, MissingDependencyError, not_installed
 from fastrec.measure.choice import choice
 from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
@@ -39,7 +39,7 @@ _WHY = {
 def can_run() -> str | None:
     """None, or why not."""
     if missing("ai_edge_litert"):
-        return "ai-edge-litert is not installed: pip install 'fastrec[litert]'"
+        return not_installed("ai-edge-litert", "litert")
     return None
 
 

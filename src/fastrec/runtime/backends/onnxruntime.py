@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrec.errors import ArgumentError, BackendError
+from fastrec.errors import ArgumentError, BackendError, not_installed
 from fastrec.exporters.onnx.session import (
     PROVIDERS,
     SessionSettings,
@@ -42,7 +42,7 @@ _WARM_CALLS = 2
 def can_run() -> str | None:
     """None, or why not."""
     if missing("onnxruntime"):
-        return "onnxruntime is not installed: pip install 'fastrec[onnx]'"
+        return not_installed("onnxruntime", "onnx")
     return None
 
 

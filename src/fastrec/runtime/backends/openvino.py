@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastrec import env
-from fastrec.errors import BackendError, MissingDependencyError
+from fastrec.errors import BackendError, MissingDependencyError, not_installed
 from fastrec.measure.choice import choice, fastest
 from fastrec.measure.machine import int8_products_saturate
 from fastrec.measure.packages import missing, package_versions
@@ -45,7 +45,7 @@ _CANDIDATES = {
 def can_run() -> str | None:
     """None, or why not."""
     if missing("openvino"):
-        return "openvino is not installed: pip install 'fastrec[openvino]'"
+        return not_installed("openvino", "openvino")
     return None
 
 

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrec.errors import ArgumentError, ArtifactError, BackendError, MissingDependencyError
+from fastrec.errors import (
+    ArgumentError,
+    ArtifactError,
+    BackendError,
+    MissingDependencyError,
+    not_installed,
+)
 from fastrec.measure.choice import choice
 from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
@@ -36,7 +42,7 @@ def can_run() -> str | None:
     """None, or why not."""
     for package, module in (("onnxruntime-qnn", "onnxruntime_qnn"), ("onnxruntime", "onnxruntime")):
         if missing(module):
-            return f"{package} is not installed: pip install 'fastrec[qnn]'"
+            return not_installed(package, "qnn")
     return None
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrec.errors import ArgumentError, ArtifactError, BackendError
+from fastrec.errors import ArgumentError, ArtifactError, BackendError, not_installed
 from fastrec.measure.choice import choice
 from fastrec.measure.packages import missing, package_versions
 from fastrec.runtime import artifact
@@ -37,7 +37,7 @@ _SHAPES = 16
 def can_run() -> str | None:
     """None, or why not."""
     if missing("tensorrt"):
-        return "tensorrt is not installed: pip install 'fastrec[tensorrt]'"
+        return not_installed("tensorrt", "tensorrt")
     try:
         trt = _tensorrt()
     except (ImportError, OSError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from fastrec.terminal import JsonOption, stderr, write_json
 
 if TYPE_CHECKING:
     from fastrec.runtime.cuda.executor import Executor
@@ -22,17 +23,13 @@ def tune(
     precision: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32; MODEL's own by default.")
     ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the tables here too, by file name.")
-    ] = None,
+    json_out: JsonOption = None,
 ) -> None:
     """Time every launch configuration on this GPU, and keep the fastest for later calls.
 
     Without it, and for shapes that it does not cover, a heuristic chooses. Tables lie in the cache
     (FASTREC_CACHE_DIR, ~/.cache/fastrec); a kernel that has changed does not find old ones.
     """
-    from rich.console import Console
-
     from fastrec.errors import ArgumentError, BackendError
     from fastrec.kernels._compiled import Signature
     from fastrec.kernels._cuda import cuda_can_run
@@ -46,12 +43,12 @@ def tune(
         users = []
     if not users or min(users) < 1:
         raise ArgumentError("batches", "numbers of 1 or more, with commas", batches)
-    console = Console(stderr=True)
+    console = stderr()
     shapes = _tune.shapes()
     for number, shape in enumerate(shapes, 1):
         with console.status(f"{number} of {len(shapes)}: sparse_int8_linear, {shape}"):
             line = _tune.tune(shape)
-        console.print(line, highlight=False)
+        console.print(line)
     tables = [_tune.table()]
     if model is not None:
         import fastrec
@@ -66,11 +63,9 @@ def tune(
         for count in users:
             with console.status(f"the tower, {count} users"):
                 line = tuning.tune_tower(executor, count, candidates)
-            console.print(line, highlight=False)
+            console.print(line)
         if (tower := tuning.table(executor.device)) is not None:
             tables.append(tower)
     for table in tables:
-        console.print(f"[green]{table.path}[/]")
-    if json_out is not None:
-        found = {table.path.name: table.content() for table in tables}
-        json_out.write_text(json.dumps(found, indent=1) + "\n")
+        console.print(str(table.path), style="green")
+    write_json(json_out, {table.path.name: table.content() for table in tables})

@@ -1,6 +1,6 @@
 """The scheduler: pure Python on an injectable clock, no gRPC, no torch.
 
-Runtime.infer -> admission -> lanes -> batches -> router -> EngineHandle
+InferenceCore.infer -> admission -> queues -> batches -> router -> EngineHandle
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from fastrec.serving.core.config import (
     Admission,
     Batching,
     Canary,
-    Lanes,
     Pool,
+    Queueing,
     QueuePolicy,
     Quota,
     Screening,
@@ -31,8 +31,8 @@ from fastrec.serving.core.events import (
     RolloutChanged,
     Screened,
 )
+from fastrec.serving.core.inference_core import InferenceCore, ModelInfo
 from fastrec.serving.core.request import Kind, Rejected, Request, Response, Timings
-from fastrec.serving.core.runtime import ModelInfo, Runtime
 
 __all__ = [
     "SLO",
@@ -47,21 +47,21 @@ __all__ = [
     "EngineHandle",
     "EntryPoint",
     "Event",
+    "InferenceCore",
     "Kind",
-    "Lanes",
     "LimitChanged",
     "LoopClock",
     "ModelInfo",
     "Observer",
     "Pool",
     "QueuePolicy",
+    "Queueing",
     "Quota",
     "Rejected",
     "Request",
     "RequestDone",
     "Response",
     "RolloutChanged",
-    "Runtime",
     "Screened",
     "Screening",
     "ServingConfig",

@@ -1,4 +1,4 @@
-"""Batches: how requests are split, which parts share a call, and when it starts."""
+"""Batches: how requests are split, which sub-requests share a call, and when it starts."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from collections.abc import Callable
 import numpy as np
 
 from fastrec.serving.core.config import Batching
-from fastrec.serving.core.lanes import Part, Queues, Ticket
 from fastrec.serving.core.latency import LatencyModel
-from fastrec.serving.core.router import Slot
-from fastrec.serving.core.signature import Signature
+from fastrec.serving.core.queues import PendingRequest, Queues, SubRequest
+from fastrec.serving.core.signature import ModelSignature
 
 _MOST_USERS = 64
 
 
 class Batch:
-    """Parts that share a call."""
+    """Sub-requests that share a call."""
 
     __slots__ = (
         "given_up",
-        "lane",
         "padded",
-        "parts",
         "predicted_s",
+        "queue",
         "rows",
         "started",
+        "subs",
         "users",
     )
 
     def __init__(
-        self, parts: list[Part], lane: str, rows: int, model: LatencyModel, started: float
+        self, subs: list[SubRequest], queue: str, rows: int, model: LatencyModel, started: float
     ) -> None:
-        self.parts, self.lane, self.started = parts, lane, started
-        self.padded = parts[0].key[0]
-        self.users = sum([p.users for p in parts])
+        self.subs, self.queue, self.started = subs, queue, started
+        self.padded = subs[0].key[0]
+        self.users = sum([p.users for p in subs])
         self.rows = self.users * rows  # of each user
         self.predicted_s = model.predict(self.users, self.rows)
         self.given_up = False
@@ -44,7 +43,7 @@ class Batch:
 class Batcher:
     """Splits and joins, within ``batch_s`` predicted seconds a call."""
 
-    def __init__(self, config: Batching, signature: Signature, batch_s: float) -> None:
+    def __init__(self, config: Batching, signature: ModelSignature, batch_s: float) -> None:
         self.config, self.signature, self.batch_s = config, signature, batch_s
         own = signature.most("B")
         wanted = config.max_users or own or _MOST_USERS
@@ -55,56 +54,58 @@ class Batcher:
         )
 
     def padded(self, candidates: int) -> int:
-        """Candidates that so many are padded to."""
+        """Padded candidate count."""
         sizes = self.config.pad_to
         if not sizes or not self.signature.separable:
             return candidates
         i = bisect.bisect_left(sizes, candidates)
         return sizes[i] if i < len(sizes) else candidates
 
-    def split(self, ticket: Ticket, arrays: tuple[np.ndarray, ...], model: LatencyModel) -> None:
-        """Make the ticket's parts: each is within the limits of a call where it can be cut."""
-        users, candidates = ticket.users, ticket.candidates
+    def split(
+        self, pending: PendingRequest, arrays: tuple[np.ndarray, ...], model: LatencyModel
+    ) -> None:
+        """Split a request so that each sub-request fits one call, where it can be split."""
+        users, candidates = pending.users, pending.candidates
         if (
-            ticket.cost_s <= self.batch_s
-            and ticket.rows <= self.config.max_rows
+            pending.cost_s <= self.batch_s
+            and pending.rows <= self.config.max_rows
             and users <= self.most_users
             and (candidates <= self._most_width or self.signature.keep)
         ):
-            ticket.parts.append([self._part(ticket, arrays, users, candidates, model)])
-            ticket.open_parts = ticket.pieces = 1
+            pending.subs.append([self._sub_request(pending, arrays, users, candidates, model)])
+            pending.open_subs = pending.sub_count = 1
             return
         width = self._most_candidates(candidates, model)
         height = self._most_users(min(width, candidates), users, model)
         whole = height >= users and width >= candidates
         for top in range(0, users, height):
             bottom = min(top + height, users)
-            row = arrays if whole else self.signature.users(arrays, top, bottom)
+            row = arrays if whole else self.signature.slice_users(arrays, top, bottom)
             chunk = []
             for left in range(0, candidates, width):
                 right = min(left + width, candidates)
                 cut = row
                 if width < candidates:
-                    cut = self.signature.candidates(row, left, right)
-                chunk.append(self._part(ticket, cut, bottom - top, right - left, model))
-            ticket.parts.append(chunk)
-        ticket.open_parts = ticket.pieces = sum([len(chunk) for chunk in ticket.parts])
+                    cut = self.signature.slice_candidates(row, left, right)
+                chunk.append(self._sub_request(pending, cut, bottom - top, right - left, model))
+            pending.subs.append(chunk)
+        pending.open_subs = pending.sub_count = sum([len(chunk) for chunk in pending.subs])
 
-    def _part(
+    def _sub_request(
         self,
-        ticket: Ticket,
+        pending: PendingRequest,
         arrays: tuple[np.ndarray, ...],
         users: int,
         candidates: int,
         model: LatencyModel,
-    ) -> Part:
+    ) -> SubRequest:
         padded = self.padded(candidates)
         key = self.signature.key(arrays, padded)
         cost = model.predict(users, users * self.signature.deep(padded))
-        return Part(ticket, arrays, users, candidates, key, cost)
+        return SubRequest(pending, arrays, users, candidates, key, cost)
 
     def _most_candidates(self, candidates: int, model: LatencyModel) -> int:
-        """Of one user in one call."""
+        """Candidates of one user in one call."""
         if not self.signature.separable or candidates > self.signature.deep(candidates):
             # Pieces would each be screened for themselves, and more be kept.
             return candidates
@@ -115,11 +116,11 @@ class Batcher:
             most = min(most, max(int(room / model.alpha), candidates // 8, 1))
         if most >= candidates:
             return candidates
-        pieces = -(-candidates // most)
-        return -(-candidates // pieces)
+        sub_count = -(-candidates // most)
+        return -(-candidates // sub_count)
 
     def _most_users(self, candidates: int, users: int, model: LatencyModel) -> int:
-        """Of one request in one call."""
+        """Users of one request in one call."""
         if not self.signature.joins:
             return users
         candidates = self.signature.deep(candidates)
@@ -129,11 +130,11 @@ class Batcher:
             most = min(most, max(int((self.batch_s - model.beta) / each), 1))
         if most >= users:
             return users
-        pieces = -(-users // most)
-        return -(-users // pieces)
+        sub_count = -(-users // most)
+        return -(-users // sub_count)
 
     def _room(self, padded: int, model: LatencyModel) -> int:
-        """Users of so many candidates that a call has room for."""
+        """Users that fit one call, at ``padded`` candidates each."""
         if not self.config.enabled or not self.signature.joins:
             return 0
         rows = self.signature.deep(padded)
@@ -145,19 +146,21 @@ class Batcher:
 
     def fill(
         self,
-        seed: Part,
+        seed: SubRequest,
         queues: Queues,
         model: LatencyModel,
         now: float,
         engines: int,
-        too_late: Callable[[Part], bool],
-    ) -> list[Part]:
-        """Take the seed and what fits beside it, by the tiers' turns; no part is made late by those
-        that join it, and each of ``engines`` is left its share: what one call takes, the next idle
-        engine cannot."""
+        too_late: Callable[[SubRequest], bool],
+    ) -> list[SubRequest]:
+        """Take the seed and what fits beside it, by the tiers' turns.
+
+        No sub-request becomes late because of those that join it. Each of ``engines`` is left its
+        share of the queue: what one call takes, the next idle engine cannot.
+        """
         share = -(-queues.count // max(engines, 1))
         queues.take(seed)
-        parts = [seed]
+        subs = [seed]
         padded = seed.key[0]
         each = model.gamma + model.alpha * self.signature.deep(padded)
         room = self._room(padded, model) - seed.users
@@ -165,35 +168,37 @@ class Batcher:
         def in_time(deadline: float) -> float:
             return (deadline - now - model.beta) / each if each > 0 else room
 
-        soonest = seed.ticket.deadline
+        soonest = seed.pending.deadline
         if in_time(soonest) > seed.users:
             room = min(room, int(in_time(soonest)) - seed.users)
         if seed.solo or room <= 0 or share <= 1:
-            return parts
-        for part in queues.heads(seed.key):
-            if too_late(part):
+            return subs
+        for sub in queues.heads(seed.key):
+            if too_late(sub):
                 continue
-            deadline = part.ticket.deadline
+            deadline = sub.pending.deadline
             if deadline < soonest:
-                taken = sum([p.users for p in parts])
+                taken = sum([p.users for p in subs])
                 room = min(room, int(in_time(deadline)) - taken)
                 soonest = deadline
-            if part.users > room:
+            if sub.users > room:
                 break
-            queues.take(part)
-            parts.append(part)
-            room -= part.users
-            if room <= 0 or len(parts) >= share:
+            queues.take(sub)
+            subs.append(sub)
+            room -= sub.users
+            if room <= 0 or len(subs) >= share:
                 break
-        return parts
+        return subs
 
-    def wait_until(self, seed: Part, queues: Queues, slot: Slot, now: float) -> float:
-        """When a call that is not full should start: ``now``, unless it may be put off."""
+    def wait_until(
+        self, seed: SubRequest, queues: Queues, model: LatencyModel, now: float
+    ) -> float:
+        """When to start a call that is not full: ``now``, unless it may be delayed."""
         delay = self.config.max_delay_ms / 1e3
         if not delay or seed.solo or not self.config.enabled or not self.signature.joins:
             return now
-        room = self._room(seed.key[0], slot.model)
+        room = self._room(seed.key[0], model)
         if queues.count >= room:
             return now
-        full_s = slot.model.predict(room, room * self.signature.deep(seed.key[0]))
-        return min(seed.ticket.arrival + delay, seed.ticket.deadline - 1.5 * full_s)
+        full_s = model.predict(room, room * self.signature.deep(seed.key[0]))
+        return min(seed.pending.arrival + delay, seed.pending.deadline - 1.5 * full_s)

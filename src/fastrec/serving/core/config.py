@@ -1,7 +1,7 @@
 """The server's configuration: frozen, checked when it is made, read from JSON or TOML.
 
 Every duration says its unit in its name. ``ServingConfig()`` is a sensible server: one tier, no
-quota, an express lane for priority 1, batches that end within a quarter of the latency goal.
+quota, an express queue for priority 1, batches that end within a quarter of the latency goal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastrec.errors import ConfigError
-from fastrec.serving.core.values import FromValues, check
+from fastrec.serving.core.config_parsing import ParsedConfig, check
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SLO:
 
 @dataclass(frozen=True)
 class Quota:
-    """What one tenant may use: engine microseconds a second, and how many it may save up."""
+    """One tenant's quota: engine microseconds a second, and the burst it may save up."""
 
     engine_us_per_s: float
     burst_us: float
@@ -46,7 +46,7 @@ class Tier:
         quota: of each tenant; None = none.
         latency_ms: this tier's latency goal, and its requests' deadline where they bring none;
             None = the server's.
-        express: whether its requests of default priority take the express lane.
+        express: whether its requests of default priority take the express queue.
         max_tenants: tenants whose quota is remembered; the longest unseen is forgotten first.
     """
 
@@ -90,11 +90,11 @@ class QueuePolicy:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class Queueing:
     """How requests queue.
 
     Args:
-        express_priorities: levels that bypass batching; () = no express lane.
+        express_priorities: levels that bypass batching; () = no express queue.
         reserved_slots: engine slots that only express requests take; None = 1 where there are at
             least two slots, else 0.
         express_share: the largest share of engine time that counts as express; requests beyond it
@@ -102,13 +102,13 @@ class Lanes:
         priority_levels, default_priority: as Triton's: 1 is the highest.
         priority_step_ms: how much earlier than its own each higher level's deadline counts; None =
             the latency goal.
-        age_ms: a request that has waited this long is next, whatever its deadline; None = twice the
-            latency goal.
+        age_ms: a request that has waited this long is next, past earlier deadlines;
+            None = twice the latency goal.
         max_queued: requests waiting at one model, all tiers together.
         max_queued_bytes: bytes of their inputs.
         policies: by priority level; ``default_policy`` for those not named.
-        hold_until: batches wait until so many requests are queued, once: makes batches repeatable
-            in tests (Triton's TRITONSERVER_DELAY_SCHEDULER); 0 = off.
+        hold_until: do not start a batch until this many requests are queued (once): repeatable
+            batches in tests (Triton's TRITONSERVER_DELAY_SCHEDULER); 0 = off.
     """
 
     express_priorities: tuple[int, ...] = (1,)
@@ -233,7 +233,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Admission:
-    """What is let in.
+    """Which requests are admitted.
 
     Args:
         enabled: False = everything is queued (for comparison).
@@ -290,7 +290,7 @@ class Screening:
         keep: candidates of a user that are scored in full; 0 = all, no screening.
         audit: share of screened calls that are scored whole too, to measure recall; these take as
             long as without the screen.
-        audit_k: recall is about so many of the best candidates.
+        audit_k: recall is measured over this many of the best candidates.
     """
 
     keep: int = 0
@@ -339,13 +339,13 @@ class Canary:
 
 
 @dataclass(frozen=True)
-class ServingConfig(FromValues):
+class ServingConfig(ParsedConfig):
     """All of it. ``tiers`` by name; requests that name none are of ``default_tier``."""
 
     slo: SLO = SLO()
     tiers: Mapping[str, Tier] = field(default_factory=lambda: {"default": Tier()})
     default_tier: str = ""
-    lanes: Lanes = Lanes()
+    lanes: Queueing = Queueing()
     batching: Batching = Batching()
     pool: Pool = Pool()
     admission: Admission = Admission()

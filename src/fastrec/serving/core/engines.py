@@ -28,7 +28,7 @@ class EngineDied(ServingError):
 
 
 class Callee(Protocol):
-    """What a handle runs."""
+    """An engine: callable with arrays, with a spec."""
 
     @property
     def spec(self) -> InputSpec:
@@ -56,9 +56,9 @@ Source = str | Path | EntryPoint | Callable[[], Callee]
 
 @dataclass(slots=True)
 class Ran:
-    """What a call came to: outputs by name, or the error; and the engine's own seconds.
+    """The result of a call: outputs by name or the error, and the engine's own seconds.
 
-    ``recall``: what an audit of the engine's screen found, where there was one in this call.
+    ``recall``: recall of the engine's screen, where this call was audited.
     """
 
     outputs: dict[str, np.ndarray]

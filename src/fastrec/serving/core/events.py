@@ -1,6 +1,6 @@
-"""What the runtime tells its observers: metrics, traces and tests hang on these, nothing else.
+"""Events that the core reports to its observers (metrics, traces, tests).
 
-Observers are called in the runtime's thread and on the request path: they count and return.
+Observers run in the core's thread on the request path, so they must return quickly.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 
 
 class RequestDone(NamedTuple):
-    """A request has left, answered or not. ``outcome`` is "ok" or a ``Kind``'s value."""
+    """A request ended. ``outcome`` is "ok" or a ``Kind``'s value."""
 
     at: float
     model: str
     version: str
     tier: str
-    lane: str
+    queue: str
     priority: int
     outcome: str
     rows: int
@@ -32,7 +32,7 @@ class BatchDone(NamedTuple):
     model: str
     version: str
     engine: str
-    lane: str
+    queue: str
     requests: int
     rows: int
     seconds: float
@@ -87,7 +87,7 @@ Event = RequestDone | BatchDone | Screened | EngineChanged | RolloutChanged | Li
 
 
 class Observer(Protocol):
-    """Anything that listens."""
+    """A subscriber to the core's events."""
 
     def on_event(self, event: Event) -> None:
         """Take note of ``event``; what it raises is logged and otherwise without effect."""

@@ -7,25 +7,25 @@ import itertools
 from collections.abc import Callable
 
 from fastrec.serving.core.clock import Clock, Timer
-from fastrec.serving.core.lanes import QUEUED, Ticket
+from fastrec.serving.core.queues import QUEUED, PendingRequest
 
 
 class Expiries:
     """Deadlines of what is queued, and one timer for the earliest.
 
     Args:
-        timed_out: called with each ticket that is still queued at its deadline.
+        timed_out: called with each request that is still queued at its deadline.
     """
 
-    def __init__(self, clock: Clock, timed_out: Callable[[Ticket], object]) -> None:
+    def __init__(self, clock: Clock, timed_out: Callable[[PendingRequest], object]) -> None:
         self._clock, self._timed_out = clock, timed_out
-        self._heap: list[tuple[float, int, Ticket]] = []
+        self._heap: list[tuple[float, int, PendingRequest]] = []
         self._made = itertools.count()
         self._timer: tuple[float, Timer] | None = None
 
-    def add(self, ticket: Ticket) -> None:
-        """A ticket that has begun to wait."""
-        heapq.heappush(self._heap, (ticket.deadline, next(self._made), ticket))
+    def add(self, pending: PendingRequest) -> None:
+        """A request that has begun to wait."""
+        heapq.heappush(self._heap, (pending.deadline, next(self._made), pending))
         self._arm()
 
     def _arm(self) -> None:
@@ -45,7 +45,7 @@ class Expiries:
         self._timer = None
         now, heap = self._clock.now(), self._heap
         while heap and heap[0][0] <= now:
-            _, _, ticket = heapq.heappop(heap)
-            if ticket.state == QUEUED:
-                self._timed_out(ticket)
+            _, _, pending = heapq.heappop(heap)
+            if pending.state == QUEUED:
+                self._timed_out(pending)
         self._arm()

@@ -13,7 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Signals(NamedTuple):
-    """What a probe reads: microseconds throttled so far, and the share of the memory limit."""
+    """A probe's readings: microseconds throttled so far, and the used share of the memory limit."""
 
     throttled_us: int
     memory: float

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 _DECAY = 0.995
 _SOLVE_EVERY = 16
-# A call that was interrupted says little about the next: it counts as at most so many times the
-# prediction. A real slowdown still comes through, this factor a call.
+# An interrupted call says little about the next one, so it counts as at most this multiple of the
+# prediction. A real slowdown still comes through, by this factor a call.
 _CLIP = 3.0
 _PULL = 1e-3
 
 
 class LatencyModel:
-    """Seconds of a call of so many users and rows."""
+    """Predicts the seconds of a call from its users and rows."""
 
     def __init__(self) -> None:
         self.beta, self.gamma, self.alpha = 1e-5, 0.0, 1e-6

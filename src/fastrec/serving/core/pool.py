@@ -1,7 +1,7 @@
 """The engines of a model version: COLD -> LOADING -> WARMING -> READY -> DRAINING -> CLOSED.
 
 An engine is READY once every shape bucket has run on it. Spares are READY engines that take no
-requests until another one fails; whatever is lost is made anew in the background.
+requests until another one fails; lost engines are restarted in the background.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from fastrec.serving.core.process import ProcessEngine
 from fastrec.serving.core.router import Slot
 from fastrec.serving.core.scheduler import Scheduler
 from fastrec.serving.core.screened import screened_source
-from fastrec.serving.core.signature import Arrays, Outputs, Signature
+from fastrec.serving.core.signature import Arrays, ModelSignature, Outputs
+from fastrec.serving.core.tasks import keep
 
 _LOG = logging.getLogger("fastrec.serving")
 _KINDS: dict[str, Callable[[str, Source, int | None], EngineHandle]] = {
@@ -43,7 +44,7 @@ _KINDS: dict[str, Callable[[str, Source, int | None], EngineHandle]] = {
 _numbers = itertools.count()
 
 
-class State(str, enum.Enum):
+class EngineState(str, enum.Enum):
     """Of an engine."""
 
     COLD = "COLD"
@@ -59,7 +60,7 @@ class Instance:
     """One engine and where it stands; ``slot`` once it has taken requests."""
 
     handle: EngineHandle
-    state: State = State.COLD
+    state: EngineState = EngineState.COLD
     slot: Slot | None = None
     model: LatencyModel = field(default_factory=LatencyModel)
 
@@ -79,7 +80,7 @@ class EnginePool:
         config: ServingConfig,
         clock: Clock,
         emit: Callable[[Event], None],
-        make_scheduler: Callable[[Signature], Scheduler],
+        make_scheduler: Callable[[ModelSignature], Scheduler],
         *,
         engines: int | None = None,
         kind: str | None = None,
@@ -91,7 +92,7 @@ class EnginePool:
         self.kind = config.pool.kind if kind is None else kind
         self._make_scheduler = make_scheduler
         self.instances: list[Instance] = []
-        self.signature: Signature | None = None
+        self.signature: ModelSignature | None = None
         self.scheduler: Scheduler | None = None
         self.draining = False
         self.failures = 0
@@ -124,12 +125,12 @@ class EnginePool:
             await asyncio.wait_for(self._prepare(instance), limit)
         except BaseException as error:
             handle.kill()
-            self._change(instance, State.CLOSED, f"{type(error).__name__}: {error}")
+            self._change(instance, EngineState.CLOSED, f"{type(error).__name__}: {error}")
             self.instances.remove(instance)
             if isinstance(error, asyncio.TimeoutError):
                 raise ServingError(f"{handle.name} was not ready after {limit:g} s") from error
             raise
-        self._change(instance, State.READY, "every shape bucket has run")
+        self._change(instance, EngineState.READY, "every shape bucket has run")
         handle.on_death = partial(self._found_dead, instance)
         if self.draining:
             await self._end(instance, "the pool is closing")
@@ -137,18 +138,18 @@ class EnginePool:
             self._fill()
 
     async def _prepare(self, instance: Instance) -> None:
-        self._change(instance, State.LOADING, "")
+        self._change(instance, EngineState.LOADING, "")
         await instance.handle.open()
-        self._change(instance, State.WARMING, "")
+        self._change(instance, EngineState.WARMING, "")
         if self.signature is None:
-            signature = Signature(
+            signature = ModelSignature(
                 instance.handle.spec, self.config.batching.candidate_symbol, self._scored
             )
             await _examine(signature, instance.handle)
             self.signature = signature
         await self._warm(instance, self.signature)
 
-    async def _warm(self, instance: Instance, signature: Signature) -> None:
+    async def _warm(self, instance: Instance, signature: ModelSignature) -> None:
         """Run every bucket; what they take is what the latency model begins with."""
         cap_s = self._cap_s()
         for candidates in self._candidate_buckets(signature):
@@ -173,7 +174,7 @@ class EnginePool:
         cap = self.config.batching.max_batch_ms
         return goal / 4 if cap is None else cap / 1e3
 
-    def _user_buckets(self, signature: Signature) -> list[int]:
+    def _user_buckets(self, signature: ModelSignature) -> list[int]:
         if self.config.pool.warm_users:
             return list(self.config.pool.warm_users)
         low = signature.spec.limits.get("B", (1, None))[0]
@@ -183,7 +184,7 @@ class EnginePool:
         most = min(most, signature.most("B") or most)
         return [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if low <= n <= most] or [low]
 
-    def _candidate_buckets(self, signature: Signature) -> Sequence[int | None]:
+    def _candidate_buckets(self, signature: ModelSignature) -> Sequence[int | None]:
         symbol = self.config.batching.candidate_symbol
         if not any(symbol in f.dims for f in signature.spec.fields):
             return [None]
@@ -205,11 +206,11 @@ class EnginePool:
             assert self.signature is not None
             self.scheduler = self._make_scheduler(self.signature)
             self.scheduler.router.model = self.instances[0].model.copy()
-        taking = sum(i.slot is not None and i.state is State.READY for i in self.instances)
+        taking = sum(i.slot is not None and i.state is EngineState.READY for i in self.instances)
         for instance in self.instances:
             if taking >= self.wanted:
                 break
-            if instance.state is State.READY and instance.slot is None:
+            if instance.state is EngineState.READY and instance.slot is None:
                 instance.slot = Slot(instance.handle, instance.model)
                 self.scheduler.add_engine(instance.handle, instance.slot)
                 taking += 1
@@ -218,22 +219,12 @@ class EnginePool:
         """The scheduler has taken an engine out: a spare goes in, the engine is ended and made
         anew, or, where it was only slow or failing, comes back after a while."""
         instance = next((i for i in self.instances if i.slot is slot), None)
-        if instance is None or reason in ("slow", "failing"):
-            if instance is not None:
-                state = State.READY
-                self._emit(
-                    EngineChanged(
-                        self.clock.now(),
-                        self.name,
-                        self.version,
-                        slot.handle.name,
-                        state.value,
-                        "EJECTED",
-                        reason,
-                    )
-                )
+        if instance is None:
             return
-        self._gone(instance, reason)
+        if reason in ("slow", "failing"):
+            self._tell(instance, EngineState.READY.value, "EJECTED", reason)
+        else:
+            self._gone(instance, reason)
 
     def _found_dead(self, instance: Instance) -> None:
         """Between two calls."""
@@ -245,18 +236,17 @@ class EnginePool:
             self._gone(instance, "died")
 
     def _gone(self, instance: Instance, reason: str) -> None:
-        self._change(instance, State.CLOSED, reason)
+        self._change(instance, EngineState.CLOSED, reason)
         self.instances.remove(instance)
         self.failures += 1
         instance.handle.kill()
         self._fill()
         if not self.draining:
-            self._spawn(self._replace(instance))
+            keep(self._tasks, self._replace(instance))
 
     async def _replace(self, lost: Instance) -> None:
         # A thread that hangs cannot be ended: it is left alone, and closes when it answers.
-        closing = asyncio.ensure_future(lost.handle.close())
-        self._keep(closing)
+        keep(self._tasks, lost.handle.close())
         pause = 0.0
         while not self.draining:
             try:
@@ -266,20 +256,6 @@ class EnginePool:
                 pause = min(max(2 * pause, 0.1), 30.0)
                 _LOG.warning("%s:%s cannot be restarted: %s", self.name, self.version, error)
                 await asyncio.sleep(pause)
-
-    async def resize(self, engines: int) -> None:
-        """So many engines take requests from now on; returns when they do.
-
-        Raises:
-            FastrecError: one cannot be loaded.
-        """
-        self.wanted = engines
-        short = engines + self.config.pool.spares - len(self.instances)
-        if short > 0:
-            await asyncio.gather(*(self._launch() for _ in range(short)))
-        surplus = self.instances[engines + self.config.pool.spares :]
-        await asyncio.gather(*(self._end(i, "fewer are wanted") for i in surplus))
-        self._fill()
 
     # --- ending
 
@@ -300,38 +276,24 @@ class EnginePool:
     async def _end(self, instance: Instance, reason: str) -> None:
         if instance not in self.instances:
             return
-        self._change(instance, State.DRAINING, reason)
+        self._change(instance, EngineState.DRAINING, reason)
         self.instances.remove(instance)
         if instance.slot is not None and self.scheduler is not None:
             self.scheduler.remove_engine(instance.slot)
         await instance.handle.close()
-        self._change(instance, State.CLOSED, reason)
+        self._change(instance, EngineState.CLOSED, reason)
 
     def states(self) -> dict[str, int]:
         """How many engines are in which state."""
         return dict(Counter(i.state.value for i in self.instances))
 
-    def _change(self, instance: Instance, state: State, reason: str) -> None:
+    def _change(self, instance: Instance, state: EngineState, reason: str) -> None:
         old, instance.state = instance.state, state
-        self._emit(
-            EngineChanged(
-                self.clock.now(),
-                self.name,
-                self.version,
-                instance.handle.name,
-                old.value,
-                state.value,
-                reason,
-            )
-        )
+        self._tell(instance, old.value, state.value, reason)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
-        self._keep(task)
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _tell(self, instance: Instance, old: str, new: str, reason: str) -> None:
+        name = instance.handle.name
+        self._emit(EngineChanged(self.clock.now(), self.name, self.version, name, old, new, reason))
 
 
 async def _ran(handle: EngineHandle, arrays: Arrays) -> Ran:
@@ -345,8 +307,8 @@ async def _ran(handle: EngineHandle, arrays: Arrays) -> Ran:
     return await future
 
 
-async def _examine(signature: Signature, handle: EngineHandle) -> None:
-    """``Signature.examine`` with an engine that answers later: its calls, one after another."""
+async def _examine(signature: ModelSignature, handle: EngineHandle) -> None:
+    """``ModelSignature.examine`` on an engine that answers later: one call after another."""
     loop = asyncio.get_running_loop()
 
     def call(arrays: Arrays) -> Outputs:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from fastrec.errors import ConfigError
+from fastrec.serving.core.config_parsing import check
 
 Host = TypeVar("Host", bound=Hashable)
 _SEEN = 128
@@ -30,7 +31,7 @@ class Probing:
     """How hosts are probed; the paper's values.
 
     Args:
-        per_request: probes sent with each request, on average (power of so many choices).
+        per_request: probes sent with each request, on average (power of d choices).
         pool: answers kept.
         max_age_s: older answers are not used.
         hot_quantile: of requests in flight lately seen; hosts above it are hot. 0 = fewest
@@ -49,20 +50,12 @@ class Probing:
     timeout_s: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, low in (("per_request", 0.0), ("removed", 0.0), ("delta", 0.0)):
-            if not getattr(self, name) >= low:
-                wrong = getattr(self, name)
-                raise ConfigError(f"probing.{name}: expected a number from {low:g}, got {wrong!r}")
+        for name in ("per_request", "removed", "delta"):
+            check(f"probing.{name}", getattr(self, name), 0)
         for name in ("max_age_s", "timeout_s"):
-            if not getattr(self, name) > 0:
-                wrong = getattr(self, name)
-                raise ConfigError(f"probing.{name}: expected a number above 0, got {wrong!r}")
-        if not 0 <= self.hot_quantile <= 1:
-            raise ConfigError(
-                f"probing.hot_quantile: expected a number from 0 to 1, got {self.hot_quantile!r}"
-            )
-        if self.pool < 2:
-            raise ConfigError(f"probing.pool: expected at least 2, got {self.pool!r}")
+            check(f"probing.{name}", getattr(self, name), 0, above=True)
+        check("probing.hot_quantile", self.hot_quantile, 0, 1)
+        check("probing.pool", self.pool, 2)
 
     def uses(self, hosts: int) -> float:
         """How often an answer may be used (the paper's b_reuse)."""
@@ -73,7 +66,7 @@ class Probing:
         return max(1.0, (1 + self.delta) / kept)
 
 
-class _Answer(Generic[Host]):
+class _ProbeResult(Generic[Host]):
     __slots__ = ("at", "each_s", "host", "in_flight", "latency_s", "used")
 
     def __init__(
@@ -99,7 +92,7 @@ class ProbePool(Generic[Host]):
     ) -> None:
         self.probing = probing or Probing()
         self._rng = rng or random.Random()
-        self._answers: list[_Answer[Host]] = []
+        self._answers: list[_ProbeResult[Host]] = []
         self._seen: deque[float] = deque(maxlen=_SEEN)
         self._sorted: list[float] = []
         self._owed_probes = self._owed_removals = 0.0
@@ -141,7 +134,7 @@ class ProbePool(Generic[Host]):
         self._answers = [a for a in self._answers if a.host != host]
         if len(self._answers) >= self.probing.pool:
             self._answers.pop(0)
-        self._answers.append(_Answer(host, in_flight, latency_s, each_s, now))
+        self._answers.append(_ProbeResult(host, in_flight, latency_s, each_s, now))
 
     def fresh(self, now: float) -> bool:
         """Whether there are answers to choose by."""
@@ -178,7 +171,7 @@ class ProbePool(Generic[Host]):
         return self._sorted[int(quantile * (len(self._sorted) - 1))] if quantile else -1.0
 
     @staticmethod
-    def _rank(answer: _Answer[Host], hot: float) -> tuple[int, float, float]:
+    def _rank(answer: _ProbeResult[Host], hot: float) -> tuple[int, float, float]:
         if answer.in_flight > hot:
             return 1, answer.in_flight, answer.latency_s
         return 0, answer.latency_s, answer.in_flight

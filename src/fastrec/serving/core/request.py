@@ -1,4 +1,4 @@
-"""What goes into the scheduler and what comes out: requests, responses, refusals."""
+"""Requests, responses and refusals: the scheduler's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Kind(str, enum.Enum):
     INVALID = "invalid"
     """An input is wrong; the message names it."""
     CANCELLED = "cancelled"
-    """The caller took the request back, or the runtime was closed."""
+    """The caller took the request back, or the core was closed."""
     INTERNAL = "internal"
     """The engine failed on this request."""
 
@@ -69,7 +69,7 @@ class Request:
         inputs: by name; users are the first dimension of each.
         rows: users x candidates, what batches are counted in; 0 = read from the inputs.
         priority: as Triton's: 1 is the highest, 0 the default level.
-        deadline: seconds on the runtime's clock (``runtime.clock.now() + timeout``); None = the
+        deadline: seconds on the core's clock (``core.clock.now() + timeout``); None = the
             tier's latency goal.
         tier: one of the configured tiers; "" is the default one.
         tenant: whose quota is charged.
@@ -87,8 +87,8 @@ class Request:
     id: str = ""
 
 
-class Load(NamedTuple):
-    """How busy a model version is.
+class LoadReport(NamedTuple):
+    """Load of a model version.
 
     Attributes:
         in_flight: requests not answered yet.

@@ -12,7 +12,7 @@ from fastrec.serving.core.config import Canary
 
 @dataclass
 class Window:
-    """What one version answered in a window: seconds of good answers, and how many failed."""
+    """Answers of one version in a window: seconds of good ones, and the number of failures."""
 
     seconds: list[float] = field(default_factory=list)
     failed: int = 0

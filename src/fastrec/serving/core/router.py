@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastrec.serving.core.batcher import Batch
 from fastrec.serving.core.clock import Clock, Timer
 from fastrec.serving.core.config import Pool
 from fastrec.serving.core.engines import EngineHandle
-from fastrec.serving.core.lanes import Part, Queues
 from fastrec.serving.core.latency import LatencyModel
-
-if TYPE_CHECKING:
-    from fastrec.serving.core.batcher import Batch
+from fastrec.serving.core.queues import Queues, SubRequest
 
 # Calls before an engine's speed is compared with its peers'.
 _JUDGED_AFTER = 20
@@ -47,12 +45,12 @@ class Router:
     def __init__(
         self, config: Pool, clock: Clock, deep: Callable[[int], int] = lambda candidates: candidates
     ) -> None:
-        # How many of so many candidates are scored in full.
+        # Candidates -> candidates scored in full.
         self.deep = deep
         self.config, self._clock = config, clock
         self.slots: list[Slot] = []
         self.out: list[Slot] = []
-        # What all engines together have learnt; admission reckons with it.
+        # Learnt from all engines together; admission uses it.
         self.model = LatencyModel()
         self._idle: list[Slot] = []
 
@@ -89,7 +87,7 @@ class Router:
         return min(choice, key=lambda s: (s.model.predict(1, 50), s.used_s))
 
     def pick(
-        self, idle: list[Slot], seed: Part, queues: Queues, gain: float, now: float
+        self, idle: list[Slot], seed: SubRequest, queues: Queues, gain: float, now: float
     ) -> Slot | None:
         """The engine for the batch that ``seed`` begins; None where a busy one would be done with
         it earlier than every idle one, and there is not enough queued to use both."""
@@ -121,7 +119,7 @@ class Router:
             self._watch(slot, stalled)
 
     def _watch(self, slot: Slot, stalled: Callable[[Slot, Batch], None]) -> None:
-        """One timer an engine: it looks at whatever call runs when it is due."""
+        """One timer for each engine: it checks the call that runs when it fires."""
         batch = slot.batch
         assert batch is not None
         patience = max(

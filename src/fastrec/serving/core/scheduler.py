@@ -1,7 +1,7 @@
 """The scheduler of one model version: no threads, no sockets, no waiting. Everything that happens
-is a call of one of its methods, in one thread, at a moment of the clock.
+is a call of one of its methods, in one thread.
 
-    submit -> admitted or Rejected -> queued -> batch -> engine.run -> done(ticket)
+    submit -> admitted or Rejected -> queued -> batch -> engine.run -> done(pending)
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from functools import partial
 
 import numpy as np
 
-from fastrec.serving.core.admission import Gcra, quotas_of
+from fastrec.serving.core.admission_controller import AdmissionController
 from fastrec.serving.core.batcher import Batch, Batcher
 from fastrec.serving.core.clock import Clock, Timer
 from fastrec.serving.core.config import ServingConfig
 from fastrec.serving.core.engines import EngineDied, EngineHandle, Ran
 from fastrec.serving.core.events import BatchDone, Event, LimitChanged, RequestDone, Screened
 from fastrec.serving.core.expiry import Expiries
-from fastrec.serving.core.gate import Gate
-from fastrec.serving.core.lanes import (
+from fastrec.serving.core.queues import (
     DONE,
     EXPRESS,
     QUEUED,
     RUNNING,
     STANDARD,
-    Part,
+    PendingRequest,
     Queues,
-    Ticket,
+    SubRequest,
 )
-from fastrec.serving.core.request import TIMED_OUT, Kind, Load, Rejected, Request
+from fastrec.serving.core.rate_limits import Gcra, quotas_of
+from fastrec.serving.core.request import TIMED_OUT, Kind, LoadReport, Rejected, Request
+from fastrec.serving.core.request_policy import RequestPolicies
 from fastrec.serving.core.router import Router, Slot
-from fastrec.serving.core.signature import Signature
-from fastrec.serving.core.terms import TermsTable
+from fastrec.serving.core.signature import ModelSignature
 
-# Requests timed out under the DELAY policy go so far back: behind all others.
+# Added to the sort key of requests timed out under the DELAY policy, so that they run last.
 _DELAY_S = 1e6
-# After a refusal requests are looked at before they are decoded for so long.
+# How long after a refusal requests are checked before they are decoded.
 _SHEDDING_S = 0.25
 
 
-def _ignore(ticket: Ticket) -> None:
-    """For tickets that nobody waits for."""
+def _ignore(pending: PendingRequest) -> None:
+    """For requests that nobody waits for."""
 
 
 class Scheduler:
-    """Lanes, batches and routing for the engines of one model version, behind a gate.
+    """Queues, batches and routing for the engines of one model version, behind admission control.
 
     Args:
         name, version: of the model.
@@ -62,7 +62,7 @@ class Scheduler:
         version: str,
         config: ServingConfig,
         clock: Clock,
-        signature: Signature,
+        signature: ModelSignature,
         *,
         quotas: dict[str, Gcra] | None = None,
         emit: Callable[[Event], None] = lambda event: None,
@@ -77,7 +77,7 @@ class Scheduler:
         cap_ms = config.batching.max_batch_ms
         self.batch_s = goal_s / 4 if cap_ms is None else cap_ms / 1e3
         step, age = config.lanes.priority_step_ms, config.lanes.age_ms
-        self._terms = TermsTable(config, goal_s if step is None else step / 1e3)
+        self._policies = RequestPolicies(config, goal_s if step is None else step / 1e3)
         self._age_s = 2 * max(goals) if age is None else age / 1e3
         self._uses_express = bool(config.lanes.express_priorities) or any(
             t.express for t in config.tiers.values()
@@ -85,7 +85,7 @@ class Scheduler:
         self.queues = Queues({tier: t.weight for tier, t in config.tiers.items()})
         self.router = Router(config.pool, clock, signature.deep)
         self.batcher = Batcher(config.batching, signature, self.batch_s)
-        self.gate = Gate(
+        self.admission = AdmissionController(
             name,
             config,
             self.queues,
@@ -95,8 +95,8 @@ class Scheduler:
             goal_s=goal_s,
             batch_s=self.batch_s,
         )
-        self.open: dict[int, Ticket] = {}
-        self.queues.hold = config.lanes.hold_until
+        self.open: dict[int, PendingRequest] = {}
+        self.queues.start_count = config.lanes.hold_until
         self._expiries = Expiries(clock, self._timed_out)
         self._delay_timer: Timer | None = None
         self._dispatching = False
@@ -105,28 +105,28 @@ class Scheduler:
 
     # --- in
 
-    def submit(self, ticket: Ticket, arrays: tuple[np.ndarray, ...]) -> None:
-        """Admit and queue a ticket, which starts at once where a slot is free.
+    def submit(self, pending: PendingRequest, arrays: tuple[np.ndarray, ...]) -> None:
+        """Admit and queue a request, which starts at once where a slot is free.
 
         Raises:
             Rejected: QUOTA, OVERLOAD, QUEUE_FULL, DEADLINE_INFEASIBLE, EXPIRED, NOT_READY or
                 INVALID; nothing was charged or queued.
         """
         now = self.clock.now()
-        self._admit(ticket, self.signature.size(arrays), now)
-        self.gate.enter(ticket, now)
-        self.open[id(ticket)] = ticket
-        self.batcher.split(ticket, arrays, self.router.model)
-        if self._start_at_once(ticket, now):
+        self._admit(pending, self.signature.size(arrays), now)
+        self.admission.enter(pending, now)
+        self.open[id(pending)] = pending
+        self.batcher.split(pending, arrays, self.router.model)
+        if self._start_at_once(pending, now):
             return
-        self.queues.enter(ticket)
+        self.queues.enter(pending)
         self.dispatch()
-        if ticket.state == QUEUED:
-            self._expiries.add(ticket)
+        if pending.state == QUEUED:
+            self._expiries.add(pending)
 
     def shedding(self) -> bool:
-        """Whether no engine is idle, and a request was refused for want of room just now."""
-        return not self.router.idle() and self.clock.now() < self.gate.shut_at + _SHEDDING_S
+        """Whether no engine is idle and a request was just refused for lack of capacity."""
+        return not self.router.idle() and self.clock.now() < self.admission.refused_at + _SHEDDING_S
 
     def turn_away(self, request: Request, size: tuple[int, int]) -> None:
         """Refuse a request as :meth:`submit` would, before its inputs are there; what is let pass
@@ -138,102 +138,107 @@ class Scheduler:
         Raises:
             Rejected: see :meth:`submit`.
         """
-        self._admit(Ticket(request, (), _ignore), size, self.clock.now(), early=True)
+        self._admit(PendingRequest(request, (), _ignore), size, self.clock.now(), early=True)
 
     def _admit(
-        self, ticket: Ticket, size: tuple[int, int], now: float, *, early: bool = False
+        self, pending: PendingRequest, size: tuple[int, int], now: float, *, early: bool = False
     ) -> None:
         try:
-            self._describe(ticket, size, now, early)
-            self.gate.admit(ticket, now)
+            self._describe(pending, size, now, early)
+            self.admission.admit(pending, now)
         except Rejected as refusal:
-            ticket.state, ticket.error = DONE, refusal
-            self._tell(ticket, now, refusal.kind.value)
+            pending.state, pending.error = DONE, refusal
+            self._tell(pending, now, refusal.kind.value)
             raise
 
-    def _describe(self, ticket: Ticket, size: tuple[int, int], now: float, early: bool) -> None:
+    def _describe(
+        self, pending: PendingRequest, size: tuple[int, int], now: float, early: bool
+    ) -> None:
         """Fill in what follows from the request and the configuration."""
-        request = ticket.request
-        ticket.arrival = now
-        terms = self._terms.of(request.tier, request.priority)
-        if terms is None:
-            ticket.tier, ticket.priority, ticket.rows = self.config.default_tier, 0, 0
+        request = pending.request
+        pending.arrival = now
+        policy = self._policies.of(request.tier, request.priority)
+        if policy is None:
+            pending.tier, pending.priority, pending.rows = self.config.default_tier, 0, 0
             wrong = f"tier: expected one of {sorted(self.config.tiers)}, got {request.tier!r}"
             raise Rejected(Kind.INVALID, wrong)
-        ticket.terms, ticket.tier, ticket.priority = terms, terms.tier, terms.priority
-        ticket.users, ticket.candidates = users, candidates = size
-        ticket.rows = users * self.signature.deep(candidates)
-        ticket.cost_s = self.router.model.predict(users, ticket.rows)
-        deadline = request.deadline if terms.own_deadline else None
-        ticket.deadline = now + terms.timeout_s if deadline is None else deadline
-        ticket.order = min(ticket.deadline, now + self._age_s) + terms.later_s
+        pending.policy, pending.tier, pending.priority = policy, policy.tier, policy.priority
+        pending.users, pending.candidates = users, candidates = size
+        pending.rows = users * self.signature.deep(candidates)
+        pending.cost_s = self.router.model.predict(users, pending.rows)
+        deadline = request.deadline if policy.own_deadline else None
+        pending.deadline = now + policy.timeout_s if deadline is None else deadline
+        pending.order = min(pending.deadline, now + self._age_s) + policy.later_s
         if (
-            terms.express
-            and ticket.cost_s <= self.batch_s
-            and self.gate.takes_express(ticket.cost_s, now, charge=not early)
+            policy.express
+            and pending.cost_s <= self.batch_s
+            and self.admission.takes_express(pending.cost_s, now, charge=not early)
         ):
-            ticket.lane = EXPRESS
+            pending.queue = EXPRESS
 
-    def _start_at_once(self, ticket: Ticket, now: float) -> bool:
-        """Start a ticket that nothing is ahead of, past the queue: most are such while there is
+    def _start_at_once(self, pending: PendingRequest, now: float) -> bool:
+        """Start a request that nothing is ahead of, past the queue: most are such while there is
         no overload. What is not plain goes through the queue, which decides the same."""
         if (
             self.queues.count
-            or ticket.pieces != 1
-            or self.queues.hold
+            or pending.sub_count != 1
+            or self.queues.start_count
             or self._dispatching
             or self.config.batching.max_delay_ms
         ):
             return False
-        part = ticket.parts[0][0]
-        if self._is_late(part, now):
+        sub = pending.subs[0][0]
+        if self._is_late(sub, now):
             return False
-        slot = self._slot_for(part, now)
+        slot = self._slot_for(sub, now)
         if slot is None:
             return False
-        self.queues.pass_by(part)
-        ticket.state = RUNNING
-        self._start([part], ticket.lane, slot, now)
+        self.queues.pass_by(sub)
+        pending.state = RUNNING
+        self._start([sub], pending.queue, slot, now)
         return True
 
-    def load(self, users: int = 0, rows: int = 0) -> Load:
-        """What a caller that has other hosts to choose from should know before it sends a request
-        of so many users and rows (0 = usual ones)."""
+    def load(self, users: int = 0, rows: int = 0) -> LoadReport:
+        """Expected latency here, for callers that choose between hosts.
+
+        Args:
+            users, rows: of the request that would follow; 0 = usual ones.
+        """
         if not self.router.slots:
-            return Load(False, len(self.open))
+            return LoadReport(False, len(self.open))
         model = self.router.model
         users = users or 1
         own_s = model.predict(users, rows or users * model.usual_rows)
-        latency_s = self.gate.backlog_s(self.clock.now()) + own_s
-        each_s = own_s * self.gate.gain / len(self.router.slots)
-        return Load(True, len(self.open), latency_s, each_s)
+        latency_s = self.admission.backlog_s(self.clock.now()) + own_s
+        each_s = own_s * self.admission.gain / len(self.router.slots)
+        return LoadReport(True, len(self.open), latency_s, each_s)
 
     # --- out, before the end
 
-    def cancel(self, ticket: Ticket) -> None:
-        """The caller does not want it any more: it leaves the queue at once."""
-        if ticket.state != DONE:
-            self._finish(ticket, Rejected(Kind.CANCELLED, "the request was cancelled"))
+    def cancel(self, pending: PendingRequest) -> None:
+        """Take a request back; it leaves the queue at once."""
+        if pending.state != DONE:
+            self._finish(pending, Rejected(Kind.CANCELLED, "the request was cancelled"))
 
     def fail_all(self, kind: Kind, why: str) -> None:
         """Answer everything open with a refusal."""
-        for ticket in list(self.open.values()):
-            self._finish(ticket, Rejected(kind, why))
+        for pending in list(self.open.values()):
+            self._finish(pending, Rejected(kind, why))
 
-    def _timed_out(self, ticket: Ticket) -> bool:
-        """Whether it left the queue (under DELAY it only goes behind all others)."""
-        if ticket.terms.rejects:
-            self._finish(ticket, Rejected(Kind.EXPIRED, TIMED_OUT))
+    def _timed_out(self, pending: PendingRequest) -> bool:
+        """Whether it left the queue (under DELAY it moves behind all others instead)."""
+        if pending.policy.rejects:
+            self._finish(pending, Rejected(Kind.EXPIRED, TIMED_OUT))
             return True
-        if not ticket.delayed:
-            ticket.delayed = True
-            parts = [p for chunk in ticket.parts for p in chunk if p.state == QUEUED]
-            for part in parts:
-                self.queues.remove(part)
-            ticket.order += _DELAY_S
-            for part in parts:
-                part.state = QUEUED
-                self.queues.push(part)
+        if not pending.delayed:
+            pending.delayed = True
+            subs = [p for chunk in pending.subs for p in chunk if p.state == QUEUED]
+            for sub in subs:
+                self.queues.remove(sub)
+            pending.order += _DELAY_S
+            for sub in subs:
+                sub.state = QUEUED
+                self.queues.push(sub)
         return False
 
     # --- engines
@@ -245,11 +250,11 @@ class Scheduler:
         return slot
 
     def remove_engine(self, slot: Slot) -> None:
-        """Give it no more; what it runs is finished."""
+        """Give an engine no more calls; its running call is finished."""
         self.router.remove(slot)
 
     def found_dead(self, slot: Slot) -> None:
-        """An engine died; one that had a call says so itself."""
+        """An idle engine died; the death of a busy one shows in its call."""
         if slot.batch is None and slot in self.router.slots:
             self.router.remove(slot)
             self._on_lost(slot, "died")
@@ -257,7 +262,7 @@ class Scheduler:
     # --- batches
 
     def dispatch(self) -> None:
-        """Start what can start: called whenever work comes or an engine is free."""
+        """Start the calls that can start; called when work arrives or an engine becomes free."""
         if self._dispatching:
             return
         self._dispatching = True
@@ -269,20 +274,20 @@ class Scheduler:
 
     def _dispatch_one(self) -> bool:
         now, queues = self.clock.now(), self.queues
-        if queues.hold:
-            if queues.count < queues.hold:
+        if queues.start_count:
+            if queues.count < queues.start_count:
                 return False
-            queues.hold = 0
+            queues.start_count = 0
         if not self.router.idle():
             return False
         if queues.express.count:
-            part = queues.express.head()
-            if part is None or self._too_late(part, now):
+            sub = queues.express.head()
+            if sub is None or self._too_late(sub, now):
                 return True
-            slot = self._slot_for(part, now)
+            slot = self._slot_for(sub, now)
             assert slot is not None
-            queues.take(part)
-            self._start([part], EXPRESS, slot, now)
+            queues.take(sub)
+            self._start([sub], EXPRESS, slot, now)
             return True
         if not self._unreserved():
             return False
@@ -293,26 +298,26 @@ class Scheduler:
         slot = self._slot_for(seed, now)
         if slot is None:
             return False
-        wait = self.batcher.wait_until(seed, queues, slot, now)
+        wait = self.batcher.wait_until(seed, queues, slot.model, now)
         if wait > now:
             self._wake_at(wait)
             return False
         engines = len(self.router.slots)
-        parts = self.batcher.fill(
+        subs = self.batcher.fill(
             seed, queues, slot.model, now, engines, lambda p: self._too_late(p, now)
         )
-        self._start(parts, STANDARD, slot, now)
+        self._start(subs, STANDARD, slot, now)
         return True
 
-    def _slot_for(self, part: Part, now: float) -> Slot | None:
-        """The idle engine for the call that ``part`` begins; None = it has to wait."""
+    def _slot_for(self, sub: SubRequest, now: float) -> Slot | None:
+        """The idle engine for the call that ``sub`` begins; None = it has to wait."""
         router = self.router
         idle = router.idle()
-        if part.ticket.lane == EXPRESS:
-            return router.fastest(idle, part.avoid) if idle else None
+        if sub.pending.queue == EXPRESS:
+            return router.fastest(idle, sub.avoid) if idle else None
         if not self._unreserved():
             return None
-        return router.pick(idle, part, self.queues, self.gate.gain, now)
+        return router.pick(idle, sub, self.queues, self.admission.gain, now)
 
     def _unreserved(self) -> bool:
         """Whether an engine is idle that is not kept for express requests."""
@@ -327,33 +332,33 @@ class Scheduler:
             self._delay_timer.cancel()
         self._delay_timer = self.clock.call_at(when, self.dispatch)
 
-    def _is_late(self, part: Part, now: float) -> bool:
-        """Whether the part cannot be done in time any more."""
-        ticket, admission = part.ticket, self.config.admission
+    def _is_late(self, sub: SubRequest, now: float) -> bool:
+        """Whether the sub-request cannot be done in time any more."""
+        pending, admission = sub.pending, self.config.admission
         return (
-            now + part.cost_s > ticket.deadline
+            now + sub.cost_s > pending.deadline
             and admission.enabled
             and admission.check_deadlines
-            and not ticket.delayed
+            and not pending.delayed
         )
 
-    def _too_late(self, part: Part, now: float) -> bool:
-        """Whether the part is late and has therefore left the queue."""
-        return self._is_late(part, now) and self._timed_out(part.ticket)
+    def _too_late(self, sub: SubRequest, now: float) -> bool:
+        """Whether the sub-request is late and has therefore left the queue."""
+        return self._is_late(sub, now) and self._timed_out(sub.pending)
 
-    def _start(self, parts: list[Part], lane: str, slot: Slot, now: float) -> None:
-        rows = self.signature.deep(parts[0].key[0])
-        batch = Batch(parts, lane, rows, slot.model, now)
+    def _start(self, subs: list[SubRequest], queue: str, slot: Slot, now: float) -> None:
+        rows = self.signature.deep(subs[0].key[0])
+        batch = Batch(subs, queue, rows, slot.model, now)
         name, rows = slot.handle.name, batch.rows
-        for part in parts:
-            ticket = part.ticket
-            if ticket.state == QUEUED:
-                ticket.state = RUNNING
-                self.queues.leave(ticket)
-            ticket.started, ticket.batch_rows, ticket.engine = now, rows, name
-        arrays = parts[0].arrays
-        if len(parts) > 1 or parts[0].candidates != batch.padded:
-            arrays = self.signature.join([p.arrays for p in parts], batch.padded)
+        for sub in subs:
+            pending = sub.pending
+            if pending.state == QUEUED:
+                pending.state = RUNNING
+                self.queues.leave(pending)
+            pending.started, pending.batch_rows, pending.engine = now, rows, name
+        arrays = subs[0].arrays
+        if len(subs) > 1 or subs[0].candidates != batch.padded:
+            arrays = self.signature.join([p.arrays for p in subs], batch.padded)
         self.router.start(slot, batch, self._stalled)
         slot.handle.run(arrays, partial(self._ran, slot, batch))
 
@@ -371,8 +376,8 @@ class Scheduler:
                 self.name,
                 self.version,
                 slot.handle.name,
-                batch.lane,
-                len(batch.parts),
+                batch.queue,
+                len(batch.subs),
                 batch.rows,
                 seconds,
                 batch.predicted_s,
@@ -386,117 +391,119 @@ class Scheduler:
             self._answered(batch, ran)
         elif isinstance(error, EngineDied):
             self.router.remove(slot)
-            self._again(batch.parts, slot, error)
+            self._again(batch.subs, slot, error)
             self._on_lost(slot, "died")
         else:
             if self.router.failed(slot):
                 self._on_lost(slot, "failing")
-            self._again(batch.parts, slot, error)
+            self._again(batch.subs, slot, error)
         if self.queues.count:
             self.dispatch()
 
     def _answered(self, batch: Batch, ran: Ran) -> None:
-        """Give each part of a call its outputs."""
+        """Give each sub-request of a call its outputs."""
         start = 0
-        for part in batch.parts:
-            if part.state == RUNNING:
-                part.outputs = (
-                    self.signature.part(ran.outputs, start, part.users, part.candidates)
-                    if len(batch.parts) > 1 or part.candidates != batch.padded
+        for sub in batch.subs:
+            if sub.state == RUNNING:
+                sub.outputs = (
+                    self.signature.slice_outputs(ran.outputs, start, sub.users, sub.candidates)
+                    if len(batch.subs) > 1 or sub.candidates != batch.padded
                     else ran.outputs
                 )
-                self._part_done(part, ran.seconds)
-            start += part.users
+                self._sub_done(sub, ran.seconds)
+            start += sub.users
 
     def _learn(self, slot: Slot, batch: Batch, seconds: float, now: float) -> None:
         usual_s = slot.reference.predict(batch.users, batch.rows)
         if self.router.observe(slot, batch, seconds, now):
             self._on_lost(slot, "slow")
-        cost_s = 0.0 if batch.lane == EXPRESS else sum([p.cost_s for p in batch.parts])
-        gate = self.gate
-        if gate.learn(seconds, usual_s, cost_s):
-            self._emit(LimitChanged(now, gate.limit_s, gate.guard(), "gradient"))
+        cost_s = 0.0 if batch.queue == EXPRESS else sum([p.cost_s for p in batch.subs])
+        admission = self.admission
+        if admission.learn(seconds, usual_s, cost_s):
+            self._emit(LimitChanged(now, admission.limit_s, admission.guard(), "gradient"))
 
     def _stalled(self, slot: Slot, batch: Batch) -> None:
         """A call takes far too long: run its requests elsewhere, take the engine out."""
         batch.given_up = True
         self.router.remove(slot)
-        self._again(batch.parts, slot, EngineDied(f"{slot.handle.name} does not answer"))
+        self._again(batch.subs, slot, EngineDied(f"{slot.handle.name} does not answer"))
         self._on_lost(slot, "stalled")
         self.dispatch()
 
-    def _again(self, parts: list[Part], slot: Slot, error: Exception) -> None:
-        """Parts whose engine failed: once more, on another one where there is one."""
-        for part in parts:
-            ticket = part.ticket
-            if part.state != RUNNING:
+    def _again(self, subs: list[SubRequest], slot: Slot, error: Exception) -> None:
+        """Sub-requests whose engine failed: once more, on another one where there is one."""
+        for sub in subs:
+            pending = sub.pending
+            if sub.state != RUNNING:
                 continue
             died = isinstance(error, EngineDied)
-            # A call of several parts failed: one of them may be the cause, the others are well.
-            culprit_unknown = len(parts) > 1
+            # Of several sub-requests in a failed call, one may be the cause; the others are well.
+            culprit_unknown = len(subs) > 1
             retry = died or culprit_unknown or len(self.router.slots) > 1
-            if not retry or ticket.tries >= self.config.pool.max_tries:
+            if not retry or pending.tries >= self.config.pool.max_tries:
                 kind = Kind.NOT_READY if died else Kind.INTERNAL
-                self._finish(ticket, Rejected(kind, f"{type(error).__name__}: {error}"))
+                self._finish(pending, Rejected(kind, f"{type(error).__name__}: {error}"))
                 continue
-            ticket.tries += 1
-            part.solo = part.solo or (culprit_unknown and not died)
-            part.avoid = slot
-            part.state = QUEUED
-            self.queues.push(part)
+            pending.tries += 1
+            sub.solo = sub.solo or (culprit_unknown and not died)
+            sub.avoid = slot
+            sub.state = QUEUED
+            self.queues.push(sub)
 
-    def _part_done(self, part: Part, seconds: float) -> None:
-        part.state = DONE
-        ticket = part.ticket
-        ticket.compute_s = max(ticket.compute_s, seconds)
-        ticket.open_parts -= 1
-        if ticket.open_parts == 0:
-            ticket.outputs = (
-                part.outputs
-                if ticket.pieces == 1
-                else self.signature.whole([[p.outputs for p in chunk] for chunk in ticket.parts])
+    def _sub_done(self, sub: SubRequest, seconds: float) -> None:
+        sub.state = DONE
+        pending = sub.pending
+        pending.compute_s = max(pending.compute_s, seconds)
+        pending.open_subs -= 1
+        if pending.open_subs == 0:
+            pending.outputs = (
+                sub.outputs
+                if pending.sub_count == 1
+                else self.signature.join_outputs(
+                    [[p.outputs for p in chunk] for chunk in pending.subs]
+                )
             )
-            self._finish(ticket, None)
+            self._finish(pending, None)
 
-    def _finish(self, ticket: Ticket, error: Rejected | None) -> None:
-        """The one place where a ticket ends."""
+    def _finish(self, pending: PendingRequest, error: Rejected | None) -> None:
+        """The one place where a request ends."""
         now = self.clock.now()
         if error is not None:
-            if ticket.state == QUEUED:
-                self.queues.leave(ticket)
-            for chunk in ticket.parts:
-                for part in chunk:
-                    if part.state == QUEUED:
-                        self.queues.remove(part)
-                    part.state = DONE
-        ticket.state, ticket.error = DONE, error
-        del self.open[id(ticket)]
-        self.gate.leave(ticket, last=not self.open)
+            if pending.state == QUEUED:
+                self.queues.leave(pending)
+            for chunk in pending.subs:
+                for sub in chunk:
+                    if sub.state == QUEUED:
+                        self.queues.remove(sub)
+                    sub.state = DONE
+        pending.state, pending.error = DONE, error
+        del self.open[id(pending)]
+        self.admission.leave(pending, last=not self.open)
         if error is None:
-            self.served_s[ticket.tier] += ticket.cost_s
-            if ticket.expected:
-                self.gate.slack[ticket.tier].add(now - ticket.expected)
-        self._tell(ticket, now, "ok" if error is None else error.kind.value)
-        ticket.done(ticket)
-        ticket.parts = []
+            self.served_s[pending.tier] += pending.cost_s
+            if pending.expected:
+                self.admission.slack[pending.tier].add(now - pending.expected)
+        self._tell(pending, now, "ok" if error is None else error.kind.value)
+        pending.done(pending)
+        pending.subs = []
 
-    def _tell(self, ticket: Ticket, now: float, outcome: str) -> None:
-        counts = self.counts[ticket.tier]
+    def _tell(self, pending: PendingRequest, now: float, outcome: str) -> None:
+        counts = self.counts[pending.tier]
         counts[outcome] = counts.get(outcome, 0) + 1
-        queue_s = (ticket.started or now) - ticket.arrival
+        queue_s = (pending.started or now) - pending.arrival
         self._emit(
             RequestDone(
                 now,
                 self.name,
                 self.version,
-                ticket.tier,
-                ticket.lane,
-                ticket.priority,
+                pending.tier,
+                pending.queue,
+                pending.priority,
                 outcome,
-                ticket.rows,
+                pending.rows,
                 queue_s,
-                ticket.compute_s,
-                now - ticket.arrival,
-                ticket.request.id,
+                pending.compute_s,
+                now - pending.arrival,
+                pending.request.id,
             )
         )

@@ -12,8 +12,8 @@ from fastrec.serving.core.engines import EntryPoint, Source
 
 
 def screened_source(source: Source, config: Screening, threads: int | None) -> tuple[Source, int]:
-    """What to open instead of ``source``, and how many candidates it scores in full (0 = all):
-    sources other than files, and files without a screen, stay what they are."""
+    """The screened source for ``source``, and the candidates it scores in full (0 = all). Sources
+    other than files, and files without a screen, are returned unchanged."""
     if not config.keep or not isinstance(source, str | Path):
         return source, 0
     screen = Path(f"{os.fspath(source)}{SUFFIX}")

@@ -1,8 +1,8 @@
-"""How a model's inputs are cut into parts and joined into batches.
+"""How a model's inputs are split into sub-requests and joined into batches.
 
 Users are the first dimension of every input. Candidates are a dimension of some inputs and of the
 outputs; whether they are scored apart, so that they can be split and padded, is seen from the
-engine's own answers when it is warmed (:meth:`Signature.examine`).
+engine's own answers when it is warmed (:meth:`ModelSignature.examine`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _USERS = "B"
 _MOST_KEYS = 1024
 
 
-class Signature:
+class ModelSignature:
     """The inputs of a model version.
 
     Attributes:
@@ -70,7 +70,7 @@ class Signature:
             return None
 
     def deep(self, candidates: int) -> int:
-        """How many of so many candidates are scored in full: what calls are counted in."""
+        """Candidates that are scored in full, out of ``candidates``: the unit of cost."""
         return min(candidates, self.keep) if self.keep else candidates
 
     def most(self, symbol: str) -> int | None:
@@ -104,11 +104,11 @@ class Signature:
                 self._keys[shapes] = known
         return known
 
-    def users(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+    def slice_users(self, arrays: Arrays, start: int, stop: int) -> Arrays:
         """Views of some users."""
         return tuple(a[start:stop] for a in arrays)
 
-    def candidates(self, arrays: Arrays, start: int, stop: int) -> Arrays:
+    def slice_candidates(self, arrays: Arrays, start: int, stop: int) -> Arrays:
         """Views of some candidates, and the rest whole."""
         return tuple(
             a if axis is None else a[(slice(None),) * axis + (slice(start, stop),)]
@@ -133,8 +133,8 @@ class Signature:
             for a, axis in zip(arrays, self._axis, strict=True)
         )
 
-    def part(self, outputs: Outputs, start: int, users: int, candidates: int) -> Outputs:
-        """What of a call's outputs belongs to the users from ``start`` on, without padding."""
+    def slice_outputs(self, outputs: Outputs, start: int, users: int, candidates: int) -> Outputs:
+        """The outputs of the users from ``start`` on, without padding."""
         cut: Outputs = {}
         for name, value in outputs.items():
             part = value[start : start + users]
@@ -144,7 +144,7 @@ class Signature:
             cut[name] = part
         return cut
 
-    def whole(self, parts: Sequence[Sequence[Outputs]]) -> Outputs:
+    def join_outputs(self, parts: Sequence[Sequence[Outputs]]) -> Outputs:
         """Outputs of a request from its parts: user chunks, each of candidate chunks."""
         if len(parts) == 1 and len(parts[0]) == 1:
             return parts[0][0]
@@ -166,7 +166,7 @@ class Signature:
         return {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
 
     def sample(self, users: int, candidates: int | None, seed: int = 0) -> Arrays:
-        """Random inputs of so many users and candidates; zeros where there is no id range."""
+        """Random inputs; zeros where there is no id range."""
         sizes = {_USERS: users}
         if candidates is not None:
             sizes[self._symbol] = candidates
@@ -199,8 +199,8 @@ class Signature:
         else:
             self.joins = False
         if count is not None and count // 2 >= max(low, 1):
-            half = call(self.candidates(one, 0, count // 2))
-            rest = call(self.candidates(one, count // 2, count))
+            half = call(self.slice_candidates(one, 0, count // 2))
+            rest = call(self.slice_candidates(one, count // 2, count))
             axes = {
                 name: next((i for i, n in enumerate(shape) if n != half[name].shape[i]), None)
                 for name, shape in shapes.items()

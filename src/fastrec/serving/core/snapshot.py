@@ -13,9 +13,9 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
         "queued": scheduler.queues.count,
         "queued_bytes": scheduler.queues.bytes,
         "open": len(scheduler.open),
-        "in_flight_s": scheduler.gate.in_flight_s,
-        "limit_s": scheduler.gate.limit_s,
-        "batch_gain": scheduler.gate.gain,
+        "in_flight_s": scheduler.admission.in_flight_s,
+        "limit_s": scheduler.admission.limit_s,
+        "batch_gain": scheduler.admission.gain,
         "batch_cap_s": scheduler.batch_s,
         "latency_model": {
             "per_call_s": scheduler.router.model.beta,
@@ -29,7 +29,7 @@ def snapshot(scheduler: Scheduler) -> dict[str, Any]:
                 "queued": q.count,
                 "queued_s": q.queued_s,
                 "in_flight_s": q.in_flight_s,
-                "slack_s": scheduler.gate.slack[name].value,
+                "slack_s": scheduler.admission.slack[name].value,
                 "outcomes": dict(scheduler.counts[name]),
                 "served_s": scheduler.served_s[name],
             }

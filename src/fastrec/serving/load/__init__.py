@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from fastrec.serving.load.capacity import find_capacity
-from fastrec.serving.load.generator import Answer, Generator, Log, Shot, Target, run
-from fastrec.serving.load.plan import Bursts, Mix, Plan, Retry, Schedule, Sizes, Stage, draw
+from fastrec.serving.load.generator import (
+    Generator,
+    PlannedRequest,
+    RequestLog,
+    Target,
+    TryResult,
+    run,
+)
+from fastrec.serving.load.plan import (
+    Bursts,
+    LoadPlan,
+    Mix,
+    RequestSizes,
+    Retry,
+    Schedule,
+    Stage,
+    draw,
+)
 from fastrec.serving.load.results import summary
 from fastrec.serving.load.runner import run_precisely
 
 __all__ = [
-    "Answer",
     "Bursts",
     "Generator",
-    "Log",
+    "LoadPlan",
     "Mix",
-    "Plan",
+    "PlannedRequest",
+    "RequestLog",
+    "RequestSizes",
     "Retry",
     "Schedule",
-    "Shot",
-    "Sizes",
     "Stage",
     "Target",
+    "TryResult",
     "draw",
     "find_capacity",
     "run",

@@ -24,7 +24,7 @@ async def find_capacity(
     A probe that misses is asked once more: one pause of the machine is no capacity.
 
     Args:
-        probe: runs a load of so many requests a second and returns its summary.
+        probe: runs a load at a rate (requests a second) and returns its summary.
         start: first rate.
         target: share of the offered requests that must be in time.
         precision: the answer is at most this share below the true rate.

@@ -1,7 +1,7 @@
-"""The open loop: sends a schedule's requests when they are due, on any clock, and notes what came.
+"""Open-loop load generator: sends a schedule's requests on time and records the answers.
 
-Everything runs in one thread, that of the clock. What a request is sent to is a :class:`Target`;
-tests give a scheduler on a virtual clock, users a server.
+Everything runs in the clock's thread. Requests go to a :class:`Target`: a server, or in tests a
+scheduler on a virtual clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fastrec.serving.core.clock import Clock
-from fastrec.serving.load.plan import Plan, Schedule, draw
+from fastrec.serving.load.plan import LoadPlan, Schedule, draw
 
 OK, UNANSWERED = "ok", "unanswered"
 # Kinds of refusal that another try may get past.
@@ -35,7 +35,7 @@ RETRIED = frozenset(
 _AT_ONCE = 32
 
 
-class Shot(NamedTuple):
+class PlannedRequest(NamedTuple):
     """A request to be sent. ``size``, ``variant``: which of the prepared ones."""
 
     number: int
@@ -47,7 +47,7 @@ class Shot(NamedTuple):
     variant: int
 
 
-class Answer(NamedTuple):
+class TryResult(NamedTuple):
     """``outcome``: "ok", or why not; ``retry_after_s``: when the server says to come back, negative
     where it says not to."""
 
@@ -56,14 +56,14 @@ class Answer(NamedTuple):
 
 
 class Target(Protocol):
-    """What is under load."""
+    """The system under load."""
 
-    def send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+    def send(self, shot: PlannedRequest, done: Callable[[TryResult], None]) -> None:
         """Send; ``done`` is called once, later, in the clock's thread."""
 
 
-class Log:
-    """What became of each request of a schedule; one element each.
+class RequestLog:
+    """Outcome of each request of a schedule, one array element each.
 
     Attributes:
         sent_s: first try, seconds from the start; NaN where it was never sent.
@@ -104,14 +104,14 @@ class Generator:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LoadPlan,
         target: Target,
         clock: Clock,
         finished: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.target, self.clock = plan, target, clock
         self.schedule: Schedule = draw(plan)
-        self.log = Log(len(self.schedule))
+        self.log = RequestLog(len(self.schedule))
         self._finished = finished
         self._random = random.Random(plan.seed)
         self._next, self._open = 0, 0
@@ -168,10 +168,10 @@ class Generator:
         tier, priority, timeout_s = self._mix[mix]
         self.log.tries[number] = tries
         named = f"{tier or 'tenant'}-{tenant}" if tenant >= 0 else ""
-        shot = Shot(number, tier, named, priority, timeout_s, size, variant)
+        shot = PlannedRequest(number, tier, named, priority, timeout_s, size, variant)
         self.target.send(shot, lambda answer: self._answered(number, tries, answer))
 
-    def _answered(self, number: int, tries: int, answer: Answer) -> None:
+    def _answered(self, number: int, tries: int, answer: TryResult) -> None:
         if self._closed:
             return
         now = self.clock.now()
@@ -190,7 +190,7 @@ class Generator:
 
 
 async def run(
-    plan: Plan,
+    plan: LoadPlan,
     target: Target,
     clock: Clock,
     begun: Callable[[Generator], None] | None = None,

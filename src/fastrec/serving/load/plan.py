@@ -1,7 +1,7 @@
-"""What a load test sends, drawn beforehand: when, from whom, how large. Frozen, read from JSON.
+"""The requests of a load test, drawn in advance: times, tiers, tenants, sizes. Read from JSON.
 
-Arrivals do not depend on answers (an open loop): a server that falls behind gets no mercy, and its
-latencies count from the moment a request was meant to be sent.
+Send times do not depend on earlier answers (open loop). Latencies count from the time a request
+was due, so a server that falls behind shows it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastrec.errors import ConfigError
-from fastrec.serving.core.values import FromValues, check
+from fastrec.serving.core.config_parsing import ParsedConfig, check
 
 ARRIVALS = ("poisson", "bursts", "uniform")
 _RATIO = 1.25
@@ -78,7 +78,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RequestSizes:
     """How large requests are.
 
     Args:
@@ -113,7 +113,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Retry:
-    """What clients do when they are refused.
+    """How clients retry when they are refused.
 
     Args:
         tries: in all; 1 = they give up at once.
@@ -134,7 +134,7 @@ class Retry:
 
 
 @dataclass(frozen=True)
-class Plan(FromValues):
+class LoadPlan(ParsedConfig):
     """A whole test. ``slo_ms``: answers within it are good; ``patience_s``: how long the last
     answers are waited for."""
 
@@ -142,7 +142,7 @@ class Plan(FromValues):
     arrivals: str = "poisson"
     bursts: Bursts = Bursts()
     mix: tuple[Mix, ...] = (Mix(),)
-    sizes: Sizes = Sizes()
+    sizes: RequestSizes = RequestSizes()
     retry: Retry = Retry()
     slo_ms: float = 50.0
     patience_s: float = 10.0
@@ -188,7 +188,7 @@ class Schedule:
         return len(self.at_s)
 
 
-def draw(plan: Plan) -> Schedule:
+def draw(plan: LoadPlan) -> Schedule:
     """The plan's requests, the same for the same plan."""
     rng = np.random.default_rng(plan.seed)
     at = _arrivals(plan, rng)
@@ -211,7 +211,7 @@ def draw(plan: Plan) -> Schedule:
     return Schedule(at, stage, mix, size, tenant, rng.integers(0, 1 << 16, count))
 
 
-def _arrivals(plan: Plan, rng: np.random.Generator) -> np.ndarray:
+def _arrivals(plan: LoadPlan, rng: np.random.Generator) -> np.ndarray:
     starts = np.concatenate([[0.0], np.cumsum([s.seconds for s in plan.stages])])
     low = np.array([s.rate for s in plan.stages])
     high = np.array([s.rate if s.to is None else s.to for s in plan.stages])

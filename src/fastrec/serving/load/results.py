@@ -17,7 +17,7 @@ LAG_LIMIT_MS = 5.0
 
 
 def summary(generator: Generator, *, bin_s: float | None = None) -> dict[str, Any]:
-    """What a run came to.
+    """The figures of a run.
 
     Latencies are of answers, from the moment a request was meant to be sent to its last answer,
     tries and pauses between them included. Goodput is answers within the goal.
@@ -38,9 +38,21 @@ def summary(generator: Generator, *, bin_s: float | None = None) -> dict[str, An
     groups = {m.tier or "default": schedule.mix == i for i, m in enumerate(plan.mix)}
 
     def row(chosen: np.ndarray, length_s: float) -> dict[str, Any]:
-        return _row(
-            chosen, length_s, latency, good, log.outcome, log.outcomes, log.tries, plan.slo_ms
-        )
+        offered, answered = int(chosen.sum()), chosen & good
+        in_slo = int((latency[answered] <= plan.slo_ms).sum())
+        counts = np.bincount(log.outcome[chosen], minlength=len(log.outcomes)).tolist()
+        named = zip(log.outcomes, counts, strict=True)
+        return {
+            "offered": offered,
+            "answered": int(answered.sum()),
+            "in_slo": in_slo,
+            "attainment": in_slo / offered if offered else None,
+            "offered_rps": offered / length_s,
+            "goodput_rps": in_slo / length_s,
+            "latency_ms": _percentiles(latency[answered]),
+            "refused": {name: n for name, n in named if n and name != OK},
+            "tries": float(log.tries[chosen].mean()) if offered else None,
+        }
 
     starts = np.concatenate([[0.0], np.cumsum([s.seconds for s in plan.stages])])
     width = min(1.0, max(seconds / 40, 0.1)) if bin_s is None else bin_s
@@ -81,35 +93,6 @@ def summary(generator: Generator, *, bin_s: float | None = None) -> dict[str, An
     }
 
 
-def _row(
-    chosen: np.ndarray,
-    length_s: float,
-    latency: np.ndarray,
-    good: np.ndarray,
-    outcome: np.ndarray,
-    outcomes: list[str],
-    tries: np.ndarray,
-    slo_ms: float,
-) -> dict[str, Any]:
-    offered = int(chosen.sum())
-    answered = chosen & good
-    in_slo = int((latency[answered] <= slo_ms).sum())
-    counts = np.bincount(outcome[chosen], minlength=len(outcomes))
-    return {
-        "offered": offered,
-        "answered": int(answered.sum()),
-        "in_slo": in_slo,
-        "attainment": in_slo / offered if offered else None,
-        "offered_rps": offered / length_s,
-        "goodput_rps": in_slo / length_s,
-        "latency_ms": _percentiles(latency[answered]),
-        "refused": {
-            name: int(n) for name, n in zip(outcomes, counts, strict=True) if n and name != OK
-        },
-        "tries": float(tries[chosen].mean()) if offered else None,
-    }
-
-
 def _percentiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
@@ -119,7 +102,7 @@ def _percentiles(values: np.ndarray) -> dict[str, float] | None:
 
 
 def warnings(result: Mapping[str, Any]) -> list[str]:
-    """What makes a run's figures doubtful; empty where nothing does."""
+    """Reasons to doubt a run's figures."""
     told = []
     generator = result["generator"]
     if not generator["kept_up"] and generator["lag_ms"] is not None:

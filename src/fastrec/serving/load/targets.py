@@ -1,11 +1,11 @@
-"""What load is put on: any server of the Open Inference Protocol v2 over gRPC, or a runtime in this
+"""Targets of load tests: any server of the Open Inference Protocol v2 over gRPC, or a core in this
 process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,31 +13,29 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArgumentError, MissingDependencyError, ServingError
+from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.core.request import QUEUE_FULL, TIMED_OUT, Rejected, Request
-from fastrec.serving.core.runtime import Runtime
-from fastrec.serving.load.generator import OK, Answer, Shot
-from fastrec.serving.load.plan import Sizes
+from fastrec.serving.core.tasks import keep
+from fastrec.serving.load.generator import OK, PlannedRequest, TryResult
+from fastrec.serving.load.plan import RequestSizes
 from fastrec.spec import InputSpec
 
 try:
     import grpc
 
-    from fastrec.serving.wire.messages import SERVICE, InferRequest, message, methods
-    from fastrec.serving.wire.status import DETAILS, PUSHBACK
-    from fastrec.serving.wire.tensors import datatype, to_raw
+    from fastrec.serving.wire.messages import SERVICE, InferRequest, methods
+    from fastrec.serving.wire.status import PUSHBACK, refusal_details
+    from fastrec.serving.wire.tensors import add_raw
 except ImportError as error:
     if error.name is None or error.name.partition(".")[0] not in ("grpc", "google"):
         raise
     raise MissingDependencyError(error.name, "serve", "fastrec.serving.load") from error
 
 VARIANTS = 16
-_Status = message("google.rpc.Status")
-_ErrorInfo = message("google.rpc.ErrorInfo")
-_RetryInfo = message("google.rpc.RetryInfo")
 
 
 def requests_of(
-    spec: InputSpec, sizes: Sizes, variants: int = VARIANTS
+    spec: InputSpec, sizes: RequestSizes, variants: int = VARIANTS
 ) -> list[list[dict[str, np.ndarray]]]:
     """Random requests that a spec accepts: for each size of the ladder, some of each.
 
@@ -73,20 +71,20 @@ def requests_in(path: str | Path) -> list[list[dict[str, np.ndarray]]]:
         raise ArgumentError("request", "a readable .npz file", f"{path}: {error}") from error
 
 
-class RuntimeTarget:
-    """A runtime in this process: no wire, and its scheduler shares the generator's thread."""
+class CoreTarget:
+    """A core in this process: no wire, and its scheduler shares the generator's thread."""
 
     def __init__(
-        self, runtime: Runtime, model: str, requests: Sequence[Sequence[dict[str, np.ndarray]]]
+        self, core: InferenceCore, model: str, requests: Sequence[Sequence[dict[str, np.ndarray]]]
     ) -> None:
-        self._runtime, self._model, self._requests = runtime, model, requests
+        self._core, self._model, self._requests = core, model, requests
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+    def send(self, shot: PlannedRequest, done: Callable[[TryResult], None]) -> None:
         """See :class:`fastrec.serving.load.generator.Target`."""
-        _keep(self._tasks, self._send(shot, done))
+        keep(self._tasks, self._send(shot, done))
 
-    async def _send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+    async def _send(self, shot: PlannedRequest, done: Callable[[TryResult], None]) -> None:
         kinds = self._requests[shot.size]
         timeout = shot.timeout_s
         request = Request(
@@ -94,16 +92,16 @@ class RuntimeTarget:
             "",
             kinds[shot.variant % len(kinds)],
             priority=shot.priority,
-            deadline=None if timeout is None else self._runtime.clock.now() + timeout,
+            deadline=None if timeout is None else self._core.clock.now() + timeout,
             tier=shot.tier,
             tenant=shot.tenant,
         )
         try:
-            await self._runtime.infer(request)
+            await self._core.infer(request)
         except Rejected as refusal:
-            done(Answer(str(refusal.kind), refusal.retry_after_s))
+            done(TryResult(str(refusal.kind), refusal.retry_after_s))
         else:
-            done(Answer(OK))
+            done(TryResult(OK))
 
 
 class GrpcTarget:
@@ -182,12 +180,10 @@ class GrpcTarget:
 
     def _encoded(self, inputs: dict[str, np.ndarray]) -> bytes:
         request = InferRequest(model_name=self.model)
-        for name, array in inputs.items():
-            request.inputs.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
-            request.raw_input_contents.append(to_raw(array))
+        add_raw(request.inputs, request.raw_input_contents, inputs)
         return bytes(request.SerializeToString())
 
-    def _hints(self, shot: Shot) -> bytes:
+    def _hints(self, shot: PlannedRequest) -> bytes:
         """Encoded parameters: messages one after another are one message, so these are appended."""
         key = (shot.tier, shot.tenant, shot.priority, shot.timeout_s)
         known = self._parameters.get(key)
@@ -204,11 +200,11 @@ class GrpcTarget:
             known = self._parameters[key] = bytes(request.SerializeToString())
         return known
 
-    def send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+    def send(self, shot: PlannedRequest, done: Callable[[TryResult], None]) -> None:
         """See :class:`fastrec.serving.load.generator.Target`."""
-        _keep(self._tasks, self._send(shot, done))
+        keep(self._tasks, self._send(shot, done))
 
-    async def _send(self, shot: Shot, done: Callable[[Answer], None]) -> None:
+    async def _send(self, shot: PlannedRequest, done: Callable[[TryResult], None]) -> None:
         kinds = self._messages[shot.size]
         data = kinds[shot.variant % len(kinds)] + self._hints(shot)
         call = self._calls[shot.number % len(self._calls)]
@@ -217,38 +213,22 @@ class GrpcTarget:
         except grpc.aio.AioRpcError as error:
             done(_refusal(error))
         else:
-            done(Answer(OK))
+            done(TryResult(OK))
 
 
-def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
-    task = asyncio.ensure_future(work)
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
-
-
-def _refusal(error: Any) -> Answer:
+def _refusal(error: Any) -> TryResult:
     """The reason that a machine reads, where the server gives one; else the code's name."""
-    retry: float | None = None
-    outcome, give_up = "", False
+    outcome, retry = refusal_details(error.trailing_metadata())
     for key, value in error.trailing_metadata() or ():
-        if key == PUSHBACK:
+        if key == PUSHBACK and value.startswith("-"):
             # As gRPC's own retries read it.
-            give_up = value.startswith("-")
-        elif key == DETAILS:
-            for detail in _Status.FromString(value).details:
-                if detail.type_url.endswith(_ErrorInfo.DESCRIPTOR.full_name):
-                    outcome = _ErrorInfo.FromString(detail.value).reason.lower()
-                elif detail.type_url.endswith(_RetryInfo.DESCRIPTOR.full_name):
-                    delay = _RetryInfo.FromString(detail.value).retry_delay
-                    retry = delay.seconds + delay.nanos / 1e9
-    if give_up:
-        retry = -1.0
+            retry = -1.0
     code, text = error.code().name.lower(), error.details() or ""
     if code == "deadline_exceeded":
-        return Answer("timeout", retry)
+        outcome = "timeout"
     # Triton gives no reason but these texts.
-    if not outcome and QUEUE_FULL in text:
+    elif not outcome and QUEUE_FULL in text:
         outcome = "queue_full"
     elif not outcome and TIMED_OUT in text:
         outcome = "expired"
-    return Answer(outcome or code, retry)
+    return TryResult(outcome or code, retry)

@@ -1,1 +1,1 @@
-"""What a server tells about itself, from the runtime's events: metrics, traces, status page."""
+"""Metrics, traces and the status page, from the core's events."""

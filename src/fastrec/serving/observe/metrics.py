@@ -16,9 +16,9 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 
 from fastrec import __version__
-from fastrec.serving.core.runtime import Runtime
+from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.observe.recorder import Histogram, Recorder
-from fastrec.serving.wire.door import Door
+from fastrec.serving.wire.request_handler import RequestHandler
 
 STATES = ("LOADING", "WARMING", "READY", "EJECTED", "DRAINING", "FAILED")
 
@@ -26,8 +26,8 @@ STATES = ("LOADING", "WARMING", "READY", "EJECTED", "DRAINING", "FAILED")
 class Metrics:
     """A collector over a recorder; built when somebody asks, so requests pay nothing for it."""
 
-    def __init__(self, recorder: Recorder, runtime: Runtime, door: Door) -> None:
-        self._recorder, self._runtime, self._door = recorder, runtime, door
+    def __init__(self, recorder: Recorder, core: InferenceCore, handler: RequestHandler) -> None:
+        self._recorder, self._core, self._handler = recorder, core, handler
         self.loop_lag_s = 0.0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -80,7 +80,7 @@ class Metrics:
         states = GaugeMetricFamily(
             "fastrec_engines", "Engines by state.", labels=("model", "version", "state")
         )
-        for info in self._runtime.models():
+        for info in self._core.models():
             for state in STATES:
                 states.add_metric((info.name, info.version, state), info.engines.get(state, 0))
         yield states
@@ -90,9 +90,9 @@ class Metrics:
             labels=("model", "version"),
         )
         ready = GaugeMetricFamily("fastrec_model_ready", "1 or 0.", labels=("model", "version"))
-        for info in self._runtime.models():
+        for info in self._core.models():
             weights.add_metric((info.name, info.version), info.weight)
-            up = self._runtime.ready(info.name, info.version)
+            up = self._core.ready(info.name, info.version)
             ready.add_metric((info.name, info.version), float(up))
         yield weights
         yield ready
@@ -101,14 +101,14 @@ class Metrics:
             ("fastrec_guard_ratio", "What the system guard leaves of the limit.", r.guard),
             ("fastrec_event_loop_lag_seconds", "How late timers run.", self.loop_lag_s),
             ("fastrec_queued_requests", "Requests waiting for an engine.", self.queued()),
-            ("fastrec_open_requests", "Requests not answered yet.", self._door.running),
+            ("fastrec_open_requests", "Requests not answered yet.", self._handler.running),
         ):
             yield GaugeMetricFamily(name, text, value=value)
         yield InfoMetricFamily("fastrec_build", "Versions.", value={"version": __version__})
 
     def queued(self) -> float:
         """Requests that wait for an engine."""
-        return _sum(self._runtime.stats(), "queued")
+        return _sum(self._core.stats(), "queued")
 
 
 def _histogram(

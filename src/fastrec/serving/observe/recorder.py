@@ -1,7 +1,7 @@
-"""Counts what the runtime tells: a few dict look-ups and additions an event, nothing else.
+"""Counts the core's events: a few dict look-ups and additions each.
 
 Metrics, Triton's statistics and the status page read the same counts. Labels are bounded: tiers,
-lanes and priorities are configured ones, model names are loaded ones, tenants never appear.
+queues and priorities are configured ones, model names are loaded ones, tenants never appear.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Histogram:
 
 
 class _Second:
-    """What happened within one second."""
+    """Counts of one second."""
 
     __slots__ = ("at", "latency", "outcomes", "rows")
 
@@ -65,7 +65,7 @@ class _Second:
 
 
 class _Statistics:
-    """What Triton's ModelStatistics tells of a version: (count, seconds) by kind of work."""
+    """A version's counts and seconds for Triton's ModelStatistics."""
 
     __slots__ = ("answered", "calls", "compute_s", "failed", "failed_s", "last_ms", "queue_s", "s")
 
@@ -91,7 +91,7 @@ class _Statistics:
 
 
 class Recorder:
-    """An observer of a runtime.
+    """An observer of a core.
 
     Args:
         config: its tiers and goals; each latency goal is an edge of the buckets.
@@ -106,10 +106,8 @@ class Recorder:
         self.batches: dict[tuple[str, str, str], Histogram] = {}
         self.batch_rows: dict[tuple[str, str, str], Histogram] = {}
         self.engine_errors: dict[tuple[str, str], int] = defaultdict(int)
-        self.engines: dict[tuple[str, str, str], str] = {}
         # Audits of screens, and the sum of their recalls.
         self.screens: dict[tuple[str, str], tuple[int, float]] = {}
-        self.weights: dict[tuple[str, str], float] = {}
         self.rollouts: dict[tuple[str, str], int] = defaultdict(int)
         self.limit_s, self.guard = 0.0, 1.0
         self.recent: deque[dict[str, Any]] = deque(maxlen=20)
@@ -123,14 +121,8 @@ class Recorder:
         elif isinstance(event, BatchDone):
             self._batch(event)
         elif isinstance(event, EngineChanged):
-            key = (event.model, event.version, event.engine)
-            if event.new in ("DEAD", "CLOSED", "GONE", "COLD"):
-                self.engines.pop(key, None)
-            else:
-                self.engines[key] = event.new
             self._note("engine", f"{event.engine}: {event.old} -> {event.new}", event.reason)
         elif isinstance(event, RolloutChanged):
-            self.weights[event.model, event.version] = event.weight
             self.rollouts[event.model, event.action] += 1
             text = f"{event.model} {event.version}: {event.action}, weight {event.weight:g}"
             self._note("rollout", text, event.reason)
@@ -145,7 +137,7 @@ class Recorder:
         # A request for an unknown model has no version; its name is the client's invention.
         model = event.model if event.version or ok else "unknown"
         tier = event.tier if event.tier in self.config.tiers else "unknown"
-        key = (model, event.version, tier, event.lane, event.outcome)
+        key = (model, event.version, tier, event.queue, event.outcome)
         histogram = self.requests.get(key)
         if histogram is None:
             if len(self.requests) >= _MOST_SERIES:
@@ -156,9 +148,9 @@ class Recorder:
         second.outcomes[tier, event.outcome] += 1
         statistics = self._statistics[model, event.version]
         if ok:
-            waited = self.queue.get((model, event.lane))
+            waited = self.queue.get((model, event.queue))
             if waited is None:
-                waited = self.queue[model, event.lane] = Histogram(self.edges)
+                waited = self.queue[model, event.queue] = Histogram(self.edges)
             waited.add(event.queue_s)
             counts = second.latency.get(tier)
             if counts is None:
@@ -175,7 +167,7 @@ class Recorder:
             statistics.failed_s += event.total_s
 
     def _batch(self, event: BatchDone) -> None:
-        key = (event.model, event.version, event.lane)
+        key = (event.model, event.version, event.queue)
         if key not in self.batches:
             self.batches[key] = Histogram(self.edges)
             self.batch_rows[key] = Histogram(_ROW_EDGES)

@@ -1,8 +1,8 @@
 """Requests as OpenTelemetry spans: ``ModelInfer`` > admission, queue, engine; and the batch.
 
-Spans are made when a request has ended, from times that the runtime keeps anyway, so that a request
-that is not traced costs one look at its outcome, and one that was refused or slow can be kept
-whatever share is sampled. The parent comes from the caller's metadata or headers (W3C's
+Spans are made when a request has ended, from times that the core keeps anyway, so a request
+that is not traced costs one look at its outcome, and one that was refused or slow can be kept at
+any sampling rate. The parent comes from the caller's metadata or headers (W3C's
 ``traceparent``, or what OTEL_PROPAGATORS names).
 
 | span | from, to |
@@ -46,11 +46,11 @@ except ImportError as error:
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fastrec.serving.core.runtime import Runtime
+    from fastrec.serving.core.inference_core import InferenceCore
 
 _OUTCOME, _SLOW = "fastrec.outcome", "fastrec.slow"
 # Refusals that come before anything is queued; the others have waited.
-_AT_THE_DOOR = frozenset(set(Kind) - {Kind.EXPIRED, Kind.CANCELLED, Kind.INTERNAL})
+_BEFORE_QUEUE = frozenset(set(Kind) - {Kind.EXPIRED, Kind.CANCELLED, Kind.INTERNAL})
 
 
 class Traces:
@@ -58,90 +58,46 @@ class Traces:
 
     Args:
         provider: where spans go; see :func:`over_otlp`.
-        runtime: whose requests they are.
+        core: whose requests they are.
     """
 
-    def __init__(self, provider: trace.TracerProvider, runtime: Runtime) -> None:
-        self._tracer = provider.get_tracer("fastrec.serving")
-        self._runtime = runtime
-        self._goals_s = {tier: runtime.config.latency_s(tier) for tier in runtime.config.tiers}
+    def __init__(self, provider: trace.TracerProvider, core: InferenceCore) -> None:
+        self.tracer = provider.get_tracer("fastrec.serving")
+        self.core = core
+        self.goals_s = {tier: core.config.latency_s(tier) for tier in core.config.tiers}
         # By engine, the call that ended last: a member's task runs before the engine's next call.
-        self._batches: dict[str, _Batch] = {}
-        runtime.subscribe(self)
+        self.batches: dict[str, _Batch] = {}
+        core.subscribe(self)
 
     def on_event(self, event: Event) -> None:
         """Keep the last call of each engine."""
         if isinstance(event, BatchDone):
-            self._batches[event.engine] = _Batch(event)
-        elif isinstance(event, EngineChanged) and event.new in ("DEAD", "CLOSED", "GONE", "COLD"):
-            self._batches.pop(event.engine, None)
+            self.batches[event.engine] = _Batch(event)
+        elif isinstance(event, EngineChanged) and event.new == "CLOSED":
+            self.batches.pop(event.engine, None)
 
-    def begin(self, headers: Iterable[tuple[str, Any]]) -> Open:
-        """A request has come.
+    def begin(self, headers: Iterable[tuple[str, Any]]) -> OpenTrace:
+        """Start the trace of a request.
 
         Args:
             headers: (name, value) pairs of gRPC metadata or HTTP headers, names in lower case.
         """
-        return Open(self, time.time_ns(), headers)
+        return OpenTrace(self, time.time_ns(), headers)
 
-    def answered(self, opened: Open, request: Request, response: Response) -> None:
-        """It was answered."""
-        end = time.time_ns()
-        times = response.timings
-        tier = request.tier or self._runtime.config.default_tier
-        slow = times.total_s > self._goals_s.get(tier, float("inf"))
-        root = self._root(opened, request, response.version, "ok", slow)
-        if root.is_recording():
-            root.set_attribute("fastrec.parts", times.parts)
-            root.set_attribute("fastrec.tries", times.tries)
-            within = trace.set_span_in_context(root)
-            arrival = max(end - _ns(times.total_s), opened.start_ns)
-            started = min(arrival + _ns(times.queue_s), end)
-            done = min(started + _ns(times.compute_s), end)
-            self._child("admission", within, opened.start_ns, arrival)
-            self._child("queue", within, arrival, started)
-            batch = self._batches.get(times.engine)
-            links = []
-            if batch is not None:
-                links.append(trace.Link(batch.joined(self._tracer, root, within, started, done)))
-            self._child(
-                "engine", within, started, done, links=links, engine=times.engine,
-                batch_rows=times.batch_rows,
-            )  # fmt: skip
-        root.end(end)
-
-    def failed(self, opened: Open, request: Request, error: BaseException) -> None:
-        """It was refused, failed, or was taken back."""
-        end = time.time_ns()
-        kind = Kind.INTERNAL
-        if isinstance(error, asyncio.CancelledError):
-            kind = Kind.CANCELLED
-        elif isinstance(error, Rejected):
-            kind = error.kind
-        root = self._root(opened, request, request.version, str(kind), slow=False)
-        if root.is_recording():
-            if kind is not Kind.CANCELLED:
-                root.set_status(trace.StatusCode.ERROR, str(error))
-            if kind is Kind.INTERNAL and isinstance(error, Exception):
-                root.record_exception(error, timestamp=end)
-            name = "admission" if kind in _AT_THE_DOOR else "queue"
-            self._child(name, trace.set_span_in_context(root), opened.start_ns, end)
-        root.end(end)
-
-    def _root(
-        self, opened: Open, request: Request, version: str, outcome: str, slow: bool
+    def root(
+        self, opened: OpenTrace, request: Request, version: str, outcome: str, slow: bool
     ) -> trace.Span:
         attributes: dict[str, str | int | bool] = {
             "rpc.method": "ModelInfer",
             "fastrec.model": request.model,
             "fastrec.version": version,
-            "fastrec.tier": request.tier or self._runtime.config.default_tier,
+            "fastrec.tier": request.tier or self.core.config.default_tier,
             "fastrec.priority": request.priority,
             "fastrec.request_id": request.id,
             _OUTCOME: outcome,
             _SLOW: slow,
         }
-        return self._tracer.start_span(
+        return self.tracer.start_span(
             "ModelInfer",
             context=opened.context(),
             kind=trace.SpanKind.SERVER,
@@ -149,7 +105,7 @@ class Traces:
             start_time=opened.start_ns,
         )
 
-    def _child(
+    def child(
         self,
         name: str,
         within: Context,
@@ -159,14 +115,12 @@ class Traces:
         **attributes: str | int,
     ) -> None:
         named = {f"fastrec.{key}": value for key, value in attributes.items()}
-        span = self._tracer.start_span(
-            name, within, links=links, attributes=named, start_time=start
-        )
+        span = self.tracer.start_span(name, within, links=links, attributes=named, start_time=start)
         span.end(end)
 
 
-class Open:
-    """A request under way."""
+class OpenTrace:
+    """The trace of a request that is not answered yet."""
 
     __slots__ = ("_headers", "_traces", "start_ns")
 
@@ -174,17 +128,53 @@ class Open:
         self._traces, self.start_ns, self._headers = traces, start_ns, headers
 
     def context(self) -> Context:
-        """The caller's, or an empty one."""
+        """The caller's trace context, or an empty one."""
         carrier = {k: v for k, v in self._headers if isinstance(v, str)}
         return propagate.extract(carrier, Context())
 
     def answered(self, request: Request, response: Response) -> None:
-        """See :meth:`Traces.answered`."""
-        self._traces.answered(self, request, response)
+        """Record the spans of an answered request."""
+        traces, end = self._traces, time.time_ns()
+        times = response.timings
+        tier = request.tier or traces.core.config.default_tier
+        slow = times.total_s > traces.goals_s.get(tier, float("inf"))
+        root = traces.root(self, request, response.version, "ok", slow)
+        if root.is_recording():
+            root.set_attribute("fastrec.parts", times.parts)
+            root.set_attribute("fastrec.tries", times.tries)
+            within = trace.set_span_in_context(root)
+            arrival = max(end - _ns(times.total_s), self.start_ns)
+            started = min(arrival + _ns(times.queue_s), end)
+            done = min(started + _ns(times.compute_s), end)
+            traces.child("admission", within, self.start_ns, arrival)
+            traces.child("queue", within, arrival, started)
+            batch = traces.batches.get(times.engine)
+            links = []
+            if batch is not None:
+                links.append(trace.Link(batch.joined(traces.tracer, root, within, started, done)))
+            traces.child(
+                "engine", within, started, done, links=links, engine=times.engine,
+                batch_rows=times.batch_rows,
+            )  # fmt: skip
+        root.end(end)
 
     def failed(self, request: Request, error: BaseException) -> None:
-        """See :meth:`Traces.failed`."""
-        self._traces.failed(self, request, error)
+        """Record the spans of a request that was refused, failed or was cancelled."""
+        traces, end = self._traces, time.time_ns()
+        kind = Kind.INTERNAL
+        if isinstance(error, asyncio.CancelledError):
+            kind = Kind.CANCELLED
+        elif isinstance(error, Rejected):
+            kind = error.kind
+        root = traces.root(self, request, request.version, str(kind), slow=False)
+        if root.is_recording():
+            if kind is not Kind.CANCELLED:
+                root.set_status(trace.StatusCode.ERROR, str(error))
+            if kind is Kind.INTERNAL and isinstance(error, Exception):
+                root.record_exception(error, timestamp=end)
+            name = "admission" if kind in _BEFORE_QUEUE else "queue"
+            traces.child(name, trace.set_span_in_context(root), self.start_ns, end)
+        root.end(end)
 
 
 class _Batch:
@@ -209,7 +199,7 @@ class _Batch:
             within,
             attributes={
                 "fastrec.engine": event.engine,
-                "fastrec.lane": event.lane,
+                "fastrec.lane": event.queue,
                 "fastrec.requests": event.requests,
                 "fastrec.rows": event.rows,
                 "fastrec.predicted_s": event.predicted_s,
@@ -222,7 +212,7 @@ class _Batch:
 
 
 class WorstToo(Sampler):
-    """What another sampler keeps, and refused and slow requests besides, at most so many a second.
+    """Keeps what another sampler keeps, and refused and slow requests up to a rate.
 
     Under overload nearly all requests are refused: without the bound, tracing would add to it.
 

@@ -1,6 +1,6 @@
-"""The same runtime on many machines, through Ray Serve (extra ``ray``).
+"""The same core on many machines, through Ray Serve (extra ``ray``).
 
-A replica is a runtime with its engines: admission, lanes and batches are its own. Ray starts
+A replica is a core with its engines: admission, queues and batches are its own. Ray starts
 replicas, replaces them, tells them requests over gRPC, and has these parts of ours:
 
 - :mod:`.routing`: to the replica expected to answer first, the way there included;
@@ -33,13 +33,13 @@ except ImportError as error:
 
 from fastrec.serving.ray.replica import CALLS, Replica
 
-# Ours are the limits that count: Ray's own queue is first come, first served, whatever the tier.
+# The replica's limits decide: Ray's own queue is first come, first served, without tiers.
 _MOST_ONGOING = 10_000
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """What :func:`build` takes.
+    """Options of :func:`build`.
 
     Args:
         path: what ``fastrec serve`` takes: an engine file, a model folder, or a folder of either;

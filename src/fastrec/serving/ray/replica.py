@@ -1,4 +1,4 @@
-"""One replica: a runtime, its models, and the protocol's calls as methods that Ray Serve finds."""
+"""One replica: a core, its models, and the protocol's calls as methods that Ray Serve finds."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from fastrec.serving.core.config import ServingConfig
+from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.core.request import Request
-from fastrec.serving.core.runtime import Runtime
 from fastrec.serving.observe.recorder import Recorder
-from fastrec.serving.ray.load import Load
+from fastrec.serving.ray.load_meter import LoadMeter
 from fastrec.serving.ray.routing import place
 from fastrec.serving.repository import ModelRepository
 from fastrec.serving.wire.auth import Auth
-from fastrec.serving.wire.calls import Aborted, InferenceService
-from fastrec.serving.wire.door import Door
+from fastrec.serving.wire.inference_service import Aborted, InferenceService
+from fastrec.serving.wire.request_handler import RequestHandler
 
 # Loading and unloading are the deployment's to do, for all replicas at once.
 CALLS = (
@@ -33,7 +33,7 @@ CALLS = (
 
 
 class Replica:
-    """What Ray Serve deploys; see :func:`fastrec.serving.ray.build`.
+    """The class that Ray Serve deploys; see :func:`fastrec.serving.ray.build`.
 
     Args:
         path: see :mod:`fastrec.serving.repository`.
@@ -52,40 +52,38 @@ class Replica:
     ) -> None:
         settings = ServingConfig.from_dict(config)
         self._place = place()
-        self.runtime = Runtime(settings)
+        self.core = InferenceCore(settings)
         recorder = Recorder(settings)
-        self.runtime.subscribe(recorder)
-        self._load = Load(self.runtime)
-        self.runtime.subscribe(self._load)
-        repository = ModelRepository(
-            path, self.runtime, cache=None if cache is None else Path(cache)
-        )
-        self._door = Door(
-            self.runtime,
+        self.core.subscribe(recorder)
+        self._load = LoadMeter(self.core)
+        self.core.subscribe(self._load)
+        repository = ModelRepository(path, self.core, cache=None if cache is None else Path(cache))
+        self._handler = RequestHandler(
+            self.core,
             repository,
             auth=None if auth is None else Auth.read(Path(auth)),
             admin=False,
             statistics=recorder.statistics,
         )
-        self._calls = InferenceService(self._door).calls()
+        self._calls = InferenceService(self._handler).calls()
         await repository.load_all()
 
     async def infer(
-        self, model: str, inputs: dict[str, np.ndarray], **hints: Any
+        self, model: str, inputs: dict[str, np.ndarray], **fields: Any
     ) -> dict[str, np.ndarray]:
         """Outputs by name, for other deployments: ``await handle.infer.remote("ranker", inputs)``.
 
         Args:
-            hints: other fields of :class:`Request`, and ``timeout_s``.
+            fields: other fields of :class:`Request`, and ``timeout_s``.
 
         Raises:
             Rejected: not answered, and why.
         """
-        timeout_s = hints.pop("timeout_s", None)
+        timeout_s = fields.pop("timeout_s", None)
         if timeout_s is not None:
-            hints["deadline"] = self.runtime.clock.now() + timeout_s
-        request = Request(model, hints.pop("version", ""), inputs, **hints)
-        return (await self.runtime.infer(request)).outputs
+            fields["deadline"] = self.core.clock.now() + timeout_s
+        request = Request(model, fields.pop("version", ""), inputs, **fields)
+        return (await self.core.infer(request)).outputs
 
     def place(self) -> list[str]:
         """Region, zone and node of this replica."""
@@ -93,7 +91,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Raises where a model's engines are gone for good: Ray then starts another replica."""
-        for info in self.runtime.models():
+        for info in self.core.models():
             if info.state == "FAILED":
                 raise RuntimeError(f"no engine of model '{info.name}' is left")
 
@@ -107,7 +105,7 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve awaits it once the requests in flight are answered."""
-        await self.runtime.close()
+        await self.core.close()
 
     async def _answer(self, name: str, data: bytes, context: Any) -> _Bytes:
         try:
@@ -133,7 +131,7 @@ for _name in CALLS:
 
 
 class _Bytes:
-    """What Serve asks of a reply."""
+    """A reply as Serve expects it."""
 
     __slots__ = ("_data",)
 

@@ -1,5 +1,5 @@
-"""A fleet on paper: the scheduler that serves, on a virtual clock, with engines that are a measured
-latency, behind callers that route by probes. See :mod:`.fleet` for what is simulated and what not.
+"""Fleet simulation: the real scheduler on a virtual clock, engines with a measured latency, and
+callers that route by probes. See :mod:`.fleet` for what is simulated and what is not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The simulation against the real thing: one host, the same requests, a clock of each kind.
 
-The real side is :class:`fastrec.serving.core.runtime.Runtime` in an event loop, with engines in
+The real side is :class:`fastrec.serving.core.InferenceCore` in an event loop, with engines in
 threads that sleep for what the profile says. The two sides draw for themselves, from the same
 distributions, so they should show the same latencies but for what Python and the operating system
 add.
@@ -17,8 +17,8 @@ import numpy as np
 
 from fastrec.measure.latency import LatencyHistogram
 from fastrec.serving.core.config import ServingConfig
+from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.core.request import Rejected, Request
-from fastrec.serving.core.runtime import Runtime
 from fastrec.serving.simulate.fleet import Fleet, simulate
 from fastrec.serving.simulate.profile import EngineProfile
 from fastrec.spec import InputField, InputSpec
@@ -42,9 +42,9 @@ class _Sleeper:
 async def _real(
     fleet: Fleet, profile: EngineProfile, config: ServingConfig
 ) -> tuple[LatencyHistogram, dict[str, int]]:
-    runtime = Runtime(config)
+    core = InferenceCore(config)
     seeds = iter(range(1 << 30))
-    await runtime.load(
+    await core.load(
         "ranker", lambda: _Sleeper(profile, next(seeds)), engines=fleet.host_engines, kind="thread"
     )
     rng = np.random.default_rng(fleet.seed)
@@ -58,7 +58,7 @@ async def _real(
     async def one(when: float, size: int) -> None:
         outcome, sent = "ok", time.monotonic()
         try:
-            await runtime.infer(Request("ranker", "", {"candidate": np.zeros((1, size), np.int64)}))
+            await core.infer(Request("ranker", "", {"candidate": np.zeros((1, size), np.int64)}))
         except Rejected as refused:
             outcome = refused.kind.value
         if when < fleet.warm_s:
@@ -74,7 +74,7 @@ async def _real(
             await asyncio.sleep(wait)
         tasks.append(asyncio.ensure_future(one(when, size)))
     await asyncio.gather(*tasks)
-    await runtime.close()
+    await core.close()
     return latency, outcomes
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.terminal import JsonOption, stderr, stdout, write_json
 
 
 def simulate(
@@ -29,7 +30,7 @@ def simulate(
     engines: Annotated[int, typer.Option(help="In the whole fleet.")] = 10_000,
     host_engines: Annotated[int, typer.Option(help="Of one host.")] = 10,
     cell_hosts: Annotated[int, typer.Option(help="Hosts that one caller knows.")] = 50,
-    cells: Annotated[int, typer.Option(help="Simulated cells of so many hosts.")] = 1,
+    cells: Annotated[int, typer.Option(help="Cells that are simulated.")] = 1,
     rate: Annotated[
         list[float] | None, typer.Option(help="Requests a second, whole fleet; several allowed.")
     ] = None,
@@ -43,8 +44,13 @@ def simulate(
     seconds: Annotated[float, typer.Option(help="Virtual, counted.")] = 1.0,
     warm_s: Annotated[float, typer.Option(help="Virtual, before counting.")] = 0.3,
     round_trip_us: Annotated[float, typer.Option(help="Between caller and host.")] = 200.0,
-    door_us: Annotated[
-        float, typer.Option(help="A host's event loop for each request, before the scheduler.")
+    event_loop_us: Annotated[
+        float,
+        typer.Option(
+            "--event-loop-us",
+            "--door-us",
+            help="Event loop time of a request on a host, before the scheduler.",
+        ),
     ] = 0.0,
     candidates: Annotated[int, typer.Option(help="Of a request.")] = 50,
     slow_share: Annotated[float, typer.Option(help="Share of hosts that are slower.")] = 0.0,
@@ -53,11 +59,10 @@ def simulate(
     check: Annotated[
         bool, typer.Option("--check", help="Also run one host for real, and compare.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Report.")] = None,
+    json_out: JsonOption = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot, PNG.")] = None,
 ) -> None:
-    """A fleet on paper: the scheduler that serves, in virtual time, with a measured engine."""
-    from rich.console import Console
+    """Simulate a fleet with the real scheduler, in virtual time, with a measured engine."""
     from rich.progress import Progress
 
     from fastrec.measure.machine import machine_card
@@ -71,7 +76,7 @@ def simulate(
         raise ArgumentError("engine", "an engine's file, or --profile", "both or neither")
     if rate and load:
         raise ArgumentError("rate", "--rate or --load", "both")
-    console = Console(stderr=True)
+    console = stderr()
     measured = _profile(engine, profile, candidates)
     if save_profile is not None:
         measured.save(save_profile)
@@ -85,7 +90,7 @@ def simulate(
         Fleet(
             engines=engines, host_engines=host_engines, cell_hosts=cell_hosts, cells=cells,
             rate=each, seconds=seconds, warm_s=warm_s, policy=rule, round_trip_us=round_trip_us,
-            door_us=door_us, candidates={candidates: 1.0}, slow_share=slow_share,
+            event_loop_us=event_loop_us, candidates={candidates: 1.0}, slow_share=slow_share,
             slow_factor=slow_factor, seed=seed,
         )
         for each in rates
@@ -108,13 +113,12 @@ def simulate(
         "rows": rows,
         "check": run_check(fleets[0], measured, servers) if check else None,
     }
-    out = Console()
-    out.print(whole["statement"], highlight=False)
-    out.print(report.table(rows), markup=False, highlight=False)
+    out = stdout()
+    out.print(whole["statement"])
+    out.print(report.table(rows))
     if check:
         out.print_json(json.dumps(whole["check"]))
-    if json_file is not None:
-        json_file.write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(json_out, whole)
     if plot_file is not None:
         report.plot(rows, servers.slo.latency_ms, plot_file)
 

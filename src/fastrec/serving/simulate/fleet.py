@@ -1,10 +1,10 @@
 """Hosts, callers and the wire between them, in virtual time.
 
 What is real: every host runs :class:`fastrec.serving.core.scheduler.Scheduler`, the very code that
-serves, with its admission, lanes, batches, routing and learning; callers route with the very
+serves, with its admission, queues, batches, routing and learning; callers route with the very
 :class:`fastrec.serving.core.probes.ProbePool` of the client. What is modelled: an engine's time is
 drawn from a measured profile, a message takes half a round trip, and a host's one event loop takes
-``door_us`` of each request, one after another.
+``event_loop_us`` of each request, one after another.
 
 Not every host need be simulated. The fleet is cut into equal cells, and callers of a cell probe
 and use hosts of that cell alone, as subsetting does in large fleets. A Poisson stream that is dealt
@@ -29,11 +29,11 @@ from fastrec.errors import ArgumentError
 from fastrec.measure.latency import LatencyHistogram
 from fastrec.serving.core.clock import VirtualClock
 from fastrec.serving.core.config import ServingConfig
-from fastrec.serving.core.lanes import Ticket
 from fastrec.serving.core.probes import ProbePool, Probing
-from fastrec.serving.core.request import Load, Rejected, Request
+from fastrec.serving.core.queues import PendingRequest
+from fastrec.serving.core.request import LoadReport, Rejected, Request
 from fastrec.serving.core.scheduler import Scheduler
-from fastrec.serving.core.signature import Arrays, Outputs, Signature
+from fastrec.serving.core.signature import Arrays, ModelSignature, Outputs
 from fastrec.serving.simulate.profile import EngineProfile
 from fastrec.serving.simulated import add_engines
 from fastrec.spec import InputField, InputSpec
@@ -59,10 +59,11 @@ class Fleet:
             knows.
         probing: of policy "probes".
         round_trip_us: there and back, between a caller and a host.
-        door_us: the event loop's time for a request, before the scheduler has it; 0 = nothing.
+        event_loop_us: event loop time of a request, before the scheduler has it; 0 = nothing.
         candidates: candidates of a request -> share of the requests.
         tiers: tier -> share of the requests.
-        slow_share, slow_factor: so many hosts' engines take so many times as long.
+        slow_share: share of hosts with slower engines.
+        slow_factor: their engines' times, as a multiple of the profile's.
         seed: of everything drawn.
 
     Raises:
@@ -80,7 +81,7 @@ class Fleet:
     policy: str = "probes"
     probing: Probing = field(default_factory=Probing)
     round_trip_us: float = 200.0
-    door_us: float = 0.0
+    event_loop_us: float = 0.0
     candidates: Mapping[int, float] = field(default_factory=lambda: {50: 1.0})
     tiers: Mapping[str, float] = field(default_factory=dict)
     slow_share: float = 0.0
@@ -95,7 +96,7 @@ class Fleet:
         for name, low in (("rate", 0.0), ("seconds", 0.0), ("slow_factor", 0.0)):
             if not getattr(self, name) > low:
                 raise ArgumentError(name, "a number above 0", getattr(self, name))
-        for name in ("warm_s", "round_trip_us", "door_us"):
+        for name in ("warm_s", "round_trip_us", "event_loop_us"):
             if not getattr(self, name) >= 0:
                 raise ArgumentError(name, "a number from 0", getattr(self, name))
         if not 0 <= self.slow_share <= 1:
@@ -144,7 +145,7 @@ class Fleet:
         )
 
 
-class _Size:
+class _Shape:
     """Stands for an array: the scheduler reads its shape and bytes, nothing reads its values."""
 
     __slots__ = ("nbytes", "shape")
@@ -154,7 +155,7 @@ class _Size:
         self.nbytes = 8 * users * candidates
 
 
-class _Sizes(Signature):
+class _ShapeSignature(ModelSignature):
     """Cuts and joins sizes instead of arrays."""
 
     def __init__(self) -> None:
@@ -162,31 +163,31 @@ class _Sizes(Signature):
         super().__init__(spec, "m")
         self.separable = True
 
-    def users(self, arrays: Any, start: int, stop: int) -> Any:
-        return (_Size(stop - start, arrays[0].shape[1]),)
+    def slice_users(self, arrays: Any, start: int, stop: int) -> Any:
+        return (_Shape(stop - start, arrays[0].shape[1]),)
 
-    def candidates(self, arrays: Any, start: int, stop: int) -> Any:
-        return (_Size(arrays[0].shape[0], stop - start),)
+    def slice_candidates(self, arrays: Any, start: int, stop: int) -> Any:
+        return (_Shape(arrays[0].shape[0], stop - start),)
 
     def join(self, parts: Any, padded: int) -> Any:
-        return (_Size(sum([p[0].shape[0] for p in parts]), padded),)
+        return (_Shape(sum([p[0].shape[0] for p in parts]), padded),)
 
-    def part(self, outputs: Outputs, start: int, users: int, candidates: int) -> Outputs:
+    def slice_outputs(self, outputs: Outputs, start: int, users: int, candidates: int) -> Outputs:
         return outputs
 
-    def whole(self, parts: Any) -> Outputs:
+    def join_outputs(self, parts: Any) -> Outputs:
         return parts[0][0]
 
 
 class _Host:
-    """A server process: a door that takes time, then the scheduler."""
+    """A server process: an event loop that takes time for each request, then the scheduler."""
 
     def __init__(
         self, number: int, fleet: Fleet, config: ServingConfig, profile: EngineProfile,
         clock: VirtualClock, rng: random.Random,
     ) -> None:  # fmt: skip
-        self.scheduler = Scheduler("ranker", "1", config, clock, _Sizes())
-        self._clock, self._door_s = clock, fleet.door_us / 1e6
+        self.scheduler = Scheduler("ranker", "1", config, clock, _ShapeSignature())
+        self._clock, self._event_loop_s = clock, fleet.event_loop_us / 1e6
         self._free_at = 0.0
         add_engines(
             self.scheduler,
@@ -198,28 +199,28 @@ class _Host:
         )
         self.peak = 0
 
-    def arrive(self, ticket: Ticket, arrays: Arrays) -> None:
+    def arrive(self, pending: PendingRequest, arrays: Arrays) -> None:
         """A request comes in from the wire."""
-        if not self._door_s:
-            self.submit(ticket, arrays)
+        if not self._event_loop_s:
+            self.submit(pending, arrays)
             return
-        self._free_at = max(self._free_at, self._clock.now()) + self._door_s
-        self._clock.call_at(self._free_at, partial(self.submit, ticket, arrays))
+        self._free_at = max(self._free_at, self._clock.now()) + self._event_loop_s
+        self._clock.call_at(self._free_at, partial(self.submit, pending, arrays))
 
-    def submit(self, ticket: Ticket, arrays: Arrays) -> None:
+    def submit(self, pending: PendingRequest, arrays: Arrays) -> None:
         try:
-            self.scheduler.submit(ticket, arrays)
+            self.scheduler.submit(pending, arrays)
         except Rejected:
-            ticket.done(ticket)
+            pending.done(pending)
         self.peak = max(self.peak, len(self.scheduler.open))
 
-    def load(self) -> Load:
-        """What a probe is told; requests at the door are not seen by the scheduler yet."""
+    def load(self) -> LoadReport:
+        """The answer to a probe; requests in the event loop are not seen by the scheduler yet."""
         load = self.scheduler.load()
         waiting = max(self._free_at - self._clock.now(), 0.0)
         if not waiting:
             return load
-        queued = round(waiting / self._door_s)
+        queued = round(waiting / self._event_loop_s)
         return load._replace(in_flight=load.in_flight + queued, latency_s=load.latency_s + waiting)
 
     def used_s(self) -> float:
@@ -227,7 +228,7 @@ class _Host:
 
 
 class Outcome:
-    """What a simulated cell did, or several together.
+    """Results of a simulated cell, or of several together.
 
     Attributes:
         offered: requests counted.
@@ -319,7 +320,7 @@ class _Cell:
         self.half_s = fleet.round_trip_us / 2e6
         self.end = fleet.warm_s + fleet.seconds
         self._goals = {tier: config.latency_s(tier) for tier in config.tiers}
-        self._arrays = {m: (_Size(1, m),) for m in fleet.candidates}
+        self._arrays = {m: (_Shape(1, m),) for m in fleet.candidates}
         self._requests = {
             tier: Request("ranker", "", {}, tier=tier)
             for tier in fleet.tiers or {config.default_tier: 1.0}
@@ -373,8 +374,8 @@ class _Cell:
         now = self.clock.now()
         host = self._choose(caller, now)
         arrays: Any = self._arrays[candidates]
-        ticket = Ticket(self._requests[tier], arrays, partial(self._done, now, tier))
-        self.clock.call_at(now + self.half_s, partial(host.arrive, ticket, arrays))
+        pending = PendingRequest(self._requests[tier], arrays, partial(self._done, now, tier))
+        self.clock.call_at(now + self.half_s, partial(host.arrive, pending, arrays))
         self._next()
 
     def _choose(self, caller: int, now: float) -> _Host:
@@ -398,12 +399,12 @@ class _Cell:
         _, in_flight, latency_s, each_s = load
         self.clock.call_at(there, partial(pool.add, host, in_flight, latency_s, there, each_s))
 
-    def _done(self, sent: float, tier: str, ticket: Ticket) -> None:
+    def _done(self, sent: float, tier: str, pending: PendingRequest) -> None:
         if sent < self.fleet.warm_s:
             return
         out = self.out
         out.offered += 1
-        error = ticket.error
+        error = pending.error
         outcome = "ok" if error is None else error.kind.value
         out.outcomes[outcome] = out.outcomes.get(outcome, 0) + 1
         if error is not None:

@@ -1,4 +1,4 @@
-"""What calls of an engine take, as it was measured: a line, and how calls scatter about it."""
+"""Measured latency of an engine: a linear model, and the scatter about it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class EngineProfile:
         return self.call_s + self.user_s * users + self.row_s * rows
 
     def scaled(self, factor: float) -> EngineProfile:
-        """Of an engine that takes so many times as long."""
+        """The profile of an engine that takes ``factor`` times as long."""
         return dataclasses.replace(
             self,
             call_s=self.call_s * factor,
@@ -116,7 +116,7 @@ class EngineProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> EngineProfile:
-        """What :meth:`save` wrote.
+        """Read the file that :meth:`save` wrote.
 
         Raises:
             ArtifactError: it is no profile.

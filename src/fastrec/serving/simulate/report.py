@@ -16,7 +16,7 @@ _COLOURS = {"probes": "#D55E00", "random": "#999999", "round_robin": "#56B4E9", 
 
 
 def row(fleet: Fleet, outcomes: Sequence[Outcome], wall_s: float) -> dict[str, Any]:
-    """What the simulated cells did together, and how far apart they were."""
+    """Results of the simulated cells together, and their spread."""
     cells = [outcome.to_dict() for outcome in outcomes]
     together = Outcome.joined(outcomes)
     p99 = [c["latency_ms"]["p99"] for c in cells if c["latency_ms"] is not None]

@@ -28,7 +28,7 @@ from typing import Any
 import grpc
 
 from fastrec.errors import ArgumentError
-from fastrec.serving.wire.hints import Hints
+from fastrec.serving.wire.request_parameters import RequestParameters
 from fastrec.serving.wire.status import Refused
 
 _KEYS = {"name", "token_sha256", "certificate", "tenant", "tiers", "admin"}
@@ -132,20 +132,20 @@ class Auth:
         )
 
 
-def settle(identity: Identity, hints: Hints) -> tuple[str, str]:
+def settle(identity: Identity, parameters: RequestParameters) -> tuple[str, str]:
     """The tier and tenant that a request runs under.
 
     Raises:
         Refused: the identity does not hold the tier or tenant that the request claims.
     """
     if identity.trusted:
-        return hints.tier, hints.tenant
-    if hints.tier and hints.tier not in identity.tiers:
+        return parameters.tier, parameters.tenant
+    if parameters.tier and parameters.tier not in identity.tiers:
         raise _not_allowed(f"{identity.name} does not hold the tier it asked for")
     tenant = identity.tenant or identity.name
-    if hints.tenant and hints.tenant != tenant:
+    if parameters.tenant and parameters.tenant != tenant:
         raise _not_allowed(f"{identity.name} does not speak for the tenant it named")
-    return hints.tier or (identity.tiers[0] if identity.tiers else ""), tenant
+    return parameters.tier or (identity.tiers[0] if identity.tiers else ""), tenant
 
 
 def new_token() -> tuple[str, str]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Rejected
-from fastrec.serving.wire import services
-from fastrec.serving.wire.calls import Aborted, Call, InferenceService
-from fastrec.serving.wire.door import Door
-from fastrec.serving.wire.messages import LOAD_SERVICE, SERVICE
+from fastrec.serving.wire.health import Health
+from fastrec.serving.wire.inference_service import Aborted, Call, InferenceService
+from fastrec.serving.wire.messages import HEALTH_SERVICE, LOAD_SERVICE, SERVICE, pool
+from fastrec.serving.wire.request_handler import RequestHandler
 from fastrec.serving.wire.tls import Tls
 
 _MIB = 1 << 20
@@ -56,10 +57,10 @@ class Limits:
 
 
 class GrpcServer:
-    """A grpc.aio server in front of a door.
+    """A grpc.aio server in front of a handler.
 
     Args:
-        door: what answers.
+        handler: what answers.
         address: ``HOST:PORT``; port 0 takes a free one, see :attr:`port`.
         tls: None = plain text.
         reuse_port: whether several processes may listen at this address.
@@ -67,7 +68,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        door: Door,
+        handler: RequestHandler,
         address: str,
         *,
         tls: Tls | None = None,
@@ -75,18 +76,18 @@ class GrpcServer:
         reuse_port: bool = False,
     ) -> None:
         limits = limits or Limits()
-        self._door = door
+        self._handler = handler
         self._server = grpc.aio.server(
             options=limits.options(reuse_port=reuse_port), maximum_concurrent_rpcs=limits.rpcs
         )
-        self.health = services.Health(self._serving)
-        service = InferenceService(door)
+        self.health = Health(self._serving)
+        service = InferenceService(handler)
         self._server.add_generic_rpc_handlers(
             (
                 _handler(SERVICE, service.calls()),
                 _handler(LOAD_SERVICE, service.load_calls()),
                 self.health.handler(),
-                *services.reflection(),
+                *_reflection(),
             )
         )
         try:
@@ -115,12 +116,27 @@ class GrpcServer:
     def _serving(self, service: str) -> bool | None:
         """Whether a service of the health protocol serves; None for an unknown one."""
         if service in ("", SERVICE):
-            return self._door.runtime.ready()
+            return self._handler.core.ready()
         try:
-            self._door.runtime.model(service)
+            self._handler.core.model(service)
         except Rejected:
             return None
-        return self._door.runtime.ready(service)
+        return self._handler.core.ready(service)
+
+
+def _reflection() -> list[grpc.GenericRpcHandler]:
+    """Reflection v1 and v1alpha: the messages are the same, grpcio-reflection has the latter."""
+    versions = [f"grpc.reflection.{v}.ServerReflection" for v in ("v1", "v1alpha")]
+    services = (SERVICE, LOAD_SERVICE, HEALTH_SERVICE, *versions)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(services, pool=pool).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return [
+        grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
+        for name in versions
+    ]
 
 
 def _handler(service: str, calls: dict[str, Call]) -> grpc.GenericRpcHandler:

@@ -25,7 +25,7 @@ _KINDS = {"json": "application/json", "html": "text/html; charset=utf-8"}
 
 
 @dataclass
-class Request:
+class HttpRequest:
     """One request, whole."""
 
     method: str
@@ -37,7 +37,7 @@ class Request:
 
 
 @dataclass
-class Reply:
+class HttpReply:
     """One answer."""
 
     status: int = 200
@@ -62,7 +62,7 @@ class HttpServer:
 
     def __init__(
         self,
-        handle: Callable[[Request], Awaitable[Reply]],
+        handle: Callable[[HttpRequest], Awaitable[HttpReply]],
         address: str,
         *,
         tls: Tls | None = None,
@@ -132,7 +132,7 @@ class HttpServer:
                 reply = await self._handle(request)
             except h11.RemoteProtocolError as error:
                 if connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                    reply = Reply(error.error_status_hint, b'{"error":"malformed request"}')
+                    reply = HttpReply(error.error_status_hint, b'{"error":"malformed request"}')
                     reply.headers.append(("connection", "close"))
                     await self._send(connection, writer, reply, body=True)
                 return
@@ -148,7 +148,7 @@ class HttpServer:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         first: bool,
-    ) -> Request | None:
+    ) -> HttpRequest | None:
         """The next request, None where the client has gone.
 
         Raises:
@@ -180,7 +180,7 @@ class HttpServer:
                     raise h11.RemoteProtocolError("too large", error_status_hint=413)
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
-                return Request(
+                return HttpRequest(
                     head.method.decode("ascii"),
                     head.target.decode("latin-1"),
                     {k.decode("latin-1"): v.decode("latin-1") for k, v in head.headers},
@@ -192,7 +192,12 @@ class HttpServer:
                 return None
 
     async def _send(
-        self, connection: h11.Connection, writer: asyncio.StreamWriter, reply: Reply, *, body: bool
+        self,
+        connection: h11.Connection,
+        writer: asyncio.StreamWriter,
+        reply: HttpReply,
+        *,
+        body: bool,
     ) -> None:
         headers = [
             ("content-type", reply.kind),

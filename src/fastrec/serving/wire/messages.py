@@ -24,10 +24,6 @@ SCHEMA = Path(__file__).with_name("protos") / "schema.binpb"
 LOAD_SERVICE = "fastrec.serving.Load"
 SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
-REFLECTION_SERVICES = (
-    "grpc.reflection.v1.ServerReflection",
-    "grpc.reflection.v1alpha.ServerReflection",
-)
 
 
 def _load() -> Any:
@@ -63,7 +59,6 @@ InferResponse = message("inference.ModelInferResponse")
 __all__ = [
     "HEALTH_SERVICE",
     "LOAD_SERVICE",
-    "REFLECTION_SERVICES",
     "SERVICE",
     "DecodeError",
     "InferRequest",

@@ -25,10 +25,10 @@ from fastrec import __version__
 from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.wire.auth import Identity
-from fastrec.serving.wire.cards import configuration, metadata
-from fastrec.serving.wire.door import EXTENSIONS, Door
-from fastrec.serving.wire.hints import from_values, with_headers
-from fastrec.serving.wire.http import Reply, Request
+from fastrec.serving.wire.http import HttpReply, HttpRequest
+from fastrec.serving.wire.model_metadata import configuration, metadata
+from fastrec.serving.wire.request_handler import EXTENSIONS, RequestHandler
+from fastrec.serving.wire.request_parameters import from_values, with_headers
 from fastrec.serving.wire.status import Refused
 from fastrec.serving.wire.tensors import datatype, from_raw, to_raw
 from fastrec.serving.wire.tensors import from_values as tensor_of
@@ -40,10 +40,10 @@ _HTML = "text/html; charset=utf-8"
 
 
 class Rest:
-    """Answers HTTP requests from a door.
+    """Answers HTTP requests from a handler.
 
     Args:
-        door: what answers.
+        handler: what answers.
         metrics: ``accept header -> (text, content type)``.
         status: what ``/status.json`` holds.
         page: the status page.
@@ -51,20 +51,20 @@ class Rest:
 
     def __init__(
         self,
-        door: Door,
+        handler: RequestHandler,
         *,
         metrics: Callable[[str], tuple[bytes, str]],
         status: Callable[[], dict[str, Any]],
         page: bytes,
     ) -> None:
-        self._door, self._metrics, self._status, self._page = door, metrics, status, page
+        self._handler, self._metrics, self._status, self._page = handler, metrics, status, page
 
-    async def handle(self, request: Request) -> Reply:
-        """Answer one request; errors become their status codes."""
+    async def handle(self, request: HttpRequest) -> HttpReply:
+        """ErrorReply one request; errors become their status codes."""
         try:
             return await self._route(request)
         except Exception as error:
-            told = self._door.answer(error, f"http {request.method}")
+            told = self._handler.error_reply(error, f"http {request.method}")
             reply = _json({"error": told.text, "reason": told.reason.upper()}, told.http)
             if told.retry_after_s is not None:
                 reply.headers.append(("retry-after", str(math.ceil(told.retry_after_s))))
@@ -72,37 +72,37 @@ class Rest:
                 reply.headers.append(("www-authenticate", "Bearer"))
             return reply
 
-    async def _route(self, request: Request) -> Reply:
+    async def _route(self, request: HttpRequest) -> HttpReply:
         path = request.path.partition("?")[0]
-        runtime = self._door.runtime
+        core = self._handler.core
         get = request.method in ("GET", "HEAD")
         if path == "/v2/health/live" and get:
             return _json({"live": True})
         if path == "/v2/health/ready" and get:
-            return _ready(runtime.ready())
-        identity = self._door.identify(
+            return _ready(core.ready())
+        identity = self._handler.identify(
             request.headers.get("authorization"), request.certificate_names
         )
         if get and path == "/":
-            return Reply(body=self._page, kind=_HTML, headers=_PAGE_HEADERS)
+            return HttpReply(body=self._page, kind=_HTML, headers=_PAGE_HEADERS)
         if get and path == "/status.json":
             return _json(self._status())
         if get and path == "/metrics":
             body, kind = self._metrics(request.headers.get("accept", ""))
-            return Reply(body=body, kind=kind)
+            return HttpReply(body=body, kind=kind)
         if get and path == "/v2":
             return _json({"name": "fastrec", "version": __version__, "extensions": EXTENSIONS})
         if path == "/v2/repository/index" and request.method == "POST":
-            return _json(self._door.index())
+            return _json(self._handler.index())
         if (match := _ADMIN.fullmatch(path)) and request.method == "POST":
             _same_site(request)
             name, action = match.groups()
             if action == "load":
                 if (_object(request.body) if request.body else {}).get("parameters"):
                     raise ArgumentError("parameters", "none", "some")
-                await self._door.load(name, identity, request.peer)
+                await self._handler.load(name, identity, request.peer)
             else:
-                await self._door.unload(name, identity, request.peer)
+                await self._handler.unload(name, identity, request.peer)
             return _json({})
         if match := _MODEL.fullmatch(path):
             name, version, what = match[1], match[2] or "", match[3] or ""
@@ -113,19 +113,19 @@ class Rest:
                 return self._model(name, version, what)
         raise Rejected(Kind.NOT_FOUND, "no such path")
 
-    def _model(self, name: str, version: str, what: str) -> Reply:
-        runtime = self._door.runtime
-        info = runtime.model(name, version)
+    def _model(self, name: str, version: str, what: str) -> HttpReply:
+        core = self._handler.core
+        info = core.model(name, version)
         if what == "/ready":
-            return _ready(runtime.ready(name, version))
+            return _ready(core.ready(name, version))
         if what == "/config":
-            told = configuration(info, runtime.config.lanes, self._door.details(info)).config
+            told = configuration(info, core.config.lanes, self._handler.details(info)).config
             return _json(MessageToDict(told, preserving_proto_field_name=True))
         if what == "/stats":
             return _json(
-                {"model_stats": [_durations(r) for r in self._door.statistics(name, version)]}
+                {"model_stats": [_durations(r) for r in self._handler.statistics(name, version)]}
             )
-        message = metadata(info, [version] if version else self._door.versions(name))
+        message = metadata(info, [version] if version else self._handler.versions(name))
         tensors = {
             kind: [
                 {"name": t.name, "datatype": t.datatype, "shape": list(t.shape)}
@@ -142,23 +142,25 @@ class Rest:
             }
         )
 
-    async def _infer(self, request: Request, name: str, version: str, who: Identity) -> Reply:
+    async def _infer(
+        self, request: HttpRequest, name: str, version: str, who: Identity
+    ) -> HttpReply:
         head, binary = _split(request)
         body = _object(head)
         parameters = body.get("parameters", {})
         if not isinstance(parameters, dict):
             raise ArgumentError("parameters", "an object", type(parameters).__name__)
-        hints = from_values(with_headers(dict(parameters), request.headers.items()))
+        sent = from_values(with_headers(dict(parameters), request.headers.items()))
         request_id = body.get("id", "")
         if not isinstance(request_id, str) or len(request_id) > 128:
             raise ArgumentError("id", "text of up to 128 characters", type(request_id).__name__)
         inputs = _inputs(body.get("inputs"), binary)
         wanted = _outputs(body.get("outputs"), bool(parameters.get("binary_data_output")))
-        response = await self._door.infer(
+        response = await self._handler.infer(
             name,
             version,
             inputs,
-            hints,
+            sent,
             who,
             request_id=request_id,
             outputs=list(wanted),
@@ -200,12 +202,12 @@ _PAGE_HEADERS = [
 ]
 
 
-def _json(value: Any, status: int = 200) -> Reply:
+def _json(value: Any, status: int = 200) -> HttpReply:
     # JSON has no NaN: Python's own spelling is what tritonclient and numpy users read.
-    return Reply(status, json.dumps(value, separators=(",", ":")).encode())
+    return HttpReply(status, json.dumps(value, separators=(",", ":")).encode())
 
 
-def _ready(ready: bool) -> Reply:
+def _ready(ready: bool) -> HttpReply:
     return _json({"ready": ready}, 200 if ready else 503)
 
 
@@ -213,13 +215,15 @@ def _object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise ArgumentError("body", "a JSON object", f"{len(body)} bytes that are none") from None
+        raise ArgumentError(
+            "body", "a JSON object", f"{len(body)} bytes that do not parse as JSON"
+        ) from None
     if not isinstance(value, dict):
         raise ArgumentError("body", "a JSON object", type(value).__name__)
     return value
 
 
-def _split(request: Request) -> tuple[bytes, memoryview]:
+def _split(request: HttpRequest) -> tuple[bytes, memoryview]:
     """The JSON and the binary part."""
     text = request.headers.get(_LENGTH)
     if text is None:
@@ -294,7 +298,7 @@ def _durations(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "inference_stats": stats}
 
 
-def _same_site(request: Request) -> None:
+def _same_site(request: HttpRequest) -> None:
     """A page from elsewhere, open in a browser on this machine, must not change models."""
     if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") not in (
         "none",

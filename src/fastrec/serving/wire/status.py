@@ -76,7 +76,7 @@ class Refused(FastrecError):
         super().__init__(message)
 
 
-class Answer(NamedTuple):
+class ErrorReply(NamedTuple):
     """An error as the protocols carry it."""
 
     code: grpc.StatusCode
@@ -87,7 +87,7 @@ class Answer(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def trailers(told: Answer) -> tuple[tuple[str, str | bytes], ...]:
+def trailers(told: ErrorReply) -> tuple[tuple[str, str | bytes], ...]:
     """gRPC's trailing metadata: details, and whether a retry makes sense."""
     status = _Status(code=told.code.value[0], message=told.text)
     info = status.details.add()
@@ -110,33 +110,39 @@ def trailers(told: Answer) -> tuple[tuple[str, str | bytes], ...]:
 
 
 def rejected(code: grpc.StatusCode, text: str | None, trailers: Iterable[Any] | None) -> Rejected:
-    """The refusal that a caller was told: :func:`answer` turned round. Servers that do not say
-    their reason (proxies, gRPC itself) are read by the code."""
-    kind, retry_s = _KINDS.get(code, Kind.INTERNAL), None
-    for key, value in trailers or ():
-        if key != DETAILS:
-            continue
-        for detail in _Status.FromString(value).details:
-            if detail.type_url.endswith("google.rpc.ErrorInfo"):
-                reason = _ErrorInfo.FromString(detail.value).reason.lower()
-                kind = Kind(reason) if reason in _REASONS else kind
-            elif detail.type_url.endswith("google.rpc.RetryInfo"):
-                delay = _RetryInfo.FromString(detail.value).retry_delay
-                retry_s = delay.seconds + delay.nanos / 1e9
+    """The refusal behind a gRPC status, the inverse of :func:`error_reply`. Where the server gives
+    no reason (proxies, gRPC itself), the code decides."""
+    reason, retry_s = refusal_details(trailers)
+    kind = Kind(reason) if reason in _REASONS else _KINDS.get(code, Kind.INTERNAL)
     return Rejected(kind, text or code.name, retry_s)
 
 
-def answer(error: BaseException) -> Answer:
-    """What to tell the caller; an error that is not fastrec's own keeps its text to the log."""
+def refusal_details(trailers: Iterable[Any] | None) -> tuple[str, float | None]:
+    """The reason ("" = not given) and the seconds to wait before a retry, from gRPC's trailers."""
+    reason, retry_s = "", None
+    for key, value in trailers or ():
+        for detail in _Status.FromString(value).details if key == DETAILS else ():
+            if detail.type_url.endswith("google.rpc.ErrorInfo"):
+                reason = _ErrorInfo.FromString(detail.value).reason.lower()
+            elif detail.type_url.endswith("google.rpc.RetryInfo"):
+                delay = _RetryInfo.FromString(detail.value).retry_delay
+                retry_s = delay.seconds + delay.nanos / 1e9
+    return reason, retry_s
+
+
+def error_reply(error: BaseException) -> ErrorReply:
+    """The reply for an error; the text of one that is not fastrec's own goes to the log alone."""
     if isinstance(error, Rejected):
         code, http = _CODES[error.kind]
         retry_s = error.retry_after_s
         if retry_s is not None:
             # In whole milliseconds: refusals under overload are then alike, and made once.
             retry_s = math.ceil(retry_s * 1e3) / 1e3
-        return Answer(code, http, str(error), error.kind.value, retry_s)
+        return ErrorReply(code, http, str(error), error.kind.value, retry_s)
     if isinstance(error, Refused):
-        return Answer(error.code, error.http, str(error), error.reason, None)
+        return ErrorReply(error.code, error.http, str(error), error.reason, None)
     if isinstance(error, FastrecError) and isinstance(error, ValueError | TypeError):
-        return Answer(grpc.StatusCode.INVALID_ARGUMENT, 400, str(error), Kind.INVALID.value, None)
-    return Answer(grpc.StatusCode.INTERNAL, 500, "internal error", Kind.INTERNAL.value, None)
+        return ErrorReply(
+            grpc.StatusCode.INVALID_ARGUMENT, 400, str(error), Kind.INVALID.value, None
+        )
+    return ErrorReply(grpc.StatusCode.INTERNAL, 500, "internal error", Kind.INTERNAL.value, None)

@@ -7,7 +7,7 @@ hand-written clients and cost some 70 ns an element. Every size is checked befor
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,17 @@ def from_values(name: str, kind: str, shape: Sequence[int], values: Iterable[Any
         raise ArgumentError(_shown(name), f"values of {kind}", str(error)) from None
 
 
+def add_raw(tensors: Any, contents: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Append arrays to a message's repeated tensors and their raw contents.
+
+    Raises:
+        DtypeError: the protocol has no such type.
+    """
+    for name, array in arrays.items():
+        tensors.add(name=name, datatype=datatype(array.dtype), shape=array.shape)
+        contents.append(to_raw(array))
+
+
 def to_raw(array: np.ndarray) -> bytes:
     """Little-endian row-major bytes."""
     if sys.byteorder != "little":
@@ -191,5 +202,5 @@ def _refuse_shared_memory(name: str, parameters: Any) -> None:
 
 
 def _shown(text: str) -> str:
-    """What a client sent, cut to what a log line should hold."""
+    """Client text, shortened for log lines and errors."""
     return text if len(text) <= 64 else f"{text[:61]}..."

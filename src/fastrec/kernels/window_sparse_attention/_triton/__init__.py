@@ -10,8 +10,6 @@ import torch
 from fastrec.kernels._gpu import ceil_div, device_of, fp32_precision, power_of_two
 from fastrec.kernels._triton import INTERPRETED
 from fastrec.kernels.window_sparse_attention._config import (
-    BLOCK_ROWS,
-    BLOCK_TILE,
     SHORT_ROWS,
     LaunchConfig,
     block_dims,
@@ -25,7 +23,6 @@ from fastrec.kernels.window_sparse_attention._triton.backward_kernels import (
     attention_backward_keys,
     attention_backward_queries,
 )
-from fastrec.kernels.window_sparse_attention._triton.block_kernel import attention_block
 from fastrec.kernels.window_sparse_attention._triton.forward_kernel import attention_forward
 from fastrec.kernels.window_sparse_attention._triton.short_kernel import attention_short_forward
 
@@ -306,49 +303,3 @@ def backward(
             **options,
         )
     return dq, dk, dv
-
-
-def block(
-    x: torch.Tensor,
-    in_weight: torch.Tensor,
-    out_weight: torch.Tensor,
-    biases: tuple[torch.Tensor, torch.Tensor] | None,
-    pattern: tuple[int, str, bool],
-    heads: int,
-    lengths: torch.Tensor | None,
-) -> torch.Tensor:
-    """x [B, L, d] -> y [B, L, d], contiguous; checked arguments."""
-    batch, length, channels = x.shape
-    if x.stride(2) != 1:
-        x = x.contiguous()
-    y = torch.empty((batch, length, channels), dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return y
-    in_weight, out_weight = in_weight.contiguous(), out_weight.contiguous()
-    # Anything with an address where there are none.
-    in_bias, out_bias = biases or (in_weight, out_weight)
-    dims = channels // heads
-    wide = 16 // x.element_size()
-    aligned = wide if all(n % wide == 0 for n in (*x.stride()[:2], dims)) else 1
-    rows, tiles = BLOCK_TILE, ceil_div(length, BLOCK_TILE)
-    seen = seen_table(*pattern, heads, x.device)
-    with device_of(x):
-        attention_block[(batch * tiles,)](
-            *(x, in_weight, in_bias.contiguous(), out_weight, out_bias.contiguous(), y),
-            *(seen if lengths is None else lengths, seen),
-            dims**-0.5 * LOG2_E,
-            *(length, tiles, x.stride(0) // aligned, x.stride(1) // aligned),
-            HAS_BIAS=biases is not None,
-            HAS_LENGTHS=lengths is not None,
-            ALIGNED=aligned,
-            **arithmetic(x),
-            H=heads,
-            D=dims,
-            BLOCK_D=block_dims(dims),
-            BLOCK_E=power_of_two(channels, 16, 256),
-            BLOCK_M=rows,
-            BLOCK_N=power_of_two(length, 16, BLOCK_ROWS),
-            num_warps=8,
-            num_stages=1,
-        )
-    return y
