@@ -72,6 +72,7 @@ std::shared_ptr<void> PackedLinear::prepare(const Fields&, Tensors operands) {
   auto packed = std::make_shared<PackedWeight>();
   packed->kernel = &grouped::select(grouped::Dtype::f32);
   const int64_t outputs = from.sizes[0], inputs = from.sizes[1];
+  if (packed->kernel->dots && outputs <= kFewOutputs) return packed;
   packed->memory.resize(grouped::panel_floats(*packed->kernel, 1, outputs, inputs));
   packed->panels =
       grouped::pack(*packed->kernel, from.data, grouped::Dtype::f32, operands[bias].as<float>(), 1,
