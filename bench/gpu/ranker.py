@@ -74,9 +74,9 @@ def bound(ranker: Ranker, inputs: Inputs, precision: str) -> Row:
     from fastrec.runtime.native.lower import lower
     from fastrec.runtime.native.passes import simplify
 
-    plan = lower(ranker, inputs, spec_of(ranker, inputs))
-    simplify(plan)
-    stages = match(plan)
+    program = lower(ranker, inputs, spec_of(ranker, inputs))
+    simplify(program)
+    stages = match(program)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     weights = Weights(stages, dtype, torch.device("cpu"))
     bucket = Bucket(stages, weights, Sizes(len(inputs[0]), LENGTH, CANDIDATES), "ieee", True)

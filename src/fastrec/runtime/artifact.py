@@ -109,9 +109,9 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
         MissingDependencyError: its backend's package is not installed.
     """
     if not Path(path).is_dir():
-        from fastrec.runtime.native import file
+        from fastrec.runtime.native.engine import PlanEngine
 
-        return file.load(Path(path), threads)
+        return PlanEngine.load(Path(path), threads)
     header = read(path)
     backend = header.get("backend")
     if backend not in FOLDERS:

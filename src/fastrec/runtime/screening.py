@@ -25,6 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
+from fastrec.runtime.native.buffers import View
 from fastrec.runtime.native.split import candidate_positions
 
 Arrays = tuple[np.ndarray, ...]
@@ -89,15 +90,16 @@ class Screen:
 
 
 class _Table:
-    """A candidate input's table in the engine's plan."""
+    """A candidate input's table in the engine's program."""
 
-    def __init__(self, position: int, views: Sequence[Any]) -> None:
+    def __init__(self, position: int, table: View, scale: View | None) -> None:
         self.position = position
-        table = views[0]
         if table.buffer.data is None:
             raise BackendError("this plan looks candidates up in a table that it computes")
-        self.values = table.buffer.data.reshape([size.number for size in table.buffer.shape])
-        self.scale = views[1].buffer.data.reshape(-1) if len(views) > 1 else None
+        self.values: np.ndarray = table.buffer.data.reshape(
+            [size.number for size in table.buffer.shape]
+        )
+        self.scale = None if scale is None else scale.constant
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """[..., width] float32."""
@@ -203,7 +205,7 @@ class _Parts:
     """Where the engine's plan keeps what the screen reads."""
 
     def __init__(self, engine: Any) -> None:
-        if not hasattr(engine, "_plan"):
+        if not hasattr(engine, "_program"):
             raise BackendError("screening needs a native engine that runs one plan")
         spec = engine.spec
         self.engine, self.spec = engine, spec
@@ -212,11 +214,11 @@ class _Parts:
         self.last = max(*self.candidates, *self.history)
         if any(len(spec.fields[i].dims) != 2 for i in self.candidates):
             raise BackendError("screening needs candidates of [B, m] ids")
-        at = {engine._plan.inputs[i]: i for i in self.candidates}
+        at = {engine._program.inputs[i]: i for i in self.candidates}
         self.tables = [
-            _Table(at[step.inputs[0].buffer], step.inputs[1:])
-            for step in engine._plan.steps
-            if step.kind == "gather" and step.inputs[0].buffer in at
+            _Table(at[step.ids.buffer], step.table, step.scale)
+            for step in engine._program.steps
+            if step.kind == "gather" and step.ids.buffer in at
         ]
         if not self.tables:
             raise BackendError("this plan looks no candidate up in a table")

@@ -16,7 +16,7 @@ from fastrec.kernels import _gpu
 from fastrec.measure.packages import package_versions
 from fastrec.runtime.backends._torch import reason_no_torch, torch_versions
 from fastrec.runtime.engine import BuildOptions, Engine
-from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.passes import simplify
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -63,10 +63,10 @@ def build(
         raise BackendError(
             f"cuda runs an int8 model as it is, and this one {held}: fastrec.quantize_ makes them"
         )
-    plan = lower(model, example_inputs, options.spec)
-    simplify(plan)
+    program = lower(model, example_inputs, options.spec)
+    simplify(program)
     executor = Executor(
-        match(plan),
+        match(program),
         dtype=_DTYPES.get(precision, torch.float32),
         device=torch.device(_device(), torch.cuda.current_device())
         if _device() == "cuda"
@@ -79,7 +79,7 @@ def build(
         backend="cuda",
         precision=precision,
         threads=options.threads,
-        spec=plan_spec(options.spec, plan, example_inputs),
+        spec=program_spec(options.spec, program, example_inputs),
         rows=[],
         versions=versions(),
     )

@@ -1,7 +1,7 @@
-"""A plan -> the stages of a ranker, found backwards from the scores.
+"""A program -> the stages of a ranker, found backwards from the scores.
 
-The plan says what is computed, not which class the model has: any model whose plan has this shape
-is taken, whatever its sizes; another one is refused by the name of the step that does not fit.
+The program says what is computed, not which class the model has: any model whose program has this
+form is taken, at any sizes; another one is refused by the name of the step that does not fit.
 """
 
 from __future__ import annotations
@@ -26,28 +26,31 @@ from fastrec.runtime.cuda.stages import (
     RankerStages,
     Term,
 )
-from fastrec.runtime.native.ir import Buffer, Extent, Plan, Step, View
-from fastrec.runtime.native.passes import ACTIVATIONS
+from fastrec.runtime.native.buffers import Buffer, Extent, View
+from fastrec.runtime.native.passes.fuse_activations import activation_of
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import ACTIVATIONS, Instruction, Step
 
-_AGE = [("sub_i64", 0, 1), ("integer", 0), ("max_i64", 2, 3)]
-_COUNT = [("index", 0), ("integer", 1), ("add_i64", 0, 1)]
-_HAS_HISTORY = [("integer", 0), ("lt_i64", 1, 0), ("to_f32", 2)]
+_AGE = (("sub_i64", 0, 1), ("integer", 0), ("max_i64", 2, 3))
+_COUNT = (("index", 0), ("integer", 1), ("add_i64", 0, 1))
+_HAS_HISTORY = (("integer", 0), ("lt_i64", 1, 0), ("to_f32", 2))
+_SUM, _PRODUCT = ("add_f32", 0, 1), ("mul_f32", 0, 1)
 _MAX_TERMS = 4
 
 
-def match(plan: Plan) -> RankerStages:
-    """The ranker that a simplified plan computes.
+def match(program: Program) -> RankerStages:
+    """The ranker that a simplified program computes.
 
     Raises:
-        BackendError: the plan has another shape; the message names the step and what was expected.
+        BackendError: the program has another form; the message names the step that was expected.
     """
-    return _Matcher(plan).ranker()
+    return _Matcher(program).ranker()
 
 
 class _Matcher:
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.writers = plan.writer()
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.writers = program.writers()
         self.length: Buffer | None = None
 
     def refuse(self, found: Step | None, expected: str) -> NoReturn:
@@ -69,7 +72,7 @@ class _Matcher:
 
     def ranker(self) -> RankerStages:
         """All of it, from the scores back."""
-        score, below = self.dense(self.plan.output, "the tower's last linear layer")
+        score, below = self.dense(self.program.output, "the tower's last linear layer")
         if score.outputs != 1 or score.activation:
             raise BackendError("the cuda engine needs a linear layer of one score at the end")
         tower: list[Dense] = []
@@ -129,40 +132,36 @@ class _Matcher:
         """The linear layer that makes a view, its activation with it, and its input."""
         step = self.writer(view, expected, "linear", "linear_int8", "map")
         if step.kind == "map":
-            activation = ACTIVATIONS.get(step.program[0][0]) if len(step.program) == 1 else None
+            activation = activation_of(step)
             if activation is None:
                 self.refuse(step, expected)
-            layer, below = self.dense(step.inputs[0], expected)
+            layer, below = self.dense(step.x[0], expected)
             if layer.activation:
                 self.refuse(step, expected)
-            return dataclasses.replace(layer, activation=activation), below
+            return dataclasses.replace(layer, activation=ACTIVATIONS.index(activation)), below
+        bias = None if step.bias is None else step.bias.constant
+        activation_code = ACTIVATIONS.index(step.activation)
         if step.kind == "linear":
-            weight = step.inputs[1].constant
-            bias = step.inputs[2].constant if step.integers[0] else None
+            weight = step.weight.constant
             assert weight is not None
-            return Dense(weight, bias, step.integers[1], None, step.module), step.inputs[0]
-        outputs, inputs, zero, activation, has_bias, out_zero = step.integers[:6]
-        x, values, index, start, scale, _sums, *rest = step.inputs
-        parts = [torch.from_numpy(np.array(v.constant)) for v in (values, index, start, scale)]
-        packed = PackedWeight.from_parts(*parts, outputs, inputs)  # type: ignore[call-arg]
+            return Dense(weight, bias, activation_code, None, step.module), step.x
+        stored = (step.values, step.group_index, step.panel_start, step.w_scale)
+        parts = [torch.from_numpy(np.array(view.constant)) for view in stored]
+        packed = PackedWeight.from_parts(*parts, step.fields["outputs"], step.fields["inputs"])  # type: ignore[call-arg]
         quantised = Quantisation(
-            step.numbers[0],
-            zero,
+            step.x_scale,
+            step.x_zero_point,
             packed.scale.numpy(),
-            step.numbers[1] if step.output.dtype == "uint8" else None,
-            out_zero,
+            step.y_scale if step.y.dtype == "uint8" else None,
+            step.y_zero_point,
         )
-        bias = rest[0].constant if has_bias else None
         weight = packed.unpack().numpy()
-        return Dense(weight, bias, activation, quantised, step.module), x
+        return Dense(weight, bias, activation_code, quantised, step.module), step.x
 
     def norm(self, view: View) -> tuple[Norm, View]:
         """The LayerNorm that makes a view, and its input."""
         step = self.writer(view, "a LayerNorm", "layer_norm")
-        weight, bias = step.inputs[1].constant, step.inputs[2].constant
-        assert weight is not None
-        assert bias is not None
-        return Norm(weight, bias, step.numbers[0]), step.inputs[0]
+        return Norm(step.weight.constant, step.bias.constant, step.eps), step.x
 
     def projection(self, view: View) -> tuple[Projection, View]:
         """A linear layer of normalised rows, and the rows."""
@@ -175,7 +174,7 @@ class _Matcher:
     def attention(self, view: View) -> Step:
         """An attention over padded keys whose lengths are an input."""
         step = self.writer(view, "attention over padded keys", "attention")
-        if not step.integers[0] or (lengths := step.inputs[3].buffer).space != "input":
+        if step.lengths is None or (lengths := step.lengths.buffer).space != "input":
             self.refuse(step, "attention whose lengths are an input")
         if self.length not in (None, lengths):
             self.refuse(step, "one input of lengths")
@@ -197,55 +196,56 @@ class _Matcher:
         """The encoder block that makes x, what feeds its attention, and its input; None where x is
         a sum of lookups."""
         step = self.writer(x, "an encoder block or a sum of lookups")
-        if step.kind != "map" or step.program != [("add_f32", 0, 1)]:
+        if not step.computes(_SUM):
             return None
-        halves = [self.writers.get(v.buffer, [None])[0] for v in step.inputs]
-        if halves[1] is None or halves[1].kind not in ("linear", "linear_int8"):
+        residual, feed_forward = (self.writers.get(v.buffer, [None])[0] for v in step.x)
+        if feed_forward is None or feed_forward.kind not in ("linear", "linear_int8"):
             return None
-        if halves[0] is None or halves[0].kind != "map":
+        if residual is None or residual.kind != "map":
             return None
-        second, hidden = self.dense(step.inputs[1], "the second half of an encoder block")
+        second, hidden = self.dense(step.x[1], "the second half of an encoder block")
         first, normed = self.dense(hidden, "the first layer of a feed-forward part")
         self.check_linked(first, second)
         norm, middle = self.norm(normed)
-        if middle.buffer is not step.inputs[0].buffer:
+        if middle.buffer is not step.x[0].buffer:
             self.refuse(step, "a residual sum around the feed-forward part")
         inner = self.writer(middle, "a residual sum around attention", "map")
-        if inner.program != [("add_f32", 0, 1)]:
+        if not inner.computes(_SUM):
             self.refuse(inner, "a residual sum around attention")
-        out, context = self.dense(inner.inputs[1], "the output projection of an attention")
+        out, context = self.dense(inner.x[1], "the output projection of an attention")
         attention = self.attention(context)
-        q, k, v = attention.inputs[:3]
+        q, k, v = attention.q, attention.k, attention.v
         d = out.outputs
         heads = [self.heads_of(view, i * d, 3 * d) for i, view in enumerate((q, k, v))]
         if len({view.buffer for view in (q, k, v)}) != 1 or len(set(heads)) != 1:
             self.refuse(attention, "q, k and v of one projection")
         before, source = self.projection(q)
-        if source.buffer is not inner.inputs[0].buffer:
+        if source.buffer is not inner.x[0].buffer:
             self.refuse(inner, "a residual sum around attention")
-        block = Block(attention.numbers[0], heads[0], out, norm, first, second)
+        block = Block(attention.scale, heads[0], out, norm, first, second)
         return block, before, source
 
     def cross(self, z: View) -> tuple[Cross, View]:
         """What makes [candidate, context, candidate * context], and the view of the keys."""
-        parts = sorted(self.writers.get(z.buffer, []), key=lambda step: step.output.offset)
-        programs = [step.program for step in parts]
-        if programs != [[], [], [("mul_f32", 0, 1)]] or any(s.kind != "map" for s in parts):
+        parts = sorted(self.writers.get(z.buffer, []), key=lambda step: step.y.offset)
+        programs: list[tuple[Instruction, ...]] = [(), (), (_PRODUCT,)]
+        fits = len(parts) == 3 and all(s.computes(*p) for s, p in zip(parts, programs, strict=True))
+        if not fits:
             self.refuse(parts[0] if parts else None, "[candidate, context, candidate * context]")
-        candidate, context = parts[0].inputs[0], parts[1].inputs[0]
-        if {v.buffer for v in parts[2].inputs} != {candidate.buffer, context.buffer}:
+        (candidate,), (context,) = parts[0].x, parts[1].x
+        if {v.buffer for v in parts[2].x} != {candidate.buffer, context.buffer}:
             self.refuse(parts[2], "candidate * context")
         gate = self.writer(context, "a context that is 0 without history", "map")
-        if gate.program != [("mul_f32", 0, 1)]:
+        if not gate.computes(_PRODUCT):
             self.refuse(gate, "a context that is 0 without history")
-        out, mixed = self.dense(gate.inputs[0], "the output projection of the cross attention")
+        out, mixed = self.dense(gate.x[0], "the output projection of the cross attention")
         attention = self.attention(mixed)
-        has = self.writer(gate.inputs[1], "whether there is a history", "map")
-        if has.program != _HAS_HISTORY or has.inputs[0].buffer is not self.length:
+        has = self.writer(gate.x[1], "whether there is a history", "map")
+        if not has.computes(*_HAS_HISTORY) or has.x[0].buffer is not self.length:
             self.refuse(has, "whether there is a history")
-        q, k, v = attention.inputs[:3]
+        q, k, v = attention.q, attention.k, attention.v
         d = out.outputs
-        if [s.output.offset for s in parts] != [0, d, 2 * d] or k.buffer is not v.buffer:
+        if [s.y.offset for s in parts] != [0, d, 2 * d] or k.buffer is not v.buffer:
             self.refuse(attention, "k and v of one projection")
         heads = [self.heads_of(q, 0, d), self.heads_of(k, 0, 2 * d), self.heads_of(v, d, 2 * d)]
         if len(set(heads)) != 1:
@@ -255,16 +255,16 @@ class _Matcher:
         if normed.buffer is not candidate.buffer:
             self.refuse(parts[0], "the candidates that are attended from")
         terms, _ = self.terms(x)
-        return Cross(terms, norm, query, attention.numbers[0], heads[0], out), k
+        return Cross(terms, norm, query, attention.scale, heads[0], out), k
 
     def terms(self, x: View) -> tuple[tuple[Term, ...], int]:
         """The lookups whose sum is x, and one of the inputs that hold their ids."""
         step = self.writer(x, "a sum of lookups", "map", "gather", "linear", "linear_int8")
-        sums = [step.output]
+        sums = [step.y]
         if step.kind == "map":
             if any(name != "add_f32" for name, *_ in step.program):
                 self.refuse(step, "a sum of lookups")
-            sums = step.inputs
+            sums = step.x
         if len(sums) > _MAX_TERMS:
             self.refuse(step, f"at most {_MAX_TERMS} lookups in a sum")
         terms = tuple(self.term(view) for view in sums)
@@ -280,17 +280,17 @@ class _Matcher:
         if step.kind != "gather":
             layer, below = self.dense(view, "a projected lookup")
             step = self.writer(below, "a lookup", "gather")
-        ids, table, *scales = step.inputs
-        rows, scale = table.constant, scales[0].constant if scales else None
+        ids, rows = step.ids, step.table.constant
+        scale = None if step.scale is None else step.scale.constant
         assert rows is not None
         if layer is not None:
             rows, scale = _projected(layer, rows, scale), None
         if ids.buffer.space == "input":
             return Term(ids.buffer.index, rows, scale)
         age = self.writer(ids, "ids that are an input or ages", "map")
-        if age.program != _AGE or not self.counts(age.inputs[1]):
+        if not age.computes(*_AGE) or not self.counts(age.x[1]):
             self.refuse(age, "ids that are an input or ages")
-        if age.inputs[0].buffer.space != "input" or age.inputs[0].strides[1] != Extent(0):
+        if age.x[0].buffer.space != "input" or age.x[0].strides[1] != Extent(0):
             self.refuse(age, "ages counted from the lengths")
         return Term(None, rows, scale)
 
@@ -300,7 +300,7 @@ class _Matcher:
             row = positions.constant.reshape(-1, positions.constant.shape[-1])[0]
             return bool(np.array_equal(row, np.arange(1, len(row) + 1)))
         made = self.writers.get(positions.buffer, [])
-        return len(made) == 1 and made[0].program == _COUNT
+        return len(made) == 1 and made[0].computes(*_COUNT)
 
 
 def _projected(layer: Dense, table: np.ndarray, scale: np.ndarray | None) -> np.ndarray:

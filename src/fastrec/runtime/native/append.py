@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastrec import kernels
 from fastrec.errors import BackendError, ShapeError
+from fastrec.runtime.native.buffers import Extent, Shape, View
 from fastrec.runtime.native.emit import executor
 from fastrec.runtime.native.faults import error_of
-from fastrec.runtime.native.ir import Extent, Shape, View
 from fastrec.runtime.native.resume import PAST, resume
+from fastrec.runtime.native.split import Split
+from fastrec.runtime.native.user_state import Past, State, aligned
 from fastrec.spec import InputSpec
-
-if TYPE_CHECKING:
-    from fastrec.runtime.native.engine import PlanEngine
-    from fastrec.runtime.native.split import Split
-    from fastrec.runtime.native.state import State
-
-_LINE = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Past:
-    """What a state keeps so that events can be appended.
-
-    Attributes:
-        caches: the rows of the past that attention reads, a row an event.
-        others: the history's inputs that are not events.
-        lengths: events of each user.
-    """
-
-    caches: tuple[np.ndarray, ...]
-    others: tuple[np.ndarray, ...]
-    lengths: tuple[int, ...]
 
 
 class Appends:
-    """The executor that takes states further; it shares the engine's packed weights."""
+    """Computes states after new events; shares the packed weights of the whole program's
+    executor."""
 
-    def __init__(self, engine: PlanEngine, parts: Split, history: InputSpec) -> None:
-        self.engine, self._history = engine, history
+    def __init__(
+        self, executor_of_all: Any, threads: int, parts: Split, history: InputSpec
+    ) -> None:
+        self.threads, self._history = threads, history
         self._users, self._events_symbol, self._events, self._lengths = _roles(history)
         self._others = [i for i in range(len(history.fields)) if i not in self._events]
         self._kept = [parts.history.index(i) for i in parts.kept]
         results = [parts.encode.output, *parts.encode.more_outputs]
         made = resume(parts.encode, self._events_symbol, self._users, results)
-        #: What the first part has to hand on beside its results.
+        #: Buffers that the first part has to return beside its results.
         self.views: list[View] = [buffer.view() for buffer in made.caches]
         self._results = len(results)
         self._buffers = [v.buffer for v in (*results, *self.views)]
@@ -58,9 +39,9 @@ class Appends:
         fields = tuple(history.fields[i] for i in self._events)
         self._spec = InputSpec(fields, history.limits)
         origins = [parts.encode_origins[o] if o >= 0 else -1 for o in made.origins]
-        self._plan = made.plan
-        self._native, self._constants = executor(made.plan, engine._executor, origins)
-        self._outputs = [v.buffer for v in (made.plan.output, *made.plan.more_outputs)]
+        self._program = made.program
+        self._native, self._constants = executor(made.program, executor_of_all, origins)
+        self._outputs = [v.buffer for v in (made.program.output, *made.program.more_outputs)]
 
     def begun(
         self, inputs: Sequence[np.ndarray], caches: Sequence[np.ndarray], sizes: dict[str, int]
@@ -101,7 +82,7 @@ class Appends:
         caches = tuple(made[self._results :])
         others = tuple(inputs[i] for i in self._others)
         values = [*made[: self._results], *kept]
-        return state._halves.state(values, sizes, Past(caches, others, lengths))
+        return state._executors.state(values, sizes, Past(caches, others, lengths))
 
     def _require_room(self, state: State, past: Past, users: int, count: int) -> None:
         name = self._spec.fields[0].name
@@ -136,15 +117,15 @@ class Appends:
         arrays += [cache[user : user + 1] for cache in past.caches]
         arrays.append(np.asarray([past.lengths[user]]))
         made = [aligned([e.at(own) for e in b.shape], b.dtype) for b in self._outputs]
-        with kernels.call_threads(self.engine.threads):
+        with kernels.call_threads(self.threads):
             fault, step, value = self._native.run(
-                [own[s] for s in self._plan.symbols],
+                [own[s] for s in self._program.symbols],
                 [a.ctypes.data for a in arrays],
                 [a.ctypes.data for a in made],
             )
         if fault:
             names = (*self._history.names, *["state"] * (len(arrays) - len(self._history.names)))
-            raise error_of(self._plan, names, fault, step, value, own, arrays)
+            raise error_of(self._program, names, fault, step, value, own, arrays)
         return made
 
     def _row_axis(self, shape: Shape) -> int | None:
@@ -191,12 +172,3 @@ def _continue(
     into[before] = old[before]
     into[now] = new
     into[rest] = 0
-
-
-def aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Like a buffer of the executor's arena: it begins on a cache line."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _LINE, np.uint8)
-    start = -memory.ctypes.data % _LINE
-    return memory[start : start + size].view(dtype).reshape(shape)

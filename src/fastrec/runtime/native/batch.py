@@ -1,48 +1,29 @@
-"""Whether the users of a batch are independent in a plan, so that each may be run for itself."""
+"""Whether the users of a batch are independent in a program, so that they may run apart."""
 
 from __future__ import annotations
 
-from fastrec.runtime.native.ir import Extent, Plan, Shape, Step, View, product
-
-# What these kinds compute of a row of their first dimension depends on that row alone, as long as
-# the dimensions that they sum or normalise over are others.
-_BY_ROW = ("map", "gather", "quantize")
-_BY_ROW_OF_MANY = (
-    "attention",
-    "causal_attention",
-    "cumsum",
-    "grouped_linear",
-    "layer_norm",
-    "linear",
-    "linear_bf16",
-    "linear_int8",
-    "masked_attention",
-    "matmul",
-    "reduce",
-    "separable_projection",
-    "softmax",
-    "window_sparse_attention",
-    "window_sparse_attention_int8",
-)
+from fastrec.runtime.native.buffers import Extent, Shape, View, product
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import Step
 
 
-def batch_symbol(plan: Plan) -> str | None:
+def batch_symbol(program: Program) -> str | None:
     """The symbol that counts the users of a call: the first dimension of all that depends on it,
-    whose rows no step mixes. None where the plan has no such symbol.
+    whose rows no step mixes. None where the program has no such symbol.
     """
-    for symbol in plan.symbols:
-        shapes = [b.shape for b in plan.inputs]
-        shapes += [v.buffer.shape for v in (plan.output, *plan.more_outputs)]
+    for symbol in program.symbols:
+        shapes = [b.shape for b in program.inputs]
+        shapes += [v.buffer.shape for v in (program.output, *program.more_outputs)]
         if all(s[:1] == (Extent(1, (symbol,)),) for s in shapes if _depends(s, symbol)) and all(
-            _keeps_apart(step, symbol) for step in plan.steps
+            _keeps_apart(step, symbol) for step in program.steps
         ):
             return symbol
     return None
 
 
-def rows_of_layers(plan: Plan, symbol: str) -> list[Extent]:
+def rows_of_layers(program: Program, symbol: str) -> list[Extent]:
     """How many rows of one user the linear layers see."""
-    rows = {product(s.inputs[0].shape[:-1]) for s in plan.steps if s.kind.startswith("linear")}
+    rows = {product(s.x.shape[:-1]) for s in program.steps if s.kind.startswith("linear")}
     return [
         Extent(r.coefficient, tuple(s for s in r.symbols if s != symbol))
         for r in sorted(rows, key=str)
@@ -69,11 +50,10 @@ def _keeps_apart(step: Step, symbol: str) -> bool:
     views = [*step.inputs, *step.outputs]
     if not all(_user_by_user(view, symbol) for view in views):
         return False
-    if not _leads(step.output, symbol):
+    if not _leads(step.y, symbol):
         return not any(_leads(view, symbol) for view in views)
     if step.kind == "map":
         return not any(name == "index" and of[0] == 0 for name, *of in step.program)
-    if step.kind not in (*_BY_ROW, *_BY_ROW_OF_MANY):
-        return False
-    many = step.kind in _BY_ROW_OF_MANY
-    return len(step.inputs[0].shape) > many and _leads(step.inputs[0], symbol)
+    first = step.inputs[0]
+    many = step.kind_info.users == "apart_of_two"
+    return step.kind_info.users != "mixed" and len(first.shape) > many and _leads(first, symbol)

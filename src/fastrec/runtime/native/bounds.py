@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
-from fastrec.runtime.native.ir import Extent, View, product
+from fastrec.runtime.native.buffers import Extent, View, product
 
 Polynomial = Counter[tuple[str, ...]]
 

@@ -1,4 +1,4 @@
-"""A plan as plain JSON values, and back; what comes back is well-formed, but not yet validated."""
+"""A program as plain JSON values and back; the latter is well-formed, but not yet validated."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fastrec.runtime.native.ir import DTYPES, SPACES, Buffer, Extent, Plan, Step, View
+from fastrec.runtime.native.buffers import DTYPES, SPACES, Buffer, Extent, View
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import Step
 
 T = TypeVar("T")
 
 
-def encode_plan(plan: Plan) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """The plan's description, and its constants in the order that the description counts them."""
+def encode_program(program: Program) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """The program's description, and its constants in the order of their numbers there."""
     buffers: dict[Buffer, int] = {}
     constants: list[np.ndarray] = []
-    rows: list[list[Any]] = []
+    rows: list[dict[str, Any]] = []
 
     def buffer(b: Buffer) -> int:
         if b not in buffers:
@@ -25,49 +27,53 @@ def encode_plan(plan: Plan) -> tuple[dict[str, Any], list[np.ndarray]]:
             if b.data is not None:
                 index = len(constants)
                 constants.append(b.data)
-            rows.append([SPACES.index(b.space), DTYPES.index(b.dtype), _sizes(b.shape), index])
+            rows.append(
+                {"space": b.space, "dtype": b.dtype, "shape": _sizes(b.shape), "index": index}
+            )
         return buffers[b]
 
     def view(v: View) -> list[Any]:
         return [buffer(v.buffer), v.offset, _sizes(v.shape), _sizes(v.strides)]
 
-    inputs = [buffer(b) for b in plan.inputs]
+    inputs = [buffer(b) for b in program.inputs]
     steps = [
         {
             "kind": s.kind,
             "module": s.module,
-            "inputs": [view(v) for v in s.inputs],
-            "outputs": [view(v) for v in s.outputs],
-            "integers": [int(i) for i in s.integers],
-            "numbers": [float(n) for n in s.numbers],
-            "program": [[name, *operands] for name, *operands in s.program],
+            "operands": {
+                name: [view(v) for v in of] if isinstance(of, list) else view(of)
+                for name, of in s.operands.items()
+                if of is not None
+            },
+            "fields": s.fields,
         }
-        for s in plan.steps
+        for s in program.steps
     ]
-    output = view(plan.output)
+    outputs = [view(program.output)]
     values = {
-        "symbols": list(plan.symbols),
+        "symbols": list(program.symbols),
         "buffers": rows,
         "inputs": inputs,
         "steps": steps,
-        "output": output,
+        "outputs": outputs,
     }
     return values, constants
 
 
-def decode_plan(values: dict[str, Any], constants: Sequence[np.ndarray]) -> Plan:
-    """Reverse of :func:`encode_plan`.
+def decode_program(values: dict[str, Any], constants: Sequence[np.ndarray]) -> Program:
+    """Reverse of :func:`encode_program`.
 
     Raises:
-        TypeError, ValueError, KeyError, IndexError: the values do not describe a plan.
+        TypeError, ValueError, KeyError, IndexError: the values do not describe a program.
     """
     buffers: list[Buffer] = []
-    for space, dtype, shape, index in values["buffers"]:
-        buffer = Buffer(_one_of(DTYPES, dtype), _extents(shape), _one_of(SPACES, space))
+    for row in values["buffers"]:
+        dtype, space = _named(DTYPES, row["dtype"]), _named(SPACES, row["space"])
+        buffer = Buffer(dtype, _extents(row["shape"]), space)
         if buffer.space == "input":
-            buffer.index = integer(index)
+            buffer.index = integer(row["index"])
         elif buffer.space == "constant":
-            buffer.data = _one_of(constants, index)
+            buffer.data = _one_of(constants, row["index"])
             if buffer.data.dtype != buffer.dtype:
                 raise ValueError("a constant of another dtype")
         buffers.append(buffer)
@@ -76,29 +82,30 @@ def decode_plan(values: dict[str, Any], constants: Sequence[np.ndarray]) -> Plan
         buffer, offset, shape, strides = row
         return View(_one_of(buffers, buffer), _extents(shape), _extents(strides), integer(offset))
 
+    def operand(of: Any) -> Any:
+        return [view(v) for v in of] if of and isinstance(of[0], list) else view(of) if of else []
+
     def step(row: dict[str, Any]) -> Step:
-        *extra, output = [view(v) for v in row["outputs"]]
-        if len(extra) > 1:
-            raise ValueError("too many results")
-        return Step(
-            text(row["kind"]),
-            [view(v) for v in row["inputs"]],
-            output,
-            [integer(i) for i in row["integers"]],
-            [float(n) for n in row["numbers"]],
-            [_instruction(i) for i in row["program"]],
-            text(row["module"]),
-            extra[0] if extra else None,
-        )
+        operands = {text(name): operand(of) for name, of in row["operands"].items()}
+        fields = dict(row["fields"])
+        for name, value in fields.items():
+            if type(value) is int:
+                integer(value)
+            elif name == "program":
+                fields[name] = [_instruction(i) for i in value]
+            elif name == "distances":
+                fields[name] = [[integer(d) for d in distances] for distances in value]
+        return Step(text(row["kind"]), operands, fields, text(row["module"]))
 
     inputs = [_one_of(buffers, i) for i in values["inputs"]]
     if [b.index for b in inputs] != list(range(len(inputs))):
         raise ValueError("inputs out of order")
-    return Plan(
+    (output,) = map(view, values["outputs"])
+    return Program(
         tuple(text(s) for s in values["symbols"]),
         inputs,
         [step(row) for row in values["steps"]],
-        view(values["output"]),
+        output,
     )
 
 
@@ -132,6 +139,12 @@ def _instruction(row: Sequence[Any]) -> tuple[Any, ...]:
     if len(operands) > 3 or (name in ("number", "integer") and len(operands) != 1):
         raise ValueError("an instruction of another length")
     return (text(name), *map(check, operands))
+
+
+def _named(names: Sequence[str], name: Any) -> str:
+    if name not in names:
+        raise ValueError(f"{name!r} is none of {', '.join(names)}")
+    return text(name)
 
 
 def _one_of(sequence: Sequence[T], position: Any) -> T:

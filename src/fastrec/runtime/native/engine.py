@@ -1,4 +1,4 @@
-"""The engine that runs a plan in one native call. numpy only: torch is not imported here."""
+"""The engine that runs a whole program in one native call. numpy only: it imports no torch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from fastrec.errors import ArgumentError, DtypeError
 from fastrec.measure.ceilings import Ceilings
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.native import file
-from fastrec.runtime.native.emit import door, executor
+from fastrec.runtime.native.emit import entrance, executor
 from fastrec.runtime.native.faults import error_of
-from fastrec.runtime.native.ir import Plan
-from fastrec.runtime.native.profile import profile
+from fastrec.runtime.native.profile import Request, profile
+from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.split import CANDIDATES, candidate_positions
-from fastrec.runtime.native.state import Halves, State
+from fastrec.runtime.native.split_executors import SplitExecutors
+from fastrec.runtime.native.user_state import State
 
 
 class PlanEngine(Engine):
-    """A plan and its native executor; any number of threads may call it at once."""
+    """A program and its native executor; any number of threads may call it at once."""
 
     spin_s = 0.0005  # the kernels' pool parks after 0.3 ms
 
-    def __init__(self, plan: Plan, **about: Any) -> None:
+    def __init__(self, program: Program, **about: Any) -> None:
         super().__init__(**about)
-        self._plan = plan
-        self._executor, self._constants = executor(plan)
+        self._program = program
+        self._executor, self._constants = executor(program)
         # Where each symbol's size is found: (input, dimension).
         self._sizes = [
             next(
                 (i, d)
-                for i, buffer in enumerate(plan.inputs)
+                for i, buffer in enumerate(program.inputs)
                 for d, size in enumerate(buffer.shape)
                 if size.symbols == (symbol,) and size.coefficient == 1
             )
-            for symbol in plan.symbols
+            for symbol in program.symbols
         ]
-        self._out_shape = plan.output.shape
-        self._door = door(self._executor, self._constants, plan, self.spec)
+        self._out_shape = program.output.shape
+        self._entrance = entrance(self._executor, self._constants, program, self.spec)
         # By the candidates' positions, and whether events can be appended.
-        self._halves: dict[tuple[tuple[int, ...], bool], Halves] = {}
+        self._splits: dict[tuple[tuple[int, ...], bool], SplitExecutors] = {}
         self._building = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -52,12 +53,12 @@ class PlanEngine(Engine):
         return super().__call__(*inputs) if scores is None else scores
 
     def _straight(self, inputs: tuple[Any, ...], threads: int) -> np.ndarray | None:
-        """The scores without Python code between, where the inputs are arrays in order.
+        """The scores without Python code in between, where the inputs are arrays as the spec says.
 
-        Whatever else they are, the plain way serves it or says what is wrong.
+        None for other inputs, which :meth:`__call__` then converts or refuses.
         """
-        way = self._door  # closing the engine, maybe in another thread, takes it away
-        done = None if way is None else way(inputs, threads)
+        entrance = self._entrance  # another thread may close the engine, which unsets it
+        done = None if entrance is None else entrance(inputs, threads)
         if isinstance(done, tuple):
             fault, step, value = done
             raise self._error(fault, step, value, inputs)
@@ -80,19 +81,21 @@ class PlanEngine(Engine):
 
         Raises:
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
-            BackendError: the plan does not split there, or cannot append, and why; or the engine is
-                closed.
+            BackendError: the program does not split there, or cannot append, and why; or the engine
+                is closed.
         """
         self._require_open()
         none = candidates == () and not any(CANDIDATES in f.dims for f in self.spec.fields)
         which = () if none else candidate_positions(self.spec, candidates)
         key = (which, bool(appendable))
-        halves = self._halves.get(key)
-        if halves is None:
+        executors = self._splits.get(key)
+        if executors is None:
             with self._building:
-                halves = self._halves.get(key) or Halves(self, *key)
-                self._halves[key] = halves
-        return halves.encode(history)
+                executors = self._splits.get(key) or SplitExecutors(
+                    self._program, self.spec, self._executor, self.threads, *key
+                )
+                self._splits[key] = executors
+        return executors.encode(history)
 
     def append(self, state: State, *events: Any) -> State:
         """The state after new events, as many for each of its users; ``state`` itself stays.
@@ -113,7 +116,7 @@ class PlanEngine(Engine):
             ArgumentError, DtypeError, DeviceError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
-        return self._own(state)._halves.append(state, events)
+        return self._own(state)._executors.append(state, events)
 
     def score(self, state: State, *candidates: Any) -> Any:
         """The scores of candidates for the users of ``state``: the bits that a call with all inputs
@@ -124,13 +127,13 @@ class PlanEngine(Engine):
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
-        return self._own(state)._halves.score(state, candidates)
+        return self._own(state)._executors.score(state, candidates)
 
     def _own(self, state: Any) -> State:
         self._require_open()
         if not isinstance(state, State):
             raise DtypeError("state", "what encode returned", type(state).__name__)
-        if state._halves.engine is not self:
+        if not any(state._executors is own for own in self._splits.values()):
             raise ArgumentError("state", "one that this engine encoded", "another engine's")
         return state
 
@@ -159,7 +162,7 @@ class PlanEngine(Engine):
     def _call(self, arrays: list[np.ndarray], step_ns: np.ndarray | None = None) -> np.ndarray:
         arrays = [np.ascontiguousarray(a) for a in arrays]
         sizes = [arrays[i].shape[d] for i, d in self._sizes]
-        known = dict(zip(self._plan.symbols, sizes, strict=True))
+        known = dict(zip(self._program.symbols, sizes, strict=True))
         out = np.empty([size.at(known) for size in self._out_shape], np.float32)
         # Held until the call is over: another thread may close the engine meanwhile.
         native, _constants = self._held()
@@ -182,11 +185,15 @@ class PlanEngine(Engine):
             raise
 
     def _error(self, fault: int, step: int, value: int, arrays: Sequence[np.ndarray]) -> Exception:
-        sizes = {
+        sizes = self._sizes_of(arrays)
+        return error_of(self._program, self.spec.names, fault, step, value, sizes, arrays)
+
+    def _sizes_of(self, arrays: Sequence[np.ndarray]) -> dict[str, int]:
+        """Each symbol's size in a call."""
+        return {
             symbol: arrays[i].shape[d]
-            for symbol, (i, d) in zip(self._plan.symbols, self._sizes, strict=True)
+            for symbol, (i, d) in zip(self._program.symbols, self._sizes, strict=True)
         }
-        return error_of(self._plan, self.spec.names, fault, step, value, sizes, arrays)
 
     def profile(
         self, inputs: Sequence[Any], *, calls: int = 5, limits: bool | Ceilings = False
@@ -217,23 +224,43 @@ class PlanEngine(Engine):
             raise ArgumentError("calls", "a positive integer", calls)
         arrays = self.spec.check(inputs)[0]
         ceilings = Ceilings(self.threads) if limits is True else limits or None
+        taken = np.zeros((calls, len(self._program.steps)), np.int64)
         with kernels.call_threads(self.threads):
-            return profile(self, arrays, calls, ceilings)
+            for call in taken:
+                self._call(arrays, call)
+            request = Request(self._sizes_of(arrays), arrays)
+            return profile(self._program, request, taken, ceilings)
 
     def save(self, path: str | Path) -> Path:
         """Write one file that :func:`fastrec.runtime.load_engine` maps, without torch.
 
         Raises:
             ArtifactError: ``path`` exists and is not a native engine's file.
-            BackendError: the engine is closed, or its plan has a form that files do not hold.
+            BackendError: the engine is closed, or its program has a form that files do not hold.
         """
         self._require_open()
-        return file.save(self, path)
+        return file.write(self._program, self.spec, self._header(), path)
+
+    @classmethod
+    def load(cls, path: Path, threads: int | None = None) -> PlanEngine:
+        """Open what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            threads: threads that a call may use; None means as when it was saved.
+
+        Raises:
+            ArgumentError: ``threads`` is not a positive integer or None.
+            ArtifactError: missing, foreign, truncated, altered, newer, or an unsound program.
+            BackendError: the compiled kernels are missing, or lack what the file requires.
+        """
+        program, about = file.read(path, threads)
+        return cls(program, **about)
 
     def close(self) -> None:
         """Free the executor and the constants."""
         if not self._closed:
             super().close()
-            self._halves.clear()
-            self._door = None
+            self._splits.clear()
+            self._entrance = None
             del self._executor, self._constants

@@ -2,11 +2,11 @@
 
     prefix, 64 bytes   magic, version, 0, bytes of the header, bytes of the file, SHA-256 of all of
                        this and the header
-    header             JSON: the engine, its inputs, the plan, the place and SHA-256 of each section
+    header             JSON: the engine, its inputs, the program, place and SHA-256 of each section
     sections           the constants, each from a multiple of 64 bytes to the next section
 
-Little-endian. Nothing in it is executed; the plan is validated before it runs, since a file whose
-checksums are right may still be hostile. Processes that open one file share its pages.
+Little-endian. Nothing in it is executed; the program is validated before it runs, since a file with
+the right checksums may still be hostile. Processes that open one file share its pages.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastrec import kernels
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, FastrecError
 from fastrec.runtime.engine import PRECISIONS
-from fastrec.runtime.native.codec import decode_plan, encode_plan, integer, text
-from fastrec.runtime.native.ir import DTYPES
+from fastrec.runtime.native.buffers import DTYPES
+from fastrec.runtime.native.codec import decode_program, encode_program, integer, text
+from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.validate import validate
 from fastrec.spec import InputSpec
 
-if TYPE_CHECKING:
-    from fastrec.runtime.native.engine import PlanEngine
-
 MAGIC = b"\x89fastrec"
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("<8sIIQQ")
 _DIGEST = 32
 _LINE = 64
@@ -45,20 +43,26 @@ _MAX_THREADS = 1024
 _MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
 
 
-def save(engine: PlanEngine, path: str | Path) -> Path:
-    """Write the engine; the file appears under its name only once it is whole.
+def write(program: Program, spec: InputSpec, about: dict[str, Any], path: str | Path) -> Path:
+    """Write an engine; the file appears under its name only once it is complete.
+
+    Args:
+        program: what it runs.
+        spec: its inputs.
+        about: what the header says of the engine.
+        path: of the file.
 
     Raises:
         ArtifactError: ``path`` exists and is not a native engine's file.
-        BackendError: the plan has a form that files do not hold, and which.
+        BackendError: the program has a form that files do not hold, and which.
         OSError: the disk is full, or the folder may not be written; an older file is as it was.
     """
     path = Path(path)
     if path.exists() and not is_engine_file(path):
         raise ArtifactError(f"{path} exists and is not a native engine's file; it is left as it is")
-    values, constants = encode_plan(engine._plan)
+    values, constants = encode_program(program)
     try:
-        validate(engine._plan, engine.spec)
+        validate(program, spec)
     except ArtifactError as error:
         raise BackendError(f"this engine cannot be saved: {error}") from error
     sections, position = [], 0
@@ -72,11 +76,11 @@ def save(engine: PlanEngine, path: str | Path) -> Path:
         position += data.nbytes + len(padding)
     header = json.dumps(
         {
-            **engine._header(),
+            **about,
             # Weights are stored as every instruction set reads them, and packed when loaded.
             "requires": "scalar",
             "saved_on": kernels.active_isa(),
-            "plan": values,
+            "program": values,
             "sections": sections,
         }
     ).encode()
@@ -110,8 +114,8 @@ def is_engine_file(path: Path) -> bool:
         return False
 
 
-def load(path: Path, threads: int | None) -> PlanEngine:
-    """Open what :func:`save` wrote.
+def read(path: Path, threads: int | None) -> tuple[Program, dict[str, Any]]:
+    """The validated program of a file that :func:`write` wrote, and what it says of its engine.
 
     Raises:
         ArgumentError: ``threads`` is not a positive integer or None.
@@ -123,17 +127,15 @@ def load(path: Path, threads: int | None) -> PlanEngine:
     if threads is not None and not 1 <= threads <= _MAX_THREADS:
         raise ArgumentError("threads", "a positive integer or None", threads)
     header, memory = _open(path)
-    from fastrec.runtime.native.engine import PlanEngine
-
     try:
         isa = text(header["requires"])
         if isa not in kernels.available_isas():
             raise BackendError(f"{path} needs the instruction set {isa}, which this CPU lacks")
         constants = [_section(memory, row, path) for row in header["sections"]]
-        plan = decode_plan(header["plan"], constants)
+        program = decode_program(header["program"], constants)
         about = _about(header)
-        validate(plan, about["spec"])
-        return PlanEngine(plan, **{**about, "threads": threads or about["threads"]})
+        validate(program, about["spec"])
+        return program, {**about, "threads": threads or about["threads"]}
     except FastrecError as error:
         if isinstance(error, ArtifactError):
             raise ArtifactError(f"{path}: {error}") from error
@@ -197,7 +199,7 @@ def _section(memory: np.ndarray, row: dict[str, Any], path: Path) -> np.ndarray:
 
 
 def _about(header: dict[str, Any]) -> dict[str, Any]:
-    """What the engine says of itself, held to its types."""
+    """The header's description of the engine, its types checked."""
     spec = InputSpec.from_dict(header["spec"])
     for field in spec.fields:
         text(field.name)

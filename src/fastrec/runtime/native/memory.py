@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastrec.runtime.native.ir import Buffer, Extent, Plan
+from fastrec.runtime.native.buffers import Buffer, Extent
+from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.rows import RowGroup
 
 
-def lifetimes(plan: Plan, groups: Sequence[RowGroup] = ()) -> dict[Buffer, tuple[int, int]]:
+def lifetimes(program: Program, groups: Sequence[RowGroup] = ()) -> dict[Buffer, tuple[int, int]]:
     """First and last step of every arena buffer. Threads are at different steps of a group, so
     what one of its steps uses is in use throughout.
     """
     within = {p: (g.begin, g.end - 1) for g in groups for p in range(g.begin, g.end)}
     spans: dict[Buffer, tuple[int, int]] = {}
-    for position, step in enumerate(plan.steps):
+    for position, step in enumerate(program.steps):
         begin, end = within.get(position, (position, position))
         for view in (*step.inputs, *step.outputs):
             if view.buffer.space == "arena":
@@ -24,7 +25,7 @@ def lifetimes(plan: Plan, groups: Sequence[RowGroup] = ()) -> dict[Buffer, tuple
 
 
 def assign_slots(
-    plan: Plan, itemsize: dict[str, int], groups: Sequence[RowGroup] = ()
+    program: Program, itemsize: dict[str, int], groups: Sequence[RowGroup] = ()
 ) -> list[list[Extent]]:
     """Give every arena buffer the slot whose last user is done and whose size fits best.
 
@@ -36,7 +37,9 @@ def assign_slots(
     """
     slots: list[list[Extent]] = []
     busy_until: list[int] = []
-    for buffer, (first, last) in sorted(lifetimes(plan, groups).items(), key=lambda item: item[1]):
+    for buffer, (first, last) in sorted(
+        lifetimes(program, groups).items(), key=lambda item: item[1]
+    ):
         size = Extent(itemsize[buffer.dtype])
         for extent in buffer.shape:
             size = size * extent

@@ -1,4 +1,4 @@
-"""What each step of a plan costs, and what the machine would allow at best."""
+"""The cost of each step of a program, and the least time that the machine allows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastrec import kernels
-from fastrec.runtime.native.emit import ITEMSIZE
-from fastrec.runtime.native.ir import Step, View, product
+from fastrec.runtime.native.buffers import ITEMSIZE, View, product
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import Step
 
 if TYPE_CHECKING:
     from fastrec.measure.ceilings import Ceilings
-    from fastrec.runtime.native.engine import PlanEngine
 
 # Step kind -> the op whose kernel it calls, where that is not its own name.
 _KERNELS = {
@@ -64,25 +64,23 @@ class Request:
 
 
 def profile(
-    engine: PlanEngine, arrays: list[np.ndarray], calls: int, ceilings: Ceilings | None = None
+    program: Program, request: Request, taken: np.ndarray, ceilings: Ceilings | None = None
 ) -> list[dict[str, Any]]:
-    """One row a step; see ``PlanEngine.profile``."""
-    plan = engine._plan
-    taken = np.zeros((calls, len(plan.steps)), np.int64)
-    for call in taken:
-        engine._call(arrays, call)
-    sizes = {
-        symbol: arrays[i].shape[d]
-        for symbol, (i, d) in zip(plan.symbols, engine._sizes, strict=True)
-    }
-    request = Request(sizes, arrays)
-    costs = [cost(step, request) for step in plan.steps]
+    """One row a step; see ``PlanEngine.profile``.
+
+    Args:
+        program: the steps.
+        request: of the calls that were timed.
+        taken: [calls, steps] int64, nanoseconds.
+        ceilings: of this machine, or None.
+    """
+    costs = [cost(step, request) for step in program.steps]
     # Between two calls of a step all others use the caches too.
     resident = sum(c.constants for c in costs) + max(
         (c.activations + c.written for c in costs), default=0
     )
     rows = []
-    for step, of, ns in zip(plan.steps, costs, taken.T, strict=True):
+    for step, of, ns in zip(program.steps, costs, taken.T, strict=True):
         row = _row(step, of, float(ns.min()) / 1e3, float(np.median(ns)) / 1e3)
         if ceilings is not None:
             row.update(_limit(of, row["us"], resident, ceilings))
@@ -91,7 +89,7 @@ def profile(
 
 
 def cost(step: Step, request: Request) -> Cost:
-    """What a step reads, writes and computes."""
+    """Bytes and multiply-adds of a step."""
     constants = _bytes((v for v in step.inputs if v.buffer.data is not None), request)
     activations = _bytes((v for v in step.inputs if v.buffer.data is None), request)
     written = _bytes(step.outputs, request)
@@ -121,14 +119,14 @@ def _moves(step: Step, request: Request, moved: Cost) -> Cost:
 
 def _gather(step: Step, request: Request, moved: Cost) -> Cost:
     # Of the table, the rows asked for.
-    ids, table, *scale = step.inputs
-    rows = min(product(ids.shape).at(request.sizes), table.shape[0].coefficient)
-    row = table.shape[1].coefficient * ITEMSIZE[table.dtype] + 4 * len(scale)
+    table = step.table
+    rows = min(product(step.ids.shape).at(request.sizes), table.shape[0].coefficient)
+    row = table.shape[1].coefficient * ITEMSIZE[table.dtype] + 4 * (step.scale is not None)
     return Cost(rows * row, moved.activations, moved.written, None, "")
 
 
 def _linear(step: Step, request: Request, moved: Cost) -> Cost:
-    results, inputs = product(step.output.shape), step.inputs[0].shape[-1]
+    results, inputs = product(step.y.shape), step.x.shape[-1]
     macs = (results * inputs).at(request.sizes)
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32", 1.0)
 
@@ -139,21 +137,20 @@ def _linear_bf16(step: Step, request: Request, moved: Cost) -> Cost:
 
 
 def _linear_int8(step: Step, request: Request, moved: Cost) -> Cost:
-    outputs, inputs = step.integers[:2]
-    values = step.inputs[1].buffer.data
+    outputs, inputs = step.fields["outputs"], step.fields["inputs"]
+    values = step.values.buffer.data
     assert values is not None
     density = values.nbytes / _GROUP_BYTES / (_ceil_div(outputs, 32) * _ceil_div(inputs, 4))
-    macs = round(product(step.output.shape).at(request.sizes) * inputs * density)
+    macs = round(product(step.y.shape).at(request.sizes) * inputs * density)
     return Cost(moved.constants, moved.activations, moved.written, macs, "int8", round(density, 4))
 
 
 def _attention(step: Step, request: Request, moved: Cost) -> Cost:
-    q, k = step.inputs[:2]
-    batch, heads, rows, dims = (size.at(request.sizes) for size in q.shape)
-    keys = k.shape[2].at(request.sizes)
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.q.shape)
+    keys = step.k.shape[2].at(request.sizes)
     total, activations = batch * keys, moved.activations
-    if step.integers[0] and step.inputs[3].buffer.space == "input":
-        lengths = request.arrays[step.inputs[3].buffer.index].reshape(-1)
+    if step.lengths is not None and step.lengths.buffer.space == "input":
+        lengths = request.arrays[step.lengths.buffer.index].reshape(-1)
         total = int(np.where(lengths == 0, keys, lengths).sum())
         activations -= 2 * 4 * heads * dims * (batch * keys - total)
     macs = 2 * total * heads * rows * dims
@@ -162,7 +159,7 @@ def _attention(step: Step, request: Request, moved: Cost) -> Cost:
 
 def _causal_attention(step: Step, request: Request, moved: Cost) -> Cost:
     # Query i meets i + 1 keys.
-    batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.q.shape)
     macs = batch * heads * dims * rows * (rows + 1)
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
 
@@ -170,47 +167,43 @@ def _causal_attention(step: Step, request: Request, moved: Cost) -> Cost:
 def _masked_attention(step: Step, request: Request, moved: Cost) -> Cost:
     # Which scores the mask hides is known at a call alone: all count but those a causal one leaves
     # out.
-    batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
-    keys = step.inputs[1].shape[2].at(request.sizes)
-    scores = sum(min(keys, i + 1) for i in range(rows)) if step.integers[1] else rows * keys
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.q.shape)
+    keys = step.k.shape[2].at(request.sizes)
+    scores = sum(min(keys, i + 1) for i in range(rows)) if step.causal else rows * keys
     macs = 2 * batch * heads * dims * scores
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
 
 
 def _grouped_linear(step: Step, request: Request, moved: Cost) -> Cost:
-    macs = product(step.output.shape).at(request.sizes) * step.inputs[1].shape[2].coefficient
+    macs = product(step.y.shape).at(request.sizes) * step.weight.shape[2].coefficient
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32", 1.0)
 
 
 def _separable_projection(step: Step, request: Request, moved: Cost) -> Cost:
     # Padding, which the kernel leaves out, counts.
-    x, depthwise, pointwise = step.inputs[:3]
-    macs = product((*x.shape, depthwise.shape[1])).at(request.sizes)
-    macs += product(step.output.shape).at(request.sizes) * pointwise.shape[2].coefficient
+    macs = product((*step.x.shape, step.depthwise.shape[1])).at(request.sizes)
+    macs += product(step.y.shape).at(request.sizes) * step.pointwise.shape[2].coefficient
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32", 1.0)
 
 
 def _window_sparse_attention(step: Step, request: Request, moved: Cost) -> Cost:
     # Scores of the pattern without padding, cut at the sequence's ends.
-    batch, heads, rows, dims = (size.at(request.sizes) for size in step.inputs[0].shape)
-    keys = step.inputs[1].shape[2].at(request.sizes)
+    batch, heads, rows, dims = (size.at(request.sizes) for size in step.q.shape)
+    keys = step.k.shape[2].at(request.sizes)
     int8 = step.kind == "window_sparse_attention_int8"
-    _, causal, window, lists, *rest = step.integers
-    rest = rest[2:] if int8 else rest
     scores = 0
-    for _ in range(lists):
-        far, rest = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
-        distances = [*range(1, min(window, max(rows, keys) - 1) + 1), *far]
-        shifts = [0, *(-d for d in distances), *([] if causal else distances)]
+    for far in step.distances:
+        distances = [*range(1, min(step.window, max(rows, keys) - 1) + 1), *far]
+        shifts = [0, *(-d for d in distances), *([] if step.causal else distances)]
         pairs = sum(max(0, min(rows, keys - s) - max(0, -s)) for s in shifts)
-        scores += pairs * (heads if lists == 1 else 1)
+        scores += pairs * (heads if len(step.distances) == 1 else 1)
     macs = 2 * batch * scores * dims
     peak = "int8" if int8 else "fp32"
     return Cost(moved.constants, moved.activations, moved.written, macs, peak)
 
 
 def _matmul(step: Step, request: Request, moved: Cost) -> Cost:
-    macs = product((*step.output.shape, step.inputs[0].shape[-1])).at(request.sizes)
+    macs = product((*step.y.shape, step.a.shape[-1])).at(request.sizes)
     return Cost(moved.constants, moved.activations, moved.written, macs, "fp32")
 
 
@@ -239,7 +232,7 @@ _COSTS: dict[str, Callable[[Step, Request, Cost], Cost]] = {
 def _row(step: Step, of: Cost, best: float, median: float) -> dict[str, Any]:
     op = _KERNELS.get(step.kind, step.kind)
     shown = op if step.kind in _SHOWN else step.kind
-    if step.kind == "gather" and len(step.inputs) == 3:
+    if step.kind == "gather" and step.scale is not None:
         op = shown = "int8_embedding"
     isa = _isa_of(op, step)
     constants = {v.buffer for v in step.inputs if v.buffer.data is not None}

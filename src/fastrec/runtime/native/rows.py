@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastrec.runtime.native.ir import Buffer, Extent, Plan, Shape, Step, View
+from fastrec.runtime.native.buffers import Buffer, Extent, Shape, View
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import Step
 
 # A layer whose weights outgrow a core's second cache is better shared out by its outputs: each core
 # then reads a part of them.
@@ -16,13 +18,11 @@ _MAX_WEIGHTS = 1 << 20
 # The window of an attention where every query sees every key: so it is also for a part of the
 # queries, whose positions then count from 0 again.
 EVERYTHING = 1 << 30
-# csrc/cpu/engine/{linear_int8,layer_norm}.cpp: which integer says that x, or y, is in tiles.
-TILES_IN, TILES_OUT = 6, {"linear_int8": 7, "layer_norm": 2}
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Steps ``begin`` to ``end - 1`` of a plan, apart for each of ``symbol``'s rows."""
+    """Steps ``begin`` to ``end - 1`` of a program, apart for each of ``symbol``'s rows."""
 
     begin: int
     end: int
@@ -31,99 +31,72 @@ class RowGroup:
 
 def tiled(step: Step) -> list[View]:
     """The views of a step whose bytes are in tiles."""
-    found = []
-    if step.kind == "linear_int8" and step.integers[TILES_IN]:
-        found.append(step.inputs[0])
-    if step.kind in TILES_OUT and step.integers[TILES_OUT[step.kind]]:
-        found.append(step.output)
-    return found
+    fields = {"x_tiles": "x", "y_tiles": "y"}
+    return [getattr(step, name) for field, name in fields.items() if step.fields.get(field)]
 
 
 def row_symbol(step: Step, users: str | None) -> str | None:
     """The symbol whose rows a step keeps apart, as far as is known; None where it has none."""
-    found = row_dimension(step.output.shape, users)
+    found = row_dimension(step.y.shape, users)
     if found is None:
         return None
     at, symbol = found
-    last = len(step.output.shape) - 1
+    last = len(step.y.shape) - 1
+    rows_of = step.kind_info.rows
     apart = False
     if step.kind == "map":
         indexed = any(name == "index" and of[0] == at for name, *of in step.program)
         apart = at < last and not indexed
-    elif step.kind == "gather":
-        table = (view for view in step.inputs[1:])
+    elif rows_of == "elements":
+        table = step.inputs[1:]
         apart = row_dimension(step.inputs[0].shape, users) == found and at < last
         apart = apart and not any(symbol in s.symbols for v in table for s in v.buffer.shape)
-    elif step.kind in ("layer_norm", "linear", "linear_bf16", "linear_int8"):
+    elif rows_of == "last":
         weights = sum(v.buffer.data.nbytes for v in step.inputs if v.buffer.data is not None)
         rows = [v for v in (*step.inputs, *step.outputs) if v.buffer.data is None]
         apart = at < last and weights <= _MAX_WEIGHTS
         apart = apart and all(row_dimension(v.shape, users) == found for v in rows)
-    elif step.kind == "attention" or _sees_everything(step):
+    elif rows_of == "queries" and _sees_everything(step):
         # The queries' rows; all see all keys.
-        keys = (view for view in step.inputs[1:])
-        apart = row_dimension(step.inputs[0].shape, users) == (2, symbol) and at == 1
+        keys = step.inputs[1:]
+        apart = row_dimension(step.q.shape, users) == (2, symbol) and at == 1
         apart = apart and not any(symbol in s.symbols for v in keys for s in v.buffer.shape)
     return symbol if apart and all(each_its_own(v, symbol) for v in step.inputs) else None
 
 
 def _sees_everything(step: Step) -> bool:
-    return step.kind == "window_sparse_attention_int8" and step.integers[1:3] == [0, EVERYTHING]
+    """Whether every query of an attention sees every key."""
+    window, causal = step.fields.get("window", EVERYTHING), step.fields.get("causal", False)
+    return bool(window == EVERYTHING and not causal)
 
 
-def order_by_rows(plan: Plan, users: str | None) -> None:
-    """Bring steps on the same rows together, as far as what they read allows."""
-    writers = plan.writer()
-    position = {step: p for p, step in enumerate(plan.steps)}
-    symbol = {step: row_symbol(step, users) for step in plan.steps}
-    # Of a buffer that several steps fill, what a step reads was written before it.
-    needed = {
-        step: {
-            w
-            for v in step.inputs
-            for w in writers.get(v.buffer, ())
-            if position[w] < position[step]
-        }
-        for step in plan.steps
-    }
-    pending, done = list(plan.steps), []
-    current: str | None = None
-    while pending:
-        ready = [step for step in pending if needed[step].isdisjoint(pending)]
-        step = next((s for s in ready if symbol[s] == current), ready[0])
-        pending.remove(step)
-        done.append(step)
-        current = symbol[step]
-    plan.steps = done
-
-
-def row_groups(plan: Plan, users: str | None) -> list[RowGroup]:
+def row_groups(program: Program, users: str | None) -> list[RowGroup]:
     """The groups of two steps and more."""
     groups: list[RowGroup] = []
     begin = 0
-    symbols = [row_symbol(step, users) for step in plan.steps]
+    symbols = [row_symbol(step, users) for step in program.steps]
     for end in range(1, len(symbols) + 1):
         if end < len(symbols) and symbols[end] == symbols[begin]:
             continue
         symbol = symbols[begin]
         if symbol is not None:
-            begin, end_of = _with_whole_tiles(plan, begin, end)
+            begin, end_of = _with_whole_tiles(program, begin, end)
             if end_of - begin > 1:
                 groups.append(RowGroup(begin, end_of, symbol))
         begin = end
     return groups
 
 
-def _with_whole_tiles(plan: Plan, begin: int, end: int) -> tuple[int, int]:
+def _with_whole_tiles(program: Program, begin: int, end: int) -> tuple[int, int]:
     """The group without the steps at its ends that share tiles with steps outside."""
 
     def outside(step: Step) -> bool:
         buffers: set[Buffer] = {view.buffer for view in tiled(step)}
-        others = (*plan.steps[:begin], *plan.steps[end:])
+        others = (*program.steps[:begin], *program.steps[end:])
         return any(v.buffer in buffers for other in others for v in (*other.inputs, *other.outputs))
 
     while begin < end:
-        at_fault = [p for p in range(begin, end) if outside(plan.steps[p])]
+        at_fault = [p for p in range(begin, end) if outside(program.steps[p])]
         if not at_fault:
             break
         if at_fault[0] - begin < end - 1 - at_fault[-1]:

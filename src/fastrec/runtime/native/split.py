@@ -1,4 +1,4 @@
-"""A plan in two: what depends on the history alone, and what reads the candidates.
+"""A program in two: what depends on the history alone, and what reads the candidates.
 
 A step belongs to the second part if it reads a candidate input, something computed from one, or a
 size that only the candidates bring. What the second part reads of the first is the state.
@@ -7,11 +7,14 @@ size that only the candidates bring. What the second part reads of the first is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastrec.errors import ArgumentError, BackendError
-from fastrec.runtime.native.ir import Buffer, Plan, Step, View
+from fastrec.runtime.native import steps as kinds_of_steps
+from fastrec.runtime.native.buffers import Buffer, View
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import Step
 from fastrec.spec import InputSpec
 
 # The symbol of the candidates' number in the specs of fastrec's own models.
@@ -22,19 +25,19 @@ _COPIED = ("float32", "int64", "bool")
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts, each a plan on buffers of its own.
+    """The two parts, each a program on buffers of its own.
 
     Attributes:
         encode: inputs: the history's; outputs: the computed part of the state.
         score: inputs: the candidates', then the computed part of the state, then ``kept``; None
             where the state is all that there is.
-        history, candidates: positions of the whole plan's inputs.
+        history, candidates: positions of the whole program's inputs.
         kept: those history inputs that ``score`` reads as they are, part of the state too.
-        encode_origins, score_origins: the whole plan's step behind each step, or -1.
+        encode_origins, score_origins: the whole program's step behind each step, or -1.
     """
 
-    encode: Plan
-    score: Plan | None
+    encode: Program
+    score: Program | None
     history: tuple[int, ...]
     candidates: tuple[int, ...]
     kept: tuple[int, ...]
@@ -75,70 +78,81 @@ def candidate_positions(
     return tuple(sorted(set(found)))
 
 
-def split(plan: Plan, candidates: Sequence[int]) -> Split:
-    """The plan in two parts, with ``candidates`` the positions of the second part's own inputs.
+def split(program: Program, candidates: Sequence[int]) -> Split:
+    """The program in two parts, with ``candidates`` the positions of the second part's own inputs.
 
     Raises:
-        BackendError: the plan does not split, and why.
+        BackendError: the program does not split, and why.
     """
-    history = tuple(i for i in range(len(plan.inputs)) if i not in candidates)
-    symbols = _symbols([plan.inputs[i] for i in history], plan.symbols)
-    late = _late_steps(plan, {plan.inputs[i] for i in candidates}, set(symbols))
-    moved = _moved(plan, late)
-    parts = [_Part(plan, history), _Part(plan, (*candidates, *history))]
+    history = tuple(i for i in range(len(program.inputs)) if i not in candidates)
+    symbols = _symbols([program.inputs[i] for i in history], program.symbols)
+    late = _late_steps(program, {program.inputs[i] for i in candidates}, set(symbols))
+    moved = _moved(program, late)
+    parts = [_Part(program, history), _Part(program, (*candidates, *history))]
     steps: tuple[list[Step], list[Step]] = ([], [])
     origins: tuple[list[int], list[int]] = ([], [])
     for view, apart in moved.items():
         # What the first part computes of a buffer that the second fills up is copied into it.
-        steps[1].append(Step("map", [parts[1].view(apart)], parts[1].view(view)))
+        steps[1].append(
+            kinds_of_steps.map(x=[parts[1].view(apart)], y=parts[1].view(view), program=[])
+        )
         origins[1].append(-1)
-    for position, step in enumerate(plan.steps):
+    for position, step in enumerate(program.steps):
         where = int(position in late)
         replaced = {} if where else moved
         steps[where].append(parts[where].step(step, replaced))
         origins[where].append(position)
     early_writes = {
         moved.get(v, v).buffer: None
-        for position, step in enumerate(plan.steps)
+        for position, step in enumerate(program.steps)
         if position not in late
         for v in step.outputs
     }
     state = [buffer for buffer in early_writes if buffer in parts[1].copies]
-    kept = tuple(i for i in history if plan.inputs[i] in parts[1].read)
-    _refuse(plan, late, state, parts[0], history)
+    kept = tuple(i for i in history if program.inputs[i] in parts[1].read)
+    _refuse(program, late, state, parts[0], history)
     for index, buffer in enumerate(state):
         copy = parts[1].copies[buffer]
         copy.space, copy.index = "input", len(candidates) + index
     for index, i in enumerate(kept):
-        parts[1].copies[plan.inputs[i]].index = len(candidates) + len(state) + index
+        parts[1].copies[program.inputs[i]].index = len(candidates) + len(state) + index
     first, *rest = [parts[0].copies[buffer].view() for buffer in state]
-    inputs = [*(plan.inputs[i] for i in candidates), *state, *(plan.inputs[i] for i in kept)]
+    inputs = [*(program.inputs[i] for i in candidates), *state, *(program.inputs[i] for i in kept)]
+    own = [parts[0].copies[program.inputs[i]] for i in history]
     return Split(
-        Plan(symbols, [parts[0].copies[plan.inputs[i]] for i in history], steps[0], first, rest),
-        Plan(plan.symbols, [parts[1].copies[b] for b in inputs], steps[1],
-             parts[1].view(plan.output)),
-        history, tuple(candidates), kept, tuple(origins[0]), tuple(origins[1]),
-    )  # fmt: skip
+        Program(symbols, own, steps[0], first, rest),
+        Program(
+            program.symbols,
+            [parts[1].copies[b] for b in inputs],
+            steps[1],
+            parts[1].view(program.output),
+        ),
+        history,
+        tuple(candidates),
+        kept,
+        tuple(origins[0]),
+        tuple(origins[1]),
+    )
 
 
-def whole(plan: Plan) -> Split:
-    """A plan without candidates: all of it is the first part, its output the state."""
-    every = tuple(range(len(plan.inputs)))
-    part = _Part(plan, every)
-    steps = [part.step(step, {}) for step in plan.steps]
-    inputs = [part.copies[buffer] for buffer in plan.inputs]
-    encode = Plan(plan.symbols, inputs, steps, part.view(plan.output))
+def whole(program: Program) -> Split:
+    """A program without candidates: all of it is the first part, its output the state."""
+    every = tuple(range(len(program.inputs)))
+    part = _Part(program, every)
+    steps = [part.step(step, {}) for step in program.steps]
+    inputs = [part.copies[buffer] for buffer in program.inputs]
+    encode = Program(program.symbols, inputs, steps, part.view(program.output))
     return Split(encode, None, every, (), (), tuple(range(len(steps))), ())
 
 
 class _Part:
-    """Copies of a plan's buffers, views and steps, made as they are asked for."""
+    """Copies of a program's buffers, views and steps, made as they are asked for."""
 
-    def __init__(self, plan: Plan, inputs: Sequence[int]) -> None:
+    def __init__(self, program: Program, inputs: Sequence[int]) -> None:
         self.copies: dict[Buffer, Buffer] = {}
         self.read: set[Buffer] = set()
         for index, i in enumerate(inputs):
-            self.copies[plan.inputs[i]] = dataclasses.replace(plan.inputs[i], index=index)
+            self.copies[program.inputs[i]] = dataclasses.replace(program.inputs[i], index=index)
 
     def view(self, view: View) -> View:
         buffer = view.buffer
@@ -150,13 +164,9 @@ class _Part:
         return dataclasses.replace(view, buffer=self.copies[buffer])
 
     def step(self, step: Step, replaced: dict[View, View]) -> Step:
-        of: Callable[[View], View] = lambda v: self.view(replaced.get(v, v))  # noqa: E731
-        return dataclasses.replace(
-            step,
-            inputs=[of(v) for v in step.inputs],
-            output=of(step.output),
-            extra_output=None if step.extra_output is None else of(step.extra_output),
-        )
+        made = step.copy()
+        made.map_operands(lambda v: self.view(replaced.get(v, v)))
+        return made
 
 
 def _symbols(inputs: Sequence[Buffer], symbols: Sequence[str]) -> tuple[str, ...]:
@@ -165,14 +175,14 @@ def _symbols(inputs: Sequence[Buffer], symbols: Sequence[str]) -> tuple[str, ...
     return tuple(symbol for symbol in symbols if (symbol,) in found)
 
 
-def _late_steps(plan: Plan, candidates: set[Buffer], symbols: set[str]) -> set[int]:
+def _late_steps(program: Program, candidates: set[Buffer], symbols: set[str]) -> set[int]:
     """Positions of the steps of the second part."""
     stuck: set[int] = set()
     while True:
         late: set[int] = set()
         written: dict[Buffer, list[tuple[View, int]]] = {}
 
-        for position, step in enumerate(plan.steps):
+        for position, step in enumerate(program.steps):
             sizes = [
                 size
                 for view in (*step.inputs, *step.outputs)
@@ -206,13 +216,13 @@ def _writers(written: dict[Buffer, list[tuple[View, int]]], view: View) -> list[
     return exact or [position for _, position in parts]
 
 
-def _moved(plan: Plan, late: set[int]) -> dict[View, View]:
+def _moved(program: Program, late: set[int]) -> dict[View, View]:
     """Parts that the first part writes of a buffer which the second writes too -> a buffer of
     their own."""
-    shared = {v.buffer for p, step in enumerate(plan.steps) if p in late for v in step.outputs}
+    shared = {v.buffer for p, step in enumerate(program.steps) if p in late for v in step.outputs}
     return {
         v: Buffer(v.dtype, v.shape).view()
-        for position, step in enumerate(plan.steps)
+        for position, step in enumerate(program.steps)
         if position not in late
         for v in step.outputs
         if v.buffer in shared
@@ -220,14 +230,14 @@ def _moved(plan: Plan, late: set[int]) -> dict[View, View]:
 
 
 def _refuse(
-    plan: Plan, late: set[int], state: list[Buffer], early: _Part, history: Sequence[int]
+    program: Program, late: set[int], state: list[Buffer], early: _Part, history: Sequence[int]
 ) -> None:
     """Raise BackendError where one of the parts would be empty."""
     why = None
-    output = plan.output.buffer
-    if not any(v.buffer is output for p in late for v in plan.steps[p].outputs):
+    output = program.output.buffer
+    if not any(v.buffer is output for p in late for v in program.steps[p].outputs):
         why = "its scores do not depend on the candidates"
-    elif not any(plan.inputs[i] in early.read for i in history):
+    elif not any(program.inputs[i] in early.read for i in history):
         why = "every step that reads the history reads the candidates too"
     elif not state:
         why = "its scores do not depend on the history"

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import ONE, Buffer, Extent, View
-from fastrec.runtime.native.lower import Lowerer, lowers
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import ONE, Buffer, Extent, View
+from fastrec.runtime.native.lowerer import Lowerer
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
 MOST_DIMS = 256  # csrc/cpu/window_sparse_attention: kMaxDims
@@ -34,31 +36,29 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
             lengths = padding_lengths(to, mask, k.shape[2])
     q, k, v = (to.rows_contiguous(x) for x in (q, k, v))
     batch, heads, queries, dims = q.shape
+    shape = (batch, queries, heads, dims)
     scale = kwargs.get("scale")
     scale = float(dims.coefficient) ** -0.5 if scale is None else scale
     if causal or (mask is not None and lengths is None):
-        added = [] if mask is None else [_added(to, node, _uncopied(to, mask), q, k)]
-        inputs = [q, k, v, *added]
         # The window-sparse kernel has as many queries as keys.
-        fast = mask is None and queries == k.shape[2] and dims.coefficient <= MOST_DIMS
-        out = to.emit(
-            node,
-            "causal_attention" if fast else "masked_attention",
-            inputs,
-            (batch, queries, heads, dims),
-            integers=[] if fast else [int(mask is not None), int(causal), 0, 0],
-            numbers=[scale],
-        )
-        return out.permuted((0, 2, 1, 3))
-    inputs = [q, k, v, *([] if lengths is None else [lengths])]
-    out = to.emit(
-        node,
-        "attention",
-        inputs,
-        (batch, queries, heads, dims),
-        integers=[int(lengths is not None)],
-        numbers=[scale],
-    )
+        if mask is None and queries == k.shape[2] and dims.coefficient <= MOST_DIMS:
+            out = to.emit(node, steps.causal_attention, shape, q=q, k=k, v=v, scale=scale)
+        else:
+            out = to.emit(
+                node,
+                steps.masked_attention,
+                shape,
+                q=q,
+                k=k,
+                v=v,
+                mask=None if mask is None else _added(to, node, _uncopied(to, mask), q, k),
+                scale=scale,
+                causal=bool(causal),
+                caps=False,
+                empty_is_nan=False,
+            )
+    else:
+        out = to.emit(node, steps.attention, shape, q=q, k=k, v=v, lengths=lengths, scale=scale)
     return out.permuted((0, 2, 1, 3))
 
 
@@ -78,12 +78,12 @@ def _is_causal(mask: View) -> bool:
 def _uncopied(to: Lowerer, mask: View) -> View:
     """The mask before copies that spread it over heads and queries: nn.MultiheadAttention makes
     one a head. The kernel takes a mask of the keys alone for padding, and leaves that out."""
-    made = {step.output.buffer: step for step in to.steps}
+    made = to.writers()
     while (step := made.get(mask.buffer)) is not None:
-        whole = mask.offset == 0 and mask.is_contiguous and mask.shape == step.output.shape
-        if step.kind != "map" or step.program or not whole:
+        whole = mask.offset == 0 and mask.is_contiguous and mask.shape == step.y.shape
+        if not step.is_copy or not whole:
             return mask
-        mask = step.inputs[0]
+        (mask,) = step.x
     return mask
 
 
@@ -108,24 +108,26 @@ def padding_lengths(to: Lowerer, mask: View, keys: Extent) -> View | None:
 
     Recognised: (length - (1, 2, .. L) < 0) * -C, C >= 10,000, broadcast over heads and queries.
     """
-    made = {step.output.buffer: step for step in to.steps}
+    made = to.writers()
     if any(s != ONE for s in mask.shape[1:3]):
         return None
     product_ = made.get(mask.buffer)
-    if product_ is None or [i[0] for i in product_.program] != ["number", "mul_f32"]:
+    if product_ is None or product_.kind != "map":
+        return None
+    if [name for name, *_ in product_.program] != ["number", "mul_f32"]:
         return None
     if product_.program[0][1] > -1e4:
         return None
-    cast = made.get(product_.inputs[0].buffer)
-    if cast is None or cast.program != [("to_f32", 0)]:
+    cast = made.get(product_.x[0].buffer)
+    if cast is None or not cast.computes(("to_f32", 0)):
         return None
-    less = made.get(cast.inputs[0].buffer)
-    if less is None or less.program != [("integer", 0), ("lt_i64", 0, 1)]:
+    less = made.get(cast.x[0].buffer)
+    if less is None or not less.computes(("integer", 0), ("lt_i64", 0, 1)):
         return None
-    age = made.get(less.inputs[0].buffer)
-    if age is None or age.program != [("sub_i64", 0, 1)]:
+    age = made.get(less.x[0].buffer)
+    if age is None or not age.computes(("sub_i64", 0, 1)):
         return None
-    length, positions = age.inputs
+    length, positions = age.x
     if length.strides[1] != Extent(0) or not _counts_from_one(made, positions, keys):
         return None
     return length.selected(1, 0)
@@ -136,5 +138,6 @@ def _counts_from_one(made: dict[Buffer, Any], positions: View, keys: Extent) -> 
         row = positions.constant[0]
         return keys.number == len(row) and bool(np.array_equal(row, np.arange(1, len(row) + 1)))
     step = made.get(positions.buffer)
-    wanted = [("index", 0), ("integer", 1), ("add_i64", 0, 1)]
-    return step is not None and step.program == wanted and positions.shape[-1] == keys
+    if step is None or not step.computes(("index", 0), ("integer", 1), ("add_i64", 0, 1)):
+        return False
+    return positions.shape[-1] == keys

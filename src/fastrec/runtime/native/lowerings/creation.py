@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import View
-from fastrec.runtime.native.lower import Lowerer, constant, dtype_of, lowers
+from fastrec.runtime.native.buffers import View
+from fastrec.runtime.native.lowerer import Lowerer, constant, dtype_of
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import View
-from fastrec.runtime.native.lower import Lowerer, dtype_of, lowers
-from fastrec.runtime.native.lowerings.program import Program, is_float
+from fastrec.runtime.native.buffers import View
+from fastrec.runtime.native.lowerer import Lowerer, dtype_of
+from fastrec.runtime.native.lowerings.map_program import MapProgram, is_float
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
 
@@ -73,7 +74,7 @@ def _binary(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
         raise to.unsupported(node, "a rounding mode or a free size as an operand")
     floating = name == "div" or is_float(left) or is_float(right)
     kind = "f32" if floating else "i64"
-    program = Program()
+    program = MapProgram()
     a, b = program.operands([left, right], floating=floating)
     if alpha != 1:
         factor = program.append("number" if floating else "integer", alpha)
@@ -95,7 +96,7 @@ def _clamp(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
     low, high = kwargs.get("min", low), kwargs.get("max", high)
     dtype = dtype_of(node)
     kind = "f32" if dtype == "float32" else "i64"
-    program = Program()
+    program = MapProgram()
     (a,) = program.operands([args[0]], floating=dtype == "float32")
     for name, bound in (("max", low), ("min", high)):
         if bound is not None:
@@ -106,7 +107,7 @@ def _clamp(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
 
 @lowers(aten.rsub.Scalar)
 def _rsub(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    program = Program()
+    program = MapProgram()
     floating = is_float(args[0]) or is_float(args[1])
     a, b = program.operands(args[:2], floating=floating)
     program.append("sub_f32" if floating else "sub_i64", b, a)
@@ -115,7 +116,7 @@ def _rsub(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> V
 
 @lowers(*_UNARY)
 def _unary(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    program = Program()
+    program = MapProgram()
     (a,) = program.operands([args[0]], floating=True)
     program.append(_UNARY[node.target], a)
     return to.map(node, program.inputs, program.code, to.shape_of(node))
@@ -150,7 +151,7 @@ def choose(to: Lowerer, node: Node, condition: View, yes: Any, no: Any) -> View:
     """``yes`` where the condition holds, else ``no``; views or numbers."""
     floating = dtype_of(node) == "float32"
     views = [v for v in (yes, no) if isinstance(v, View)]
-    program = Program()
+    program = MapProgram()
     program.inputs = [condition, *views]
     registers = []
     for value in (yes, no):

@@ -11,16 +11,19 @@ from fastrec.kernels.pattern_tables import decoded
 from fastrec.kernels.separable_projection.reference import taps_before
 from fastrec.kernels.window_sparse_attention._spec import decode
 from fastrec.kernels.window_sparse_attention_int8 import MAX_KEYS, exponent_scale_of
-from fastrec.runtime.native.ir import ONE, View
-from fastrec.runtime.native.lower import Lowerer, lowers
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import ONE, View
+from fastrec.runtime.native.lowerer import Lowerer
 from fastrec.runtime.native.lowerings.attention import MOST_DIMS
+from fastrec.runtime.native.registry import lowers
 from fastrec.runtime.native.rows import EVERYTHING
 
 ops = torch.ops.fastrec
 
 
-def _weights(to: Lowerer, node: Node, *views: View) -> None:
-    if any(v.constant is None or v.dtype != "float32" for v in views):
+def _require_constants(to: Lowerer, node: Node, *weights: View | None) -> None:
+    """Refuse weights that are not float32 constants; None is no weight."""
+    if any(v is not None and (v.constant is None or v.dtype != "float32") for v in weights):
         raise to.unsupported(
             node, "a weight that is computed; the nearest supported is a parameter"
         )
@@ -29,19 +32,14 @@ def _weights(to: Lowerer, node: Node, *views: View) -> None:
 @lowers(ops.grouped_linear.default)
 def _grouped_linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     x, weight, bias, shuffle = [*args, *(None, False)[len(args) - 2 :]][:4]
-    biases = [] if bias is None else [bias]
-    _weights(to, node, weight, *biases)
-    x = to.contiguous(x)
+    _require_constants(to, node, weight, bias)
+    x, shape = to.contiguous(x), to.shape_of(node)
     if weight.shape[0] == ONE:
         # One group is the dense layer, whose weight is packed once.
-        inputs = [x, weight.selected(0, 0), *biases]
-        return to.emit(node, "linear", inputs, to.shape_of(node), integers=[len(biases), 0])
+        dense = weight.selected(0, 0)
+        return to.emit(node, steps.linear, shape, x=x, weight=dense, bias=bias, activation="none")
     return to.emit(
-        node,
-        "grouped_linear",
-        [x, weight, *biases],
-        to.shape_of(node),
-        integers=[len(biases), int(shuffle)],
+        node, steps.grouped_linear, shape, x=x, weight=weight, bias=bias, shuffle=bool(shuffle)
     )
 
 
@@ -52,19 +50,17 @@ def _separable(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
         *(None, None, False)[len(args) - 3 :],
     ][:6]
     lengths, causal = kwargs.get("lengths", lengths), kwargs.get("causal", causal)
-    biases = [] if bias is None else [bias]
-    _weights(to, node, depthwise, pointwise, *biases)
-    counts = [] if lengths is None else [to.contiguous(lengths)]
+    _require_constants(to, node, depthwise, pointwise, bias)
     return to.emit(
         node,
-        "separable_projection",
-        [to.rows_contiguous(x), depthwise, pointwise, *biases, *counts],
+        steps.separable_projection,
         to.shape_of(node),
-        integers=[
-            len(biases),
-            len(counts),
-            taps_before(depthwise.shape[1].coefficient, causal),
-        ],
+        x=to.rows_contiguous(x),
+        depthwise=depthwise,
+        pointwise=pointwise,
+        bias=bias,
+        lengths=None if lengths is None else to.contiguous(lengths),
+        before=taps_before(depthwise.shape[1].coefficient, causal),
     )
 
 
@@ -85,18 +81,19 @@ def _window_sparse_attention(
     lists = [
         pattern.distances(longest, h) for h in range(heads.coefficient if pattern.per_head else 1)
     ]
-    counts = [] if lengths is None else [to.contiguous(lengths)]
-    # Nothing lies further away than the sequence is long.
-    integers = [len(counts), int(causal), min(window, longest), len(lists)]
-    for distances in lists:
-        integers += [len(distances), *distances]
     out = to.emit(
         node,
-        "window_sparse_attention",
-        [*(to.rows_contiguous(x) for x in (q, k, v)), *counts],
+        steps.window_sparse_attention,
         (batch, rows, heads, dims),
-        integers=integers,
-        numbers=[scale],
+        q=to.rows_contiguous(q),
+        k=to.rows_contiguous(k),
+        v=to.rows_contiguous(v),
+        lengths=None if lengths is None else to.contiguous(lengths),
+        scale=scale,
+        causal=bool(causal),
+        # Nothing lies further away than the sequence is long.
+        window=min(window, longest),
+        distances=lists,
     )
     return [out.permuted((0, 2, 1, 3)), None]
 
@@ -122,23 +119,26 @@ def _window_sparse_attention_int8(
     if min(keys, 2 * window + 1) + 2 * max(map(len, lists)) > MAX_KEYS:
         raise to.unsupported(node, f"more than {MAX_KEYS} keys a query")
     lengths = kwargs.get("lengths")
-    counts = [] if lengths is None else [to.contiguous(lengths)]
-    out_scale, out_zero_point = kwargs.get("out_scale"), kwargs.get("out_zero_point")
-    integers = [len(counts), int(pattern.causal), window, len(lists)]
-    integers += [q_zero_point, out_zero_point or 0]
-    for distances in lists:
-        integers += [len(distances), *distances]
+    y_scale = kwargs.get("out_scale")
     scale = kwargs.get("scale")
     scale = dims.coefficient**-0.5 if scale is None else scale
-    exponent = exponent_scale_of(q_scale, k_scale, scale)
     out = to.emit(
         node,
-        "window_sparse_attention_int8",
-        [*(to.rows_contiguous(x) for x in (q, k, v)), *counts],
+        steps.window_sparse_attention_int8,
         (batch, rows, heads, dims),
-        "float32" if out_scale is None else "uint8",
-        integers=integers,
-        numbers=[exponent, kwargs.get("value_scale") or 0.0, out_scale or 1.0],
+        "float32" if y_scale is None else "uint8",
+        q=to.rows_contiguous(q),
+        k=to.rows_contiguous(k),
+        v=to.rows_contiguous(v),
+        lengths=None if lengths is None else to.contiguous(lengths),
+        exponent_scale=exponent_scale_of(q_scale, k_scale, scale),
+        v_scale=kwargs.get("value_scale") or 0.0,
+        y_scale=y_scale or 1.0,
+        q_zero_point=q_zero_point,
+        y_zero_point=kwargs.get("out_zero_point") or 0,
+        causal=bool(pattern.causal),
+        window=window,
+        distances=lists,
     )
     return out.permuted((0, 2, 1, 3))
 
@@ -153,10 +153,10 @@ def _activation_quantize(to: Lowerer, node: Node, args: list[Any], kwargs: dict[
         raise to.unsupported(node, "the supported form is float32 to uint8 alone")
     return to.emit(
         node,
-        "quantize",
-        [x],
+        steps.quantize,
         to.shape_of(node),
         "uint8",
-        integers=[given.get("out_zero_point") or 0],
-        numbers=[given["out_scale"]],
+        x=x,
+        scale=given["out_scale"],
+        zero_point=given.get("out_zero_point") or 0,
     )

@@ -9,25 +9,25 @@ import torch
 from torch.fx import Node
 
 from fastrec.kernels.sparse_int8_linear.packed import PackedWeight
-from fastrec.runtime.native.ir import View
-from fastrec.runtime.native.lower import Lowerer, constant, dtype_of, lowers
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import View
+from fastrec.runtime.native.lowerer import Lowerer, constant, dtype_of
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
-
-# csrc/cpu/sparse_int8_linear/sparse_int8_linear.h: Activation.
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
 
 
 @lowers(aten.embedding.default)
 def _embedding(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     table, ids = args[0], to.contiguous(args[1])
-    return to.emit(node, "gather", [ids, table], to.shape_of(node))
+    return to.emit(node, steps.gather, to.shape_of(node), ids=ids, table=table)
 
 
 @lowers(torch.ops.fastrec.int8_embedding.default)
 def _int8_embedding(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     ids, table, scale = args
-    return to.emit(node, "gather", [to.contiguous(ids), table, scale], to.shape_of(node))
+    ids = to.contiguous(ids)
+    return to.emit(node, steps.gather, to.shape_of(node), ids=ids, table=table, scale=scale)
 
 
 @lowers(aten.layer_norm.default)
@@ -39,9 +39,17 @@ def _layer_norm(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
         weight = constant(torch.ones(shape))
     if bias is None:
         bias = constant(torch.zeros(shape))
-    inputs = [to.contiguous(x), weight, bias]
     return to.emit(
-        node, "layer_norm", inputs, to.shape_of(node), integers=[0, 0, 0], numbers=[eps, 1.0]
+        node,
+        steps.layer_norm,
+        to.shape_of(node),
+        x=to.contiguous(x),
+        weight=weight,
+        bias=bias,
+        eps=eps,
+        y_scale=1.0,
+        y_zero_point=0,
+        y_tiles=False,
     )
 
 
@@ -57,9 +65,8 @@ def _linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
             node, "a weight that is computed; the nearest supported is a parameter"
         )
     x, order = _rows_as_they_lie(to, x)
-    inputs = [x, weight, *([] if bias is None else [bias])]
     shape = (*x.shape[:-1], weight.shape[0])
-    y = to.emit(node, "linear", inputs, shape, integers=[int(bias is not None), 0])
+    y = to.emit(node, steps.linear, shape, x=x, weight=weight, bias=bias, activation="none")
     return y.permuted(order)
 
 
@@ -82,22 +89,25 @@ def _linear_int8(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any
     parts = [torch.from_numpy(v.constant) for v in (values, group_index, panel_start, w_scale)]
     packed = PackedWeight.from_parts(*parts, outputs, inputs)  # type: ignore[call-arg]
     sums = packed.unpack().to(torch.int32).sum(1, dtype=torch.int32)
-    operands = [to.contiguous(x), values, group_index, panel_start, w_scale, constant(sums)]
     return to.emit(
         node,
-        "linear_int8",
-        operands if bias is None else [*operands, bias],
+        steps.linear_int8,
         to.shape_of(node),
         dtype_of(node),
-        integers=[
-            outputs,
-            inputs,
-            int(x_zero.constant),
-            ACTIVATIONS[activation],
-            int(bias is not None),
-            0 if y_zero is None else int(y_zero.constant),
-            0,
-            0,
-        ],
-        numbers=[float(x_scale.constant), 1.0 if y_scale is None else float(y_scale.constant)],
+        x=to.contiguous(x),
+        values=values,
+        group_index=group_index,
+        panel_start=panel_start,
+        w_scale=w_scale,
+        w_sum=constant(sums),
+        bias=bias,
+        outputs=outputs,
+        inputs=inputs,
+        x_scale=float(x_scale.constant),
+        x_zero_point=int(x_zero.constant),
+        activation=activation or "none",
+        y_scale=1.0 if y_scale is None else float(y_scale.constant),
+        y_zero_point=0 if y_zero is None else int(y_zero.constant),
+        x_tiles=False,
+        y_tiles=False,
     )

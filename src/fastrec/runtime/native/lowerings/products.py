@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import ONE, Extent, View
-from fastrec.runtime.native.lower import Lowerer, constant, lowers
-from fastrec.runtime.native.lowerings.spelled_out import attention_of
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import ONE, Extent, View
+from fastrec.runtime.native.lowerer import Lowerer, constant
+from fastrec.runtime.native.lowerings.sdpa_pattern import attention_of
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
 
@@ -29,8 +31,8 @@ def _matmul(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     ):
         # A linear layer, written otherwise: its weight is packed once.
         weight = constant(torch.from_numpy(np.ascontiguousarray(b.constant.T)))
-        inputs = [to.contiguous(a), weight]
-        return to.emit(node, "linear", inputs, shape, integers=[0, 0])
+        x = to.contiguous(a)
+        return to.emit(node, steps.linear, shape, x=x, weight=weight, activation="none")
     if len(a.shape) > 2 and (attention := attention_of(to, node, a, b)) is not None:
         return attention
     vector_a, vector_b = len(a.shape) == 1, len(b.shape) == 1
@@ -51,13 +53,8 @@ def _matmul(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     columns = not _matrices_lie(b) and _matrices_lie(by_columns)
     if not columns and not _matrices_lie(b):
         b = to.copied(b)
-    out = to.emit(
-        node,
-        "matmul",
-        [a, b.expanded((*lead, *matrix))],
-        tuple(result),
-        integers=[int(columns)],
-    )
+    b = b.expanded((*lead, *matrix))
+    out = to.emit(node, steps.matmul, tuple(result), a=a, b=b, transposed=columns)
     return to.reshaped(out, shape)
 
 

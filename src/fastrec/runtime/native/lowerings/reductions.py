@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import View, product
-from fastrec.runtime.native.lower import Lowerer, dtype_of, lowers
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import View, product
+from fastrec.runtime.native.lowerer import Lowerer, dtype_of
 from fastrec.runtime.native.lowerings.views import dim_of
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
 
-# csrc/cpu/engine/reduce.cpp
-_KINDS = {
-    aten.sum.default: 0,
-    aten.sum.dim_IntList: 0,
-    aten.mean.default: 1,
-    aten.mean.dim: 1,
-    aten.amax.default: 2,
+_OPERATIONS = {
+    aten.sum.default: "sum",
+    aten.sum.dim_IntList: "sum",
+    aten.mean.default: "mean",
+    aten.mean.dim: "mean",
+    aten.amax.default: "max",
 }
 
 
-@lowers(*_KINDS)
+@lowers(*_OPERATIONS)
 def _reduce(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     view = args[0]
     rank = len(view.shape)
@@ -42,8 +43,8 @@ def _reduce(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     shape = view.shape
     parts = (shape[: dims[0]], shape[dims[0] : dims[-1] + 1], shape[dims[-1] + 1 :])
     source = to.reshaped(to.contiguous(view), tuple(product(p) for p in parts))
-    kind = _KINDS[node.target]
-    return to.emit(node, "reduce", [source], to.shape_of(node), dtype, integers=[kind])
+    operation = _OPERATIONS[node.target]
+    return to.emit(node, steps.reduce, to.shape_of(node), dtype, x=source, operation=operation)
 
 
 @lowers(aten.cumsum.default)
@@ -57,7 +58,7 @@ def _cumsum(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     dim = dim_of(args[1], len(shape))
     parts = (shape[:dim], shape[dim : dim + 1], shape[dim + 1 :])
     source = to.reshaped(to.contiguous(view), tuple(product(p) for p in parts))
-    out = to.emit(node, "cumsum", [source], source.shape, dtype)
+    out = to.emit(node, steps.cumsum, source.shape, dtype, x=source)
     return to.reshaped(out, shape)
 
 
@@ -70,5 +71,5 @@ def _softmax(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -
         raise to.unsupported(node, "a softmax of other dtypes than float32; cast it first")
     order = [d for d in range(rank) if d != dim] + [dim]
     moved = to.contiguous(view.permuted(order))
-    out = to.emit(node, "softmax", [moved], moved.shape)
+    out = to.emit(node, steps.softmax, moved.shape, x=moved)
     return out.permuted([order.index(d) for d in range(rank)])

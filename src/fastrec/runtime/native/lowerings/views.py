@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import Buffer, Extent, View
-from fastrec.runtime.native.lower import Lowerer, constant, dtype_of, lowers
+from fastrec.runtime.native.buffers import Buffer, Extent, View
+from fastrec.runtime.native.lowerer import Lowerer, constant, dtype_of
+from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
 
@@ -65,7 +66,7 @@ def _expand(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     return args[0].expanded(to.shape_of(node))
 
 
-# A layout is no result: who needs one copies.
+# Memory layout does not matter here: lowerings that need contiguous rows copy.
 @lowers(
     aten.alias.default,
     aten.clone.default,
@@ -163,8 +164,7 @@ def _cat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vi
         into = whole.sliced(dim, start, part.shape[dim])
         if into is None or size is None:
             raise to.unsupported(node, "concatenation along a free size")
-        to.copied(part)
-        to.steps[-1].output = into
+        to.copy_into(part, into)
         start += size
     return whole
 
@@ -199,7 +199,6 @@ def _pad(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vi
             if into is None:
                 raise to.unsupported(node, "padding across a free stride")
             if part.shape[dim] != Extent(0):
-                to.copied(part)
-                to.steps[-1].output = into
+                to.copy_into(part, into)
         view = whole
     return view

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.ir import ONE, Buffer, Extent, Shape, Step, View
-from fastrec.runtime.native.lower import Lowerer, constant
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import ONE, Buffer, Extent, Shape, View
+from fastrec.runtime.native.lowerer import Lowerer, constant
 from fastrec.runtime.native.lowerings.attention import MOST_DIMS
+from fastrec.runtime.native.steps import Instruction, Step
 
 _INFINITY = float("inf")
 # A score replaced by a number from here on down is a key that is not seen.
@@ -28,7 +31,7 @@ class Fill:
 
 @dataclass
 class Scores:
-    """What the scores in a softmax are made of."""
+    """The scores inside a softmax: q @ k^T * scale, with masks."""
 
     q: View
     k: View
@@ -40,11 +43,11 @@ class Scores:
 def attention_of(to: Lowerer, node: Node, weights: View, v: View) -> View | None:
     """The product of a softmax with values as one step of attention, where it is that; the steps
     that it replaces are left for others that read them."""
-    made = {step.output.buffer: step for step in to.steps}
+    made = to.writers()
     softmax = made.get(weights.buffer)
     if softmax is None or softmax.kind != "softmax" or not _is_all(weights, softmax):
         return None
-    scores = _scores(made, softmax.inputs[0])
+    scores = _scores(made, softmax.x)
     if scores is None or len(v.shape) != len(scores.q.shape) or (scores.fills and scores.added):
         return None
     q, k, v = (_with_heads(x) for x in (scores.q, scores.k, _uncopied(made, v)))
@@ -52,15 +55,16 @@ def attention_of(to: Lowerer, node: Node, weights: View, v: View) -> View | None
     keys = k.shape[2]
     if k.shape != (batch, heads, keys, dims) or v.shape != k.shape or not dims.number:
         return None
-    inputs = [to.rows_contiguous(x) for x in (q, k, v)]
-    integers = [0]
-    kind = "attention"
-    shape = (batch, heads, rows, keys)
+    operands: dict[str, Any] = {
+        "q": to.rows_contiguous(q),
+        "k": to.rows_contiguous(k),
+        "v": to.rows_contiguous(v),
+        "scale": scores.scale,
+    }
+    shape, result = (batch, heads, rows, keys), (batch, rows, heads, dims)
     if rows == keys and dims.number <= MOST_DIMS and _is_causal(scores):
-        kind, integers = "causal_attention", []
+        out = to.emit(node, steps.causal_attention, result, **operands)
     elif scores.fills or scores.added:
-        # A softmax of nothing but -inf is NaN.
-        kind, integers = "masked_attention", [1, 0, int(bool(scores.fills)), 1]
         masks = [_cap(to, node, fill, shape) for fill in scores.fills]
         masks += [_own(_with_heads(view), shape) for view in scores.added]
         mask = masks[0]
@@ -72,15 +76,20 @@ def attention_of(to: Lowerer, node: Node, weights: View, v: View) -> View | None
             mask = to.map(node, [mask, other], [(combine, 0, 1)], larger)
         if mask.shape[3] != keys:
             mask = to.copied(mask.expanded((*mask.shape[:3], keys)))
-        inputs.append(to.rows_contiguous(mask).expanded(shape))
-    out = to.emit(
-        node,
-        kind,
-        inputs,
-        (batch, rows, heads, dims),
-        integers=integers,
-        numbers=[scores.scale],
-    ).permuted((0, 2, 1, 3))
+        out = to.emit(
+            node,
+            steps.masked_attention,
+            result,
+            **operands,
+            mask=to.rows_contiguous(mask).expanded(shape),
+            causal=False,
+            caps=bool(scores.fills),
+            # A softmax of nothing but -inf is NaN.
+            empty_is_nan=True,
+        )
+    else:
+        out = to.emit(node, steps.attention, result, **operands)
+    out = out.permuted((0, 2, 1, 3))
     return out if len(weights.shape) == 4 else out.selected(1, 0)
 
 
@@ -90,7 +99,7 @@ def _scores(made: dict[Buffer, Step], view: View) -> Scores | None:
     if step is None or not _is_all(view, step):
         return None
     if step.kind == "matmul":
-        a, b = step.inputs
+        a, b = step.a, step.b
         # As it lay before it was put in order for the product.
         b = _uncopied(made, b)
         rank = len(a.shape)
@@ -99,18 +108,18 @@ def _scores(made: dict[Buffer, Step], view: View) -> Scores | None:
     if step.kind != "map":
         return None
     if (scaled := _scaled(step)) is not None:
-        found = _scores(made, step.inputs[0])
+        found = _scores(made, step.x[0])
         if found is None or found.fills or found.added:
             return None
         found.scale *= scaled
         return found
     if (fill := _filled(step)) is not None:
-        found = _scores(made, step.inputs[1])
+        found = _scores(made, step.x[1])
         if found is not None:
             found.fills.append(fill)
         return found
-    if step.program == [("add_f32", 0, 1)]:
-        for inner, mask in (step.inputs, step.inputs[::-1]):
+    if step.computes(("add_f32", 0, 1)):
+        for inner, mask in (step.x, step.x[::-1]):
             if (found := _scores(made, inner)) is not None:
                 found.added.append(mask)
                 return found
@@ -119,14 +128,14 @@ def _scores(made: dict[Buffer, Step], view: View) -> Scores | None:
 
 def _scaled(step: Step) -> float | None:
     """The factor of a map that multiplies by a number or divides by one."""
-    *numbers, last = step.program or [("",)]
+    *before, last = step.program or [("",)]
     if last[1:] != (0, 1) or last[0] not in ("mul_f32", "div_f32"):
         return None
     number = None
-    if len(step.inputs) == 1 and len(numbers) == 1 and numbers[0][0] == "number":
-        number = float(numbers[0][1])
-    elif len(step.inputs) == 2 and not numbers:
-        number = _single(step.inputs[1])
+    if len(step.x) == 1:
+        number = _number(before)
+    elif len(step.x) == 2 and not before:
+        number = _single(step.x[1])
     if not number:
         return None
     return number if last[0] == "mul_f32" else 1.0 / number
@@ -140,28 +149,35 @@ def _single(view: View) -> float | None:
 
 def _filled(step: Step) -> Fill | None:
     """A map that replaces its second input by a number far down where its first says so."""
-    *numbers, last = step.program or [("",)]
+    *before, last = step.program or [("",)]
     if last[0] != "where_f32" or last[1] != 0 or sorted(last[2:]) != [1, 2]:
         return None
-    value = None
-    if len(step.inputs) == 2 and len(numbers) == 1 and numbers[0][0] == "number":
-        value = float(numbers[0][1])
-    if value is None or value > _HIDDEN or step.inputs[0].dtype != "bool":
+    value = _number(before) if len(step.x) == 2 else None
+    if value is None or value > _HIDDEN or step.x[0].dtype != "bool":
         return None
-    return Fill(step.inputs[0], value, last[2] == 2)
+    return Fill(step.x[0], value, last[2] == 2)
+
+
+def _number(program: list[Instruction]) -> float | None:
+    """The number, where a program only pushes one."""
+    if len(program) != 1:
+        return None
+    name, *operands = program[0]
+    return float(operands[0]) if name == "number" else None
 
 
 def _is_all(view: View, step: Step) -> bool:
     """Whether a view is a step's result as it is."""
     whole = view.offset == 0 and view.is_contiguous
-    return whole and view.shape == step.output.shape == view.buffer.shape
+    return whole and view.shape == step.y.shape == view.buffer.shape
 
 
 def _uncopied(made: dict[Buffer, Step], view: View) -> View:
     step = made.get(view.buffer)
-    if step is None or step.kind != "map" or step.program or not _is_all(view, step):
+    if step is None or not step.is_copy or not _is_all(view, step):
         return view
-    return step.inputs[0] if step.inputs[0].dtype == view.dtype else view
+    (source,) = step.x
+    return source if source.dtype == view.dtype else view
 
 
 def _with_heads(view: View) -> View:
@@ -175,7 +191,7 @@ def _with_heads(view: View) -> View:
 
 
 def _own(view: View, shape: Shape) -> View:
-    """What is broadcast over batch, heads, queries or keys once."""
+    """The view with dimensions that are broadcast (stride 0) reduced to size 1."""
     own = view.expanded(shape)
     for dim in range(4):
         if own.strides[dim] == Extent(0):
@@ -195,7 +211,7 @@ def _is_causal(scores: Scores) -> bool:
 
 
 def _cap(to: Lowerer, node: Node, fill: Fill, shape: Shape) -> View:
-    """What scores are held under: the number where they are replaced, else infinity."""
+    """Upper bounds of the scores: the number where they are replaced, else infinity."""
     condition = _own(_with_heads(fill.condition), shape)
     values = (fill.value, _INFINITY) if fill.where else (_INFINITY, fill.value)
     if condition.constant is not None:

@@ -1,21 +1,18 @@
-"""The plan's vocabulary: sizes, buffers, views of them, steps. No torch, so that serving loads it.
-
-A plan is in SSA form: each step writes one buffer (or a part of one) that no other step overwrites,
-and a view of a buffer costs nothing.
-"""
+"""Sizes, buffers and views of buffers: the operands of a program's steps. No torch, so that serving
+can load it."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 # csrc/cpu/engine/plan.h: Dtype, in its order.
 DTYPES = ("float32", "int64", "uint8", "int8", "bool", "int32")
+ITEMSIZE = {name: np.dtype(name).itemsize for name in DTYPES}
 # csrc/cpu/engine/plan.h: Space, in its order.
 SPACES = ("input", "constant", "arena", "output")
 
@@ -123,6 +120,12 @@ class View:
         return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is its buffer, dimension by dimension."""
+        same = self.offset == 0 and self.shape == self.buffer.shape
+        return same and self.is_contiguous
+
+    @property
     def is_contiguous(self) -> bool:
         """Whether elements follow each other in row-major order."""
         expected = contiguous_strides(self.shape)
@@ -189,66 +192,3 @@ class View:
         if runs or inside is not None:
             return None
         return View(self.buffer, shape, tuple(reversed(strides)), self.offset)
-
-
-# One instruction of a map: (name, a, b, c), or ("number" | "integer", value), ("index", dim).
-Instruction = tuple[Any, ...]
-
-
-@dataclass(eq=False)
-class Step:
-    """One call of a kernel.
-
-    Attributes:
-        kind: as csrc/cpu/engine/steps.cpp names it.
-        inputs: what it reads.
-        output: what it writes.
-        extra_output: what else it writes (the sum that a layer_norm normalises).
-        integers, numbers: parameters, in the order that the kind documents.
-        program: the instructions of a map.
-        module: the module of the model that it comes from, for people.
-    """
-
-    kind: str
-    inputs: list[View]
-    output: View
-    integers: list[int] = field(default_factory=list)
-    numbers: list[float] = field(default_factory=list)
-    program: list[Instruction] = field(default_factory=list)
-    module: str = ""
-    extra_output: View | None = None
-
-    @property
-    def outputs(self) -> list[View]:
-        """All that it writes, in the order that the kernels take them: the main one last."""
-        return [*([] if self.extra_output is None else [self.extra_output]), self.output]
-
-
-@dataclass
-class Plan:
-    """Steps in order; ``symbols`` are the free sizes, ``inputs`` and ``output`` buffers.
-
-    ``more_outputs`` are whole buffers that a part of a plan hands on beside its output.
-    """
-
-    symbols: tuple[str, ...]
-    inputs: list[Buffer]
-    steps: list[Step]
-    output: View
-    more_outputs: list[View] = field(default_factory=list)
-
-    def readers(self) -> dict[Buffer, list[Step]]:
-        """Which steps read a buffer."""
-        found: dict[Buffer, list[Step]] = {}
-        for step in self.steps:
-            for view in step.inputs:
-                found.setdefault(view.buffer, []).append(step)
-        return found
-
-    def writer(self) -> dict[Buffer, list[Step]]:
-        """Which steps write a buffer (several where each fills a part)."""
-        found: dict[Buffer, list[Step]] = {}
-        for step in self.steps:
-            for view in step.outputs:
-                found.setdefault(view.buffer, []).append(step)
-        return found

@@ -1,74 +1,51 @@
-"""Copies that reshapes of transposed tensors ask for, and that nobody needs: what reads the copy
-reads the original instead. ``nn.MultiheadAttention`` puts the sequence first, say, and back."""
+"""Let steps read the original of a copy where their kernels can.
+
+Reshapes of transposed tensors ask for copies: ``nn.MultiheadAttention``, for example, puts the
+sequence first, and back.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
 
-from fastrec.runtime.native.ir import (
+from fastrec.runtime.native.buffers import (
     ONE,
     Buffer,
     Extent,
-    Plan,
-    Step,
     View,
     contiguous_strides,
     product,
 )
-
-# Kinds whose first operands need contiguous rows only: their strides are the kernels' own.
-_STRIDED = {
-    "attention": 3,
-    "causal_attention": 3,
-    "masked_attention": 4,
-    "separable_projection": 1,
-    "window_sparse_attention": 3,
-    "window_sparse_attention_int8": 3,
-}
+from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.steps import Step
 
 
-def remove_copies(plan: Plan) -> None:
-    """Let steps read originals; the copies that nobody reads any more are left to remove_unused."""
-    _swap_with_linears(plan)
-    for copy in plan.steps:
-        if _is_copy(copy) and copy.output.buffer is not plan.output.buffer:
-            _read_through(plan, copy)
+def remove_copies(program: Program) -> None:
+    """Let steps read originals; copies that are no longer read are left to remove_unused."""
+    _swap_with_linears(program)
+    for copy in program.steps:
+        if _is_copy(copy) and copy.y.buffer is not program.output.buffer:
+            _read_through(program, copy)
 
 
 def _is_copy(step: Step) -> bool:
-    """A map that copies into the whole of a buffer in order, and changes nothing."""
-    if step.kind != "map" or step.program or step.inputs[0].dtype != step.output.dtype:
-        return False
-    return _whole(step.output)
+    """Whether a map copies into the whole of a buffer in order, and changes nothing."""
+    return bool(step.is_copy and step.x[0].dtype == step.y.dtype and step.y.is_whole)
 
 
-def _whole(view: View) -> bool:
-    return view.offset == 0 and view.shape == view.buffer.shape and view.is_contiguous
-
-
-def _read_through(plan: Plan, copy: Step) -> None:
-    source, buffer = copy.inputs[0], copy.output.buffer
-    for reader in dict.fromkeys(plan.readers().get(buffer, [])):
-        for position, view in enumerate(reader.inputs):
-            if view.buffer is not buffer:
-                continue
+def _read_through(program: Program, copy: Step) -> None:
+    (source,) = copy.x
+    buffer = copy.y.buffer
+    for reader in dict.fromkeys(program.readers().get(buffer, [])):
+        for view in reader.reads(buffer):
             found = through(view, source)
-            if found is not None and accepts(reader, position, found):
-                reader.inputs[position] = found
-
-
-def accepts(step: Step, position: int, view: View) -> bool:
-    """Whether the kernel of a step can read an operand with such strides."""
-    if step.kind == "map":
-        return True
-    if position < _STRIDED.get(step.kind, 0):
-        return view.strides[-1] == ONE or view.shape[-1] == ONE
-    return view.is_contiguous
+            if found is not None and reader.accepts(view, found):
+                reader.replace_operand(view, found)
 
 
 def through(read: View, source: View) -> View | None:
-    """What a view of a contiguous copy of ``source`` sees, as a view of source's buffer.
+    """A view of a contiguous copy of ``source`` as a view of source's own buffer.
 
     Each dimension of ``read`` has to lie within one of the source's; None where it does not.
     """
@@ -123,23 +100,22 @@ def _times(stride: Extent, unit: Extent) -> int | None:
     return k if rest == 0 and k > 0 else None
 
 
-def _swap_with_linears(plan: Plan) -> None:
+def _swap_with_linears(program: Program) -> None:
     """Rows copied into another order for a linear layer are put in order after it instead, where
     its readers can read them so."""
-    writers, readers = plan.writer(), plan.readers()
-    for linear in plan.steps:
-        if linear.kind != "linear" or not _whole(linear.output):
+    writers, readers = program.writers(), program.readers()
+    for linear in program.steps:
+        if linear.kind != "linear" or not linear.y.is_whole:
             continue
-        made = writers.get(linear.inputs[0].buffer, [])
+        read, y = linear.x, linear.y
+        made = writers.get(read.buffer, [])
         if len(made) != 1 or not _is_copy(made[0]):
             continue
-        read = linear.inputs[0]
         if read.offset or product(read.shape) != product(read.buffer.shape):
             continue
-        source, y = made[0].inputs[0], linear.output
-        if y.buffer is plan.output.buffer:
+        if y.buffer is program.output.buffer:
             continue
-        moved = _in_order(source, read.shape[-1])
+        moved = _in_order(made[0].x[0], read.shape[-1])
         if moved is None:
             continue
         x, order = moved
@@ -149,16 +125,13 @@ def _swap_with_linears(plan: Plan) -> None:
         undone = swapped.permuted([*(order.index(d) for d in range(len(order))), len(order)])
         users = dict.fromkeys(readers.get(y.buffer, []))
         reads = [
-            (user, position, through(view, undone))
-            for user in users
-            for position, view in enumerate(user.inputs)
-            if view.buffer is y.buffer
+            (user, view, through(view, undone)) for user in users for view in user.reads(y.buffer)
         ]
-        if all(v is not None and accepts(user, position, v) for user, position, v in reads):
-            linear.inputs[0], linear.output = x, swapped
-            for user, position, view in reads:
-                assert view is not None
-                user.inputs[position] = view
+        if all(new is not None and user.accepts(view, new) for user, view, new in reads):
+            linear.x, linear.y = x, swapped
+            for user, view, new in reads:
+                assert new is not None
+                user.replace_operand(view, new)
 
 
 def _in_order(source: View, width: Extent) -> tuple[View, list[int]] | None:

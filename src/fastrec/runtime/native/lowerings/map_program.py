@@ -1,14 +1,15 @@
-"""The program of a map in the making."""
+"""Builds the instructions of a map."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastrec.runtime.native.ir import Instruction, View
+from fastrec.runtime.native.buffers import View
+from fastrec.runtime.native.steps import Instruction
 
 
-class Program:
-    """A map in the making: operands become registers of the type computed in."""
+class MapProgram:
+    """Instructions and inputs of a map; operands become registers of the type computed in."""
 
     def __init__(self) -> None:
         self.inputs: list[View] = []

@@ -1,82 +1,54 @@
-"""A user's history encoded once, then scored against candidates as often as need be."""
+"""Runs a split program: histories are encoded once, then scored against candidates any number of
+times."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError, ShapeError
-from fastrec.runtime.native.append import Appends, Past, aligned
+from fastrec.runtime.native.append import Appends
 from fastrec.runtime.native.emit import executor
 from fastrec.runtime.native.faults import error_of
-from fastrec.runtime.native.ir import Plan
+from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.split import split, whole
+from fastrec.runtime.native.user_state import Past, State, aligned, freeze
 from fastrec.spec import InputSpec
 
-if TYPE_CHECKING:
-    from fastrec.runtime.native.engine import PlanEngine
 
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """What ``encode`` made of the histories of B users; immutable, for any number of threads.
-
-    Attributes:
-        arrays: the values, read-only.
-        sizes: the histories' sizes by symbol, e.g. ``{"B": 1, "L": 100}``.
-        lengths: events of each user, of a state that events can be appended to; else None.
-    """
-
-    arrays: tuple[np.ndarray, ...] = dataclasses.field(repr=False)
-    sizes: Mapping[str, int]
-    _halves: Halves = dataclasses.field(repr=False)
-    _addresses: tuple[int, ...] = dataclasses.field(repr=False)
-    lengths: tuple[int, ...] | None = None
-    _past: Past | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def output(self) -> np.ndarray:
-        """What the model gives for these histories, where it has no candidates; read-only.
-
-        Raises:
-            BackendError: it has, and :meth:`PlanEngine.score` gives it.
-        """
-        if self._halves.split.score is not None:
-            raise BackendError("a state of a model with candidates has no output: score(state, …)")
-        return self.arrays[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        past = () if self._past is None else (*self._past.caches, *self._past.others)
-        return sum(a.nbytes for a in (*self.arrays, *past))
-
-
-class Halves:
-    """The two executors of a split plan; they share the engine's packed weights."""
+class SplitExecutors:
+    """The executors of a split program's two parts; they share the packed weights of the whole
+    program's executor."""
 
     def __init__(
-        self, engine: PlanEngine, candidates: tuple[int, ...], appendable: bool = False
+        self,
+        program: Program,
+        spec: InputSpec,
+        executor_of_all: Any,
+        threads: int,
+        candidates: tuple[int, ...],
+        appendable: bool = False,
     ) -> None:
-        parts = split(engine._plan, candidates) if candidates else whole(engine._plan)
-        self.engine, self.split = engine, parts
-        fields, limits = engine.spec.fields, engine.spec.limits
+        parts = split(program, candidates) if candidates else whole(program)
+        self.threads, self.split = threads, parts
+        fields, limits = spec.fields, spec.limits
         self._history = InputSpec(tuple(fields[i] for i in parts.history), limits)
         self._kept = [parts.history.index(i) for i in parts.kept]
         # Before the executors are made, which tell outputs from other buffers.
         computed = [parts.encode.output, *parts.encode.more_outputs]
-        self._appends = Appends(engine, parts, self._history) if appendable else None
+        self._appends = (
+            Appends(executor_of_all, threads, parts, self._history) if appendable else None
+        )
         if self._appends is not None:
             parts.encode.more_outputs.extend(self._appends.views)
         self._results = [v.buffer for v in (parts.encode.output, *parts.encode.more_outputs)]
         self._computed = len(computed)
-        native = engine._executor
+        native = executor_of_all
         self._encode, self._encode_constants = executor(parts.encode, native, parts.encode_origins)
         self._encode_sizes = _places(parts.encode)
         if parts.score is None:
@@ -117,9 +89,9 @@ class Halves:
         return self.state(made, sizes, past)
 
     def state(self, made: Sequence[np.ndarray], sizes: dict[str, int], past: Past | None) -> State:
-        """A state of these values, which nobody may write from now on."""
+        """A state of these values, which become read-only."""
         for array in (*made, *(past.caches if past else ())):
-            _freeze(array)
+            freeze(array)
         addresses = tuple(a.ctypes.data for a in made)
         lengths = None if past is None else past.lengths
         return State(tuple(made), MappingProxyType(sizes), self, addresses, lengths, past)
@@ -133,7 +105,7 @@ class Halves:
         return self._appends.append(state, events)
 
     def score(self, state: State, inputs: Sequence[Any]) -> Any:
-        """The scores of candidates, as numpy or torch, whichever these are."""
+        """The scores of candidates, numpy or torch as these are."""
         if self.split.score is None:
             raise BackendError("this model has no candidates to score: see the state's output")
         arrays, from_torch = self._spec(state).check(inputs)
@@ -174,7 +146,7 @@ class Halves:
     def _run(
         self,
         native: Any,
-        plan: Plan,
+        program: Program,
         sizes: dict[str, int],
         names: Sequence[str],
         arrays: list[np.ndarray],
@@ -185,25 +157,17 @@ class Halves:
         if state is not None:
             inputs += state._addresses
             arrays = [*arrays, *state.arrays]
-        with kernels.call_threads(self.engine.threads):
-            fault, step, value = native.run([sizes[s] for s in plan.symbols], inputs, outputs)
+        with kernels.call_threads(self.threads):
+            fault, step, value = native.run([sizes[s] for s in program.symbols], inputs, outputs)
         if fault:
-            raise error_of(plan, names, fault, step, value, sizes, arrays)
+            raise error_of(program, names, fault, step, value, sizes, arrays)
 
 
-def _places(plan: Plan) -> dict[str, tuple[int, int]]:
+def _places(program: Program) -> dict[str, tuple[int, int]]:
     """Symbol -> an input and dimension that has its size."""
     return {
         size.symbols[0]: (i, d)
-        for i, buffer in enumerate(plan.inputs)
+        for i, buffer in enumerate(program.inputs)
         for d, size in enumerate(buffer.shape)
         if size.coefficient == 1 and len(size.symbols) == 1
     }
-
-
-def _freeze(array: np.ndarray) -> None:
-    """Read-only, and so is the memory behind it."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base.flags.writeable = False
-        base = base.base

@@ -1,9 +1,9 @@
 """fastrec's own kernels: the whole model as one native call, or op by op within torch's forward.
 
-The plan (``fastrec.runtime.native``) runs without Python or torch; a model that holds an op it
-lacks, runs op by op, and ``describe()`` says which op it was. Both are measured, and so are torch's
-share of the threads and its attention where torch takes part. Models in 16 bits: see
-``native.half``.
+The native call (:mod:`fastrec.runtime.native.engine`) needs neither Python nor torch. A model that
+holds an op without a lowering runs op by op, and ``describe()`` names that op. Both ways are timed,
+and so are torch's share of the threads and its attention where torch takes part. For models in 16
+bits see :mod:`fastrec.runtime.native.bf16`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fastrec.runtime.backends._torch import (
     torch_versions,
 )
 from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.runtime.native.bf16 import multiply_bf16, precision_of, widened
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.half import half_of, multiply_bf16, widened
-from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.passes import optimise
 from fastrec.runtime.threads import with_torch_threads
 from fastrec.spec import InputSpec
@@ -118,7 +118,7 @@ def _precision(model: nn.Module, wanted: str | None) -> str:
     if quantised is not None:
         own, is_so = "int8", f"{quantised} is int8"
     else:
-        own = half_of(model) or "fp32"
+        own = precision_of(model) or "fp32"
         is_so = f"this one is {own}"
     if wanted in (None, own):
         return own
@@ -159,20 +159,20 @@ def _planned(
         return None, BackendError(reason)
     precision = _precision(model, options.precision)
     try:
-        plan = lower(
+        program = lower(
             model if precision in ("fp32", "int8") else widened(model), example_inputs, options.spec
         )
     except BackendError as error:
         return None, error
-    optimise(plan)
+    optimise(program)
     if precision == "bf16":
-        multiply_bf16(plan)
+        multiply_bf16(program)
     engine = PlanEngine(
-        plan,
+        program,
         backend="native",
         precision=precision,
         threads=options.threads,
-        spec=_up_to(plan_spec(options.spec, plan, example_inputs), largest),
+        spec=_up_to(program_spec(options.spec, program, example_inputs), largest),
         rows=[],
         versions=versions(),
     )

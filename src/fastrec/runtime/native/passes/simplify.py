@@ -1,0 +1,18 @@
+"""The passes that serve every executor: one step a layer, without copies."""
+
+from __future__ import annotations
+
+from fastrec.runtime.native.passes.fuse_activations import fuse_activations
+from fastrec.runtime.native.passes.fuse_maps import fuse_maps
+from fastrec.runtime.native.passes.remove_copies import remove_copies
+from fastrec.runtime.native.passes.remove_unused import remove_unused
+from fastrec.runtime.native.program import Program
+
+
+def simplify(program: Program) -> None:
+    """Run them."""
+    remove_unused(program)
+    remove_copies(program)
+    remove_unused(program)
+    fuse_maps(program)
+    fuse_activations(program)
