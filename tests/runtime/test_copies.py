@@ -14,11 +14,13 @@ from torch import nn
 
 from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
-from fastrec.runtime.native.copies import remove_copies, through
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import Buffer, Extent
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.ir import Buffer, Extent, Plan, Step
 from fastrec.runtime.native.lower import lower
 from fastrec.runtime.native.passes import optimise
+from fastrec.runtime.native.passes.remove_copies import remove_copies, through
+from fastrec.runtime.native.program import Program
 
 compiled = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -84,19 +86,20 @@ def test_free_sizes() -> None:
 def test_a_copy_that_is_the_result_or_another_dtype_stays() -> None:
     x = Buffer("bool", (Extent(4),), "input")
     cast, out = Buffer("int64", (Extent(4),)), Buffer("float32", (Extent(4),))
-    read = Step("map", [cast.view()], out.view(), program=[("to_f32", 0)])
-    plan = Plan((), [x], [Step("map", [x.view()], cast.view()), read], out.view())
+    read = steps.map(x=[cast.view()], y=out.view(), program=[("to_f32", 0)])
+    copy = steps.map(x=[x.view()], y=cast.view(), program=[])
+    plan = Program((), [x], [copy, read], out.view())
     remove_copies(plan)
     assert read.inputs[0].buffer is cast
 
 
-def plan_of(model: nn.Module, *inputs: torch.Tensor) -> Plan:
+def plan_of(model: nn.Module, *inputs: torch.Tensor) -> Program:
     plan = lower(model.eval(), inputs, spec_of(model, inputs))
     optimise(plan)
     return plan
 
 
-def agrees(model: nn.Module, *inputs: torch.Tensor) -> Plan:
+def agrees(model: nn.Module, *inputs: torch.Tensor) -> Program:
     spec, plan = spec_of(model, inputs), plan_of(model, *inputs)
     engine = PlanEngine(
         plan, backend="native", precision="fp32", threads=2, spec=spec, rows=[], versions={}
@@ -135,13 +138,13 @@ def ids_of(batch: int, length: int) -> torch.Tensor:
 def test_an_encoder_needs_no_copy(norm_first: bool, length: int) -> None:
     torch.manual_seed(4)
     plan = agrees(Encoder(norm_first), torch.randn(4, length, 16), ids_of(4, length))
-    assert not [s for s in plan.steps if s.kind == "map" and not s.program]
+    assert not [s for s in plan.steps if s.is_copy]
     kinds = [s.kind for s in plan.steps]
     assert kinds.count("masked_attention") == 2
     # The mask's heads and queries are broadcast: the kernel sees that it hides keys.
     for step in plan.steps:
         if step.kind == "masked_attention":
-            assert [step.inputs[3].strides[d].number for d in (1, 2)] == [0, 0]
+            assert [step.mask.strides[d].number for d in (1, 2)] == [0, 0]
 
 
 class Masked(nn.Module):

@@ -20,10 +20,10 @@ from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.passes import optimise
 from fastrec.runtime.native.split import candidate_positions
-from fastrec.runtime.native.state import State
+from fastrec.runtime.native.user_state import State
 from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
@@ -42,7 +42,7 @@ def engine_of(model: nn.Module, *inputs: torch.Tensor, threads: int = 2) -> Plan
         backend="native",
         precision="fp32",
         threads=threads,
-        spec=plan_spec(spec, plan, inputs),
+        spec=program_spec(spec, plan, inputs),
         rows=[],
         versions={},
     )
@@ -107,12 +107,12 @@ def test_empty_histories(engine: PlanEngine) -> None:
 
 def test_the_encoder_is_left_out_of_scoring(engine: PlanEngine) -> None:
     state = engine.encode(*request(1, 33, 1)[:4])
-    parts = state._halves.split
+    parts = state._executors.split
     modules = {step.module for step in parts.score.steps}
     assert not any(module.startswith("blocks.") for module in modules)
     assert "cross_attention.kv_proj" not in modules
     assert {"cross_attention.q_proj", "tower.0"} <= modules
-    assert len(parts.encode.steps) + len(parts.score.steps) == len(engine._plan.steps)
+    assert len(parts.encode.steps) + len(parts.score.steps) == len(engine._program.steps)
     assert dict(state.sizes) == {"B": 1, "L": 33}
     # Keys and values of 33 events, and a few numbers.
     assert 33 * 2 * 32 * 4 <= state.nbytes < 33 * 2 * 32 * 4 + 64
@@ -168,7 +168,7 @@ def test_an_engine_is_split_once_by_many_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({id(state._halves) for state in found}) == 1
+    assert len({id(state._executors) for state in found}) == 1
 
 
 # The state.
@@ -310,8 +310,8 @@ def test_a_buffer_that_both_parts_fill() -> None:
     engine = checked(model)
     state = engine.encode(torch.zeros(3, 24), candidates=["y"])
     assert state.nbytes == 3 * 24 * 4
-    assert [s.kind for s in state._halves.split.encode.steps] == ["map"]
-    assert [s.kind for s in state._halves.split.score.steps] == ["map", "map", "linear"]
+    assert [s.kind for s in state._executors.split.encode.steps] == ["map"]
+    assert [s.kind for s in state._executors.split.score.steps] == ["map", "map", "linear"]
 
 
 def test_a_part_of_a_shared_buffer_that_its_own_side_reads_again() -> None:

@@ -24,9 +24,9 @@ from fastrec.kernels._compiled import reason_missing
 from fastrec.measure.memory import run_child
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime import load_engine
-from fastrec.runtime.backends import native
 from fastrec.runtime.engine import BuildOptions, Engine
-from fastrec.runtime.native.file import MAGIC
+from fastrec.runtime.native import backend
+from fastrec.runtime.native.file import MAGIC, VERSION
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -47,7 +47,7 @@ def build(int8: bool) -> Engine:
     if int8:
         fastrec.quantize_(model, fastrec.Int8(), calibration=[inputs])
     options = BuildOptions(2, None, [], spec_of(model, inputs), {"executor": "plan"})
-    return native.build(model, inputs, options)
+    return backend.build(model, inputs, options)
 
 
 @pytest.fixture(scope="module", params=["float", "int8"])
@@ -66,7 +66,7 @@ def joined(header: dict[str, Any], sections: bytes) -> bytes:
     """A file whose checksums are right, whatever it says."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
-    prefix = struct.pack("<8sIIQQ", MAGIC, 1, 0, len(text), 64 + len(text) + len(sections))
+    prefix = struct.pack("<8sIIQQ", MAGIC, VERSION, 0, len(text), 64 + len(text) + len(sections))
     return prefix + hashlib.sha256(prefix + text).digest() + text + sections
 
 
@@ -130,10 +130,11 @@ def test_foreign_newer_and_missing_files(saved: tuple[Engine, Path], tmp_path: P
     path.write_bytes(b"PK\x03\x04" + bytes(content[4:]))
     with pytest.raises(ArtifactError, match="is not an engine artifact"):
         load_engine(path)
-    struct.pack_into("<I", content, 8, 2)
-    path.write_bytes(content)
-    with pytest.raises(ArtifactError, match="has version 2, this reads 1"):
-        load_engine(path)
+    for version, remedy in ((VERSION - 1, "compile the model anew"), (VERSION + 1, "newer")):
+        struct.pack_into("<I", content, 8, version)
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=f"version {version}, this reads .*{remedy}"):
+            load_engine(path)
     header, sections = split(saved[1].read_bytes())
     path.write_bytes(joined({**header, "requires": "avx2048"}, sections))
     with pytest.raises(BackendError, match="needs the instruction set avx2048"):
@@ -198,7 +199,7 @@ def test_a_hostile_header(
     saved: tuple[Engine, Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     header, sections = split(saved[1].read_bytes())
-    places = [("plan", *p) for p in leaves(header["plan"])]
+    places = [("program", *p) for p in leaves(header["program"])]
     places += [("spec", *p) for p in leaves(header["spec"])]
     places += [("sections", *p) for p in leaves(header["sections"])]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -236,11 +237,14 @@ def test_hostile_constants(
 def test_a_plan_that_reaches_outside_is_refused(saved: tuple[Engine, Path], tmp_path: Path) -> None:
     original, sections = split(saved[1].read_bytes())
     path = tmp_path / "outside"
-    for step in range(len(original["plan"]["steps"])):
-        for side in ("inputs", "outputs"):
-            for operand in range(len(original["plan"]["steps"][step][side])):
+    for step, row in enumerate(original["program"]["steps"]):
+        for name, operand in row["operands"].items():
+            views = range(len(operand)) if name == "x" and row["kind"] == "map" else [None]
+            for index in views:
                 header = json.loads(json.dumps(original))
-                header["plan"]["steps"][step][side][operand][1] += 2**30  # the offset
+                changed = header["program"]["steps"][step]["operands"][name]
+                view = changed if index is None else changed[index]
+                view[1] += 2**30  # the offset
                 path.write_bytes(joined(header, sections))
                 with pytest.raises(ArtifactError, match="inside their buffers"):
                     load_engine(path)

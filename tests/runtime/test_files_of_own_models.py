@@ -169,140 +169,165 @@ def test_operands_outside_their_buffers(
     saved: tuple[Engine, Path, Callable[[int], Inputs]], tmp_path: Path
 ) -> None:
     original, sections = split(saved[1].read_bytes())
-    for step, row in enumerate(original["plan"]["steps"]):
-        for side in ("inputs", "outputs"):
-            for operand in range(len(row[side])):
+    for step, row in enumerate(original["program"]["steps"]):
+        for name, operand in row["operands"].items():
+            views = range(len(operand)) if name == "x" and row["kind"] == "map" else [None]
+            for index in views:
                 header = json.loads(json.dumps(original))
-                header["plan"]["steps"][step][side][operand][1] += 2**30  # the offset
+                changed = header["program"]["steps"][step]["operands"][name]
+                view = changed if index is None else changed[index]
+                view[1] += 2**30  # the offset
                 refused(tmp_path / "f", header, sections, "inside their buffers")
 
 
-def integer(position: int, value: int) -> Callable[[dict[str, Any]], None]:
+Change = Callable[[dict[str, Any]], None]
+
+
+def field(name: str, value: Any) -> Change:
     def change(step: dict[str, Any]) -> None:
-        step["integers"][position] = value
+        assert name in step["fields"]
+        step["fields"][name] = value
 
     return change
 
 
-def without(operand: int) -> Callable[[dict[str, Any]], None]:
-    return lambda step: step["inputs"].pop(operand)
+def distances(change_lists: Callable[[list[Any]], Any]) -> Change:
+    def change(step: dict[str, Any]) -> None:
+        change_lists(step["fields"]["distances"])
+
+    return change
 
 
-def size(operand: int, dim: int, value: int) -> Callable[[dict[str, Any]], None]:
+def no_field(name: str) -> Change:
+    return lambda step: step["fields"].pop(name)
+
+
+def without(operand: str) -> Change:
+    return lambda step: step["operands"].pop(operand)
+
+
+def size(operand: str, dim: int, value: int) -> Change:
     """A smaller size: inside its buffer, but another than the kernel goes by."""
 
     def change(step: dict[str, Any]) -> None:
-        step["inputs"][operand][2][dim] = [value]
+        step["operands"][operand][2][dim] = [value]
 
     return change
 
 
-def stride(operand: int, dim: int, value: int) -> Callable[[dict[str, Any]], None]:
+def stride(operand: str, dim: int, value: int) -> Change:
     def change(step: dict[str, Any]) -> None:
-        step["inputs"][operand][3][dim] = [value]
+        step["operands"][operand][3][dim] = [value]
+
+    return change
+
+
+def dims(operand: str, count: int) -> Change:
+    """Another number of dimensions, each of size 1."""
+
+    def change(step: dict[str, Any]) -> None:
+        step["operands"][operand][2:4] = [[[1]] * count, [[1]] * count]
 
     return change
 
 
 def fewer_keys(step: dict[str, Any]) -> None:
-    for operand in (1, 2):
+    for operand in ("k", "v"):
         size(operand, 2, 3)(step)
 
 
 def smaller_result(step: dict[str, Any]) -> None:
-    step["outputs"][0][2] = [[1]] * len(step["outputs"][0][2])
+    step["operands"]["y"][2] = [[1]] * len(step["operands"]["y"][2])
 
 
-ALTERED = [
-    ("window_sparse_attention_int8", lambda s: s["integers"].clear(), "a pattern and zero points"),
-    ("window_sparse_attention_int8", integer(1, 2), "flags of 0 or 1"),
-    ("window_sparse_attention_int8", integer(0, 0), "lengths, or none"),
-    ("window_sparse_attention_int8", integer(2, -1), "a window"),
-    ("window_sparse_attention_int8", integer(3, 3), "one list of distances"),
-    ("window_sparse_attention_int8", integer(4, 256), "zero points of a byte"),
-    ("window_sparse_attention_int8", integer(5, -1), "zero points of a byte"),
-    ("window_sparse_attention_int8", integer(6, 1), "lists of distances"),
-    ("window_sparse_attention_int8", lambda s: s["numbers"].__setitem__(0, -1.0), "0 or more"),
-    ("window_sparse_attention_int8", lambda s: s["numbers"].__setitem__(1, 1e39), "0 or more"),
-    ("window_sparse_attention_int8", lambda s: s["numbers"].__setitem__(2, 0.0), "above 0"),
-    ("window_sparse_attention_int8", size(2, 2, 1), "keys like the queries"),
-    ("window_sparse_attention_int8", size(3, 0, 1), "a length a sequence"),
-    ("window_sparse_attention_int8", stride(1, 3, 0), "contiguous heads"),
-    ("window_sparse_attention_int8", smaller_result, "a result"),
-    ("quantize", integer(0, 256), "zero points in 0..255"),
-    ("quantize", lambda s: s["numbers"].__setitem__(0, 0.0), "a scale above 0"),
-    ("quantize", size(0, 0, 1), "contiguous|as many elements"),
+def causal_and_capped(step: dict[str, Any]) -> None:
+    step["fields"].update(causal=True, caps=True)
+
+
+WSA, WSA8 = "window_sparse_attention", "window_sparse_attention_int8"
+ALTERED: list[tuple[str, Change, str]] = [
+    (WSA8, no_field("distances"), "missing distances"),
+    (WSA8, field("causal", 2), "causal takes a flag"),
+    (WSA8, field("window", -1), "a window"),
+    (WSA8, distances(lambda of: of.extend([[9], [9]])), "one list of distances"),
+    (WSA8, distances(lambda of: of.clear()), "list of distances"),
+    (WSA8, field("q_zero_point", 256), "zero points in"),
+    (WSA8, field("y_zero_point", -1), "zero points in"),
+    (WSA8, field("exponent_scale", -1.0), "0 or more"),
+    (WSA8, field("v_scale", 1e39), "0 or more"),
+    (WSA8, field("y_scale", 0.0), "above 0"),
+    (WSA8, size("v", 2, 1), "keys like the queries"),
+    (WSA8, size("lengths", 0, 1), "a length a sequence"),
+    (WSA8, stride("k", 3, 0), "contiguous heads"),
+    (WSA8, smaller_result, "a result"),
+    ("quantize", field("zero_point", 256), "zero points in 0..255"),
+    ("quantize", field("scale", 0.0), "a scale above 0"),
+    ("quantize", size("x", 0, 1), "contiguous|as many elements"),
     ("quantize", smaller_result, "as many elements"),
-    ("causal_attention", without(2), "inputs"),
-    ("causal_attention", size(1, 2, 3), "keys like the queries"),
+    ("causal_attention", without("v"), "missing v"),
+    ("causal_attention", size("k", 2, 3), "keys like the queries"),
     ("causal_attention", fewer_keys, "as many keys as queries"),
-    ("causal_attention", size(2, 3, 4), "keys like the queries"),
-    ("causal_attention", stride(0, 3, 0), "contiguous heads"),
+    ("causal_attention", size("v", 3, 4), "keys like the queries"),
+    ("causal_attention", stride("q", 3, 0), "contiguous heads"),
     ("causal_attention", smaller_result, "a result of the queries' size"),
-    ("causal_attention", lambda s: s["numbers"].clear(), "1 numbers"),
-    ("causal_attention", lambda s: s["numbers"].__setitem__(0, float("inf")), "finite"),
-    ("masked_attention", without(3), "a mask, or none"),
-    ("masked_attention", integer(0, 0), "a mask, or none"),
-    ("masked_attention", integer(1, 2), "flags of 0 or 1"),
-    ("masked_attention", integer(3, -1), "flags of 0 or 1"),
-    ("masked_attention", lambda s: s.update(integers=[1, 1, 1, 0]), "causal mask, or one that"),
-    ("masked_attention", size(3, 3, 2), "a number a score"),
-    ("masked_attention", size(3, 2, 2), "a number a score"),
-    ("masked_attention", stride(3, 3, 0), "contiguous rows of the mask"),
-    ("masked_attention", stride(1, 3, 0), "contiguous heads"),
-    ("masked_attention", size(0, 1, 2), "keys like the queries"),
+    ("causal_attention", no_field("scale"), "missing scale"),
+    ("causal_attention", field("scale", float("inf")), "finite"),
+    ("causal_attention", field("scale", "1"), "scale takes a number"),
+    ("masked_attention", field("causal", 2), "causal takes a flag"),
+    ("masked_attention", field("empty_is_nan", -1), "empty_is_nan takes a flag"),
+    ("masked_attention", causal_and_capped, "causal mask, or one that"),
+    ("masked_attention", size("mask", 3, 2), "a number a score"),
+    ("masked_attention", size("mask", 2, 2), "a number a score"),
+    ("masked_attention", stride("mask", 3, 0), "contiguous rows of the mask"),
+    ("masked_attention", stride("k", 3, 0), "contiguous heads"),
+    ("masked_attention", size("q", 1, 2), "keys like the queries"),
     ("masked_attention", smaller_result, "a result of the queries' size"),
-    ("reduce", integer(0, 3), "a known reduction"),
-    ("reduce", integer(0, -1), "a known reduction"),
-    ("reduce", lambda s: s["integers"].append(0), "1 integers"),
-    ("reduce", lambda s: s["inputs"][0].__setitem__(slice(2, 4), [[[1]], [[1]]]), "three dim"),
-    ("reduce", stride(0, 1, 0), "contiguous"),
+    ("reduce", field("operation", "product"), "sum, mean, max"),
+    ("reduce", lambda s: s["fields"].update(more=0), "has no more"),
+    ("reduce", dims("x", 2), "three dim"),
+    ("reduce", stride("x", 1, 0), "contiguous"),
     ("reduce", smaller_result, "a result of the outer sizes"),
-    ("softmax", stride(0, 1, 0), "contiguous"),
-    ("grouped_linear", integer(1, 2), "flags of 0 or 1"),
-    ("grouped_linear", integer(0, 0), "a bias, or none"),
-    ("grouped_linear", size(0, 2, 4), "as many inputs|contiguous"),
-    ("grouped_linear", size(1, 0, 1), "as many inputs"),
-    ("grouped_linear", size(1, 1, 2), "contiguous"),
-    ("grouped_linear", stride(1, 2, 0), "contiguous"),
+    ("softmax", stride("x", 1, 0), "contiguous"),
+    ("grouped_linear", field("shuffle", 2), "shuffle takes a flag"),
+    ("grouped_linear", size("x", 2, 4), "as many inputs|contiguous"),
+    ("grouped_linear", size("weight", 0, 1), "as many inputs"),
+    ("grouped_linear", size("weight", 1, 2), "contiguous"),
+    ("grouped_linear", stride("weight", 2, 0), "contiguous"),
     ("grouped_linear", smaller_result, "results of the operands' size"),
-    ("separable_projection", integer(2, 3), "31 taps"),
-    ("separable_projection", integer(2, -1), "31 taps"),
-    ("separable_projection", integer(1, 0), "a bias and lengths"),
-    ("separable_projection", size(1, 1, 2), "31 taps|contiguous"),
-    ("separable_projection", size(2, 2, 4), "as many inputs"),
-    ("separable_projection", size(4, 0, 1), "a length a sequence"),
-    ("separable_projection", stride(0, 2, 0), "contiguous channels"),
+    ("separable_projection", field("before", 3), "31 taps"),
+    ("separable_projection", field("before", -1), "31 taps"),
+    ("separable_projection", size("depthwise", 1, 2), "31 taps|contiguous"),
+    ("separable_projection", size("pointwise", 2, 4), "as many inputs"),
+    ("separable_projection", size("lengths", 0, 1), "a length a sequence"),
+    ("separable_projection", stride("x", 2, 0), "contiguous channels"),
     ("separable_projection", smaller_result, "results of the operands' size"),
-    ("window_sparse_attention", lambda s: s["integers"].clear(), "a pattern"),
-    ("window_sparse_attention", integer(0, 0), "lengths, or none"),
-    ("window_sparse_attention", integer(1, 7), "flags of 0 or 1"),
-    ("window_sparse_attention", integer(2, -1), "a window"),
-    ("window_sparse_attention", integer(2, 3), "rise beyond the window"),
-    ("window_sparse_attention", integer(3, 3), "one list of distances"),
-    ("window_sparse_attention", integer(3, 1), "no more than its distances"),
-    ("window_sparse_attention", integer(4, -1), "lists of distances"),
-    ("window_sparse_attention", integer(4, 2**40), "lists of distances"),
-    ("window_sparse_attention", integer(6, 3), "rise beyond the window"),
-    ("window_sparse_attention", integer(6, 2**40), "rise beyond the window"),
-    ("window_sparse_attention", fewer_keys, "as many keys as queries"),
-    ("window_sparse_attention", size(3, 0, 1), "a length a sequence"),
-    ("window_sparse_attention", stride(1, 3, 0), "contiguous heads"),
-    ("window_sparse_attention", smaller_result, "a result of the queries' size"),
-    ("matmul", integer(0, 2), "flags of 0 or 1"),
-    ("matmul", size(0, 1, 3), "rows of a by columns of b"),
-    ("matmul", size(0, 2, 3), "columns of a for the rows of b"),
-    ("matmul", size(1, 0, 1), "as many matrices"),
-    ("matmul", stride(0, 2, 0), "contiguous rows of a"),
-    ("matmul", stride(1, 1, 0), "contiguous matrices of b"),
-    ("matmul", stride(1, 2, 0), "contiguous matrices of b"),
+    (WSA, no_field("window"), "missing window"),
+    (WSA, field("causal", 7), "causal takes a flag"),
+    (WSA, field("window", -1), "a window"),
+    (WSA, field("window", 3), "rise beyond the window"),
+    (WSA, field("window", 2**70), "64 bits"),
+    (WSA, distances(lambda of: of.append([9])), "one list of distances"),
+    (WSA, distances(lambda of: of[0].insert(0, -1)), "rise beyond the window"),
+    (WSA, distances(lambda of: of[0].append(3)), "rise beyond the window"),
+    (WSA, distances(lambda of: of[0].append(2**40)), "rise beyond the window"),
+    (WSA, fewer_keys, "as many keys as queries"),
+    (WSA, size("lengths", 0, 1), "a length a sequence"),
+    (WSA, stride("k", 3, 0), "contiguous heads"),
+    (WSA, smaller_result, "a result of the queries' size"),
+    ("matmul", field("transposed", 2), "transposed takes a flag"),
+    ("matmul", size("a", 1, 3), "rows of a by columns of b"),
+    ("matmul", size("a", 2, 3), "columns of a for the rows of b"),
+    ("matmul", size("b", 0, 1), "as many matrices"),
+    ("matmul", stride("a", 2, 0), "contiguous rows of a"),
+    ("matmul", stride("b", 1, 0), "contiguous matrices of b"),
+    ("matmul", stride("b", 2, 0), "contiguous matrices of b"),
     ("matmul", smaller_result, "rows of a by columns of b"),
-    ("cumsum", stride(0, 1, 0), "contiguous"),
+    ("cumsum", stride("x", 1, 0), "contiguous"),
     ("cumsum", smaller_result, "a result of the operand's size"),
-    ("cumsum", lambda s: s["integers"].append(0), "0 integers"),
-    ("softmax", lambda s: s["inputs"].append(s["inputs"][0]), "1] inputs"),
-    ("softmax", lambda s: s["inputs"][0].__setitem__(slice(2, 4), [[], []]), "rows of numbers"),
+    ("softmax", dims("x", 0), "rows of numbers"),
     ("softmax", smaller_result, "a result of the operand's size"),
+    ("softmax", lambda s: s["operands"].update(z=s["operands"]["x"]), "softmax has no z"),
+    ("softmax", lambda s: s.update(kind="warp"), "warp"),
 ]
 
 
@@ -325,8 +350,8 @@ def test_altered_steps(
 ) -> None:
     for content in contents:
         header, sections = split(content)
-        for step in header["plan"]["steps"]:
-            if step["kind"] == kind and (kind != "masked_attention" or step["integers"][0]):
+        for step in header["program"]["steps"]:
+            if step["kind"] == kind and (kind != "masked_attention" or "mask" in step["operands"]):
                 change(step)
                 return refused(tmp_path / "f", header, sections, match)
     raise AssertionError(f"no step of kind {kind}")
@@ -341,14 +366,14 @@ def test_a_hostile_plan(
 ) -> None:
     _, good, draw = saved
     header, sections = split(good.read_bytes())
-    steps = header["plan"]["steps"]
+    steps = header["program"]["steps"]
     wanted = {kind for kind, _, _ in ALTERED}
     places = [
         ("steps", i, *p) for i, s in enumerate(steps) if s["kind"] in wanted for p in leaves(s)
     ]
     for _ in range(data.draw(st.integers(1, 3))):
         *way, last = data.draw(st.sampled_from(places))
-        value: Any = header["plan"]
+        value: Any = header["program"]
         try:
             for key in way:
                 value = value[key]

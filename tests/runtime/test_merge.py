@@ -17,9 +17,9 @@ from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.runtime.native import passes
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.ir import Plan
 from fastrec.runtime.native.lower import lower
 from fastrec.runtime.native.passes import optimise
+from fastrec.runtime.native.program import Program
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -43,13 +43,13 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, length, d))
 
 
-def plan_of(model: nn.Module, *inputs: torch.Tensor) -> Plan:
+def plan_of(model: nn.Module, *inputs: torch.Tensor) -> Program:
     plan = lower(model.eval(), inputs, spec_of(model, inputs))
     optimise(plan)
     return plan
 
 
-def engine_of(model: nn.Module, plan: Plan, *inputs: torch.Tensor) -> PlanEngine:
+def engine_of(model: nn.Module, plan: Program, *inputs: torch.Tensor) -> PlanEngine:
     spec = spec_of(model, inputs)
     return PlanEngine(
         plan, backend="native", precision="fp32", threads=2, spec=spec, rows=[], versions={}
@@ -58,7 +58,7 @@ def engine_of(model: nn.Module, plan: Plan, *inputs: torch.Tensor) -> PlanEngine
 
 def both(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, *inputs: torch.Tensor
-) -> tuple[Plan, Plan]:
+) -> tuple[Program, Program]:
     """The plan, and what it is without the pass; their answers are the same bits."""
     merged = plan_of(model, *inputs)
     with monkeypatch.context() as patch:
@@ -71,7 +71,7 @@ def both(
     return merged, apart
 
 
-def kinds(plan: Plan) -> list[str]:
+def kinds(plan: Program) -> list[str]:
     return [step.kind for step in plan.steps]
 
 
@@ -89,7 +89,7 @@ def test_three_projections_are_one_product(
         merged, apart = both(model, monkeypatch, x)
     assert kinds(apart).count(kind) == 4
     assert kinds(merged) == [kind, "attention", kind]
-    assert merged.steps[0].output.shape[-1].number == 192
+    assert merged.steps[0].y.shape[-1].number == 192
     assert merged.steps[0].module == "q, k, v"
 
 

@@ -20,12 +20,11 @@ from fastrec.errors import BackendError
 from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import native, reason_missing
 from fastrec.models import Ranker, RankerConfig
-from fastrec.runtime.native.emit import ITEMSIZE
+from fastrec.runtime.native.buffers import ITEMSIZE, Buffer, Extent, product
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.ir import Buffer, Extent, product
 from fastrec.runtime.native.lower import lower
 from fastrec.runtime.native.memory import assign_slots, lifetimes
-from fastrec.runtime.native.passes import TILES_OUT, optimise
+from fastrec.runtime.native.passes import optimise
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -146,7 +145,7 @@ def test_a_chain_is_one_step_and_unused_work_goes() -> None:
         return torch.tanh(x * 2 + 1) * torch.sigmoid(x)
 
     engine = agrees(Lambda(chain), torch.randn(4, 33))
-    assert [step.kind for step in engine._plan.steps] == ["map"]
+    assert [step.kind for step in engine._program.steps] == ["map"]
 
 
 def test_a_nan_that_the_model_makes_goes_through_as_in_torch() -> None:
@@ -239,13 +238,13 @@ def test_every_size_of_the_ranker(
     with torch.inference_mode():
         expected = model(*inputs)
     # A float's last bit may turn the rounding of an int8 layer's input.
-    int8 = any(step.kind == "linear_int8" for step in engine._plan.steps)
+    int8 = any(step.kind == "linear_int8" for step in engine._program.steps)
     limit = 0.02 * float(expected.abs().max()) if int8 else 2e-5
     assert float((engine(*inputs) - expected).abs().max()) <= limit
 
 
 def test_symbols_are_free(ranker: tuple[Ranker, PlanEngine]) -> None:
-    assert ranker[1]._plan.symbols == ("B", "L", "m")
+    assert ranker[1]._program.symbols == ("B", "L", "m")
 
 
 def test_empty_histories_are_torchs(ranker: tuple[Ranker, PlanEngine]) -> None:
@@ -255,7 +254,7 @@ def test_empty_histories_are_torchs(ranker: tuple[Ranker, PlanEngine]) -> None:
     with torch.inference_mode():
         expected = model(*inputs)
     # As above: a rounding of an int8 layer's input may turn.
-    int8 = any(step.kind == "linear_int8" for step in engine._plan.steps)
+    int8 = any(step.kind == "linear_int8" for step in engine._program.steps)
     limit = 1e-2 if int8 else 2e-5
     torch.testing.assert_close(engine(*inputs), expected, rtol=limit, atol=limit)
 
@@ -286,7 +285,7 @@ def test_threads_give_the_same_bits(ranker: tuple[Ranker, PlanEngine]) -> None:
 def test_profile_has_a_row_a_step(ranker: tuple[Ranker, PlanEngine]) -> None:
     _, engine = ranker
     rows = engine.profile([t.numpy() for t in request(1, 33, 50)])
-    assert len(rows) == len(engine._plan.steps)
+    assert len(rows) == len(engine._program.steps)
     assert all(row["us"] > 0 for row in rows)
     linear = next(r for r in rows if r["module"] == "tower.0")
     assert linear["macs"] == 50 * 96 * 40
@@ -296,7 +295,7 @@ def test_profile_has_a_row_a_step(ranker: tuple[Ranker, PlanEngine]) -> None:
 
 
 def test_buffers_that_live_together_never_share(ranker: tuple[Ranker, PlanEngine]) -> None:
-    plan = ranker[1]._plan
+    plan = ranker[1]._program
     spans = lifetimes(plan)
     slots = assign_slots(plan, ITEMSIZE)
     buffers = list(spans)
@@ -361,9 +360,9 @@ def test_int8_layers_hand_on_tiles_and_torchs_integers(isa: str, rows: int) -> N
     fastrec.quantize_(model, fastrec.Int8(), calibration=[(x,)])
     with kernels.force_isa(isa):
         engine = engine_of(model, x)
-        # All but the first read tiles (6), all but the last write them (7).
-        flags = [tuple(s.integers[6:8]) for s in engine._plan.steps if s.kind == "linear_int8"]
-        assert flags == [(0, 1), (1, 1), (1, 1), (1, 0)]
+        layers_int8 = [s for s in engine._program.steps if s.kind == "linear_int8"]
+        assert [s.x_tiles for s in layers_int8] == [False, True, True, True]
+        assert [s.y_tiles for s in layers_int8] == [True, True, True, False]
         with torch.inference_mode():
             assert torch.equal(engine(x), model(x))
 
@@ -378,9 +377,9 @@ def test_a_norm_hands_on_the_tiles_of_its_layers(rows: int) -> None:
     spec = spec_of(model, (x,))
     plan = lower(model, (x,), spec)
     optimise(plan)
-    assert [(s.kind, s.integers[TILES_OUT.get(s.kind, 0)]) for s in plan.steps] == [
-        ("layer_norm", 1),
-        ("linear_int8", 0),
+    assert [(s.kind, s.y_tiles) for s in plan.steps] == [
+        ("layer_norm", True),
+        ("linear_int8", False),
     ]
     # Through the step that writes rows, and the layer that packs them, come the same integers.
     apart = nn.Sequential(norm, Lambda(lambda y: y.relu() - (-y).relu()), model[1]).eval()

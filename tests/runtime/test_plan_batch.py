@@ -18,11 +18,11 @@ from fastrec.errors import ArgumentError, IdRangeError
 from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
+from fastrec.nn import GroupedLinear
 from fastrec.runtime.native.batch import batch_symbol, rows_of_layers
-from fastrec.runtime.native.emit import ITEMSIZE
+from fastrec.runtime.native.buffers import ITEMSIZE, Extent
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.ir import Extent
-from fastrec.runtime.native.lower import lower, plan_spec
+from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.memory import assign_slots
 from fastrec.runtime.native.passes import optimise
 from fastrec.runtime.native.rows import row_groups
@@ -49,7 +49,7 @@ def engine_of(model: nn.Module, spec: InputSpec, *inputs: Tensor, threads: int =
     plan = lower(model.eval(), inputs, spec)
     optimise(plan)
     about = {"backend": "native", "precision": "fp32", "rows": [], "versions": {}}
-    return PlanEngine(plan, spec=plan_spec(spec, plan, inputs), threads=threads, **about)
+    return PlanEngine(plan, spec=program_spec(spec, plan, inputs), threads=threads, **about)
 
 
 def ranker(int8: bool) -> PlanEngine:
@@ -79,8 +79,8 @@ def test_a_user_gets_the_same_bits_in_any_batch(
 
 
 def test_the_batch_of_a_ranker(engine: PlanEngine) -> None:
-    assert batch_symbol(engine._plan) == "B"
-    assert set(rows_of_layers(engine._plan, "B")) == {Extent(1, ("L",)), Extent(1, ("m",))}
+    assert batch_symbol(engine._program) == "B"
+    assert set(rows_of_layers(engine._program, "B")) == {Extent(1, ("L",)), Extent(1, ("m",))}
 
 
 def test_the_first_user_at_fault_is_named(engine: PlanEngine) -> None:
@@ -110,7 +110,7 @@ def test_a_profile_tells_of_every_step(engine: PlanEngine, batch: int) -> None:
 def test_users_that_a_model_mixes_stay_together(mixing: Callable[[Tensor], Tensor]) -> None:
     model, x = Lambda(mixing), torch.randn(5, 6)
     engine = engine_of(model, ROWS, x)
-    assert batch_symbol(engine._plan) is None
+    assert batch_symbol(engine._program) is None
     for batch in (1, 2, 40):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
@@ -119,8 +119,8 @@ def test_users_that_a_model_mixes_stay_together(mixing: Callable[[Tensor], Tenso
 def test_layers_of_one_row_a_user_get_many_users() -> None:
     model = nn.Sequential(nn.Linear(6, 96), nn.ReLU(), nn.Linear(96, 3)).eval()
     engine = engine_of(model, ROWS, torch.randn(5, 6))
-    assert batch_symbol(engine._plan) == "B"
-    assert rows_of_layers(engine._plan, "B") == [Extent(1)]
+    assert batch_symbol(engine._program) == "B"
+    assert rows_of_layers(engine._program, "B") == [Extent(1)]
     for batch in (1, 31, 32, 33, 63, 64):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
@@ -137,7 +137,7 @@ def test_a_nan_of_one_user_is_an_error() -> None:
 
 
 def test_rows_of_a_group_are_shared_out(engine: PlanEngine) -> None:
-    groups = row_groups(engine._plan, "B")
+    groups = row_groups(engine._program, "B")
     assert {g.symbol for g in groups} == {"L", "m"}
     for length, m in ((33, 40), (32, 1), (1, 33), (31, 32)):
         request = engine.spec.sample({"B": 1, "L": length, "m": m}, seed=length)
@@ -147,8 +147,27 @@ def test_rows_of_a_group_are_shared_out(engine: PlanEngine) -> None:
         np.testing.assert_array_equal(together, alone)
 
 
+def test_a_chain_of_grouped_linears_is_one_row_group() -> None:
+    torch.manual_seed(0)
+
+    def chain(linear: Callable[[], nn.Module]) -> nn.Module:
+        return nn.Sequential(*(linear() for _ in range(4)))
+
+    spec = InputSpec((InputField("x", ("B", "L", 32), "float32"),), {"B": (1, 64), "L": (1, 64)})
+    x = torch.randn(2, 40, 32)
+    grouped = engine_of(chain(lambda: GroupedLinear(32, 32, 4, shuffle=True)), spec, x)
+    dense = engine_of(chain(lambda: nn.Linear(32, 32)), spec, x)
+    for engine in (grouped, dense):
+        (group,) = row_groups(engine._program, "B")
+        assert (group.begin, group.end) == (0, 4)
+    together = grouped(x.numpy())
+    with kernels.call_threads(1):
+        alone = grouped._call([x.numpy()])
+    np.testing.assert_array_equal(together, alone)
+
+
 def test_buffers_of_a_group_share_no_memory(engine: PlanEngine) -> None:
-    plan = engine._plan
+    plan = engine._program
     groups = row_groups(plan, "B")
     assign_slots(plan, ITEMSIZE, groups)
     for group in groups:

@@ -24,8 +24,9 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.report.plots import png
 from fastrec.report.profile import plot_profile, table
 from fastrec.runtime import load_engine
+from fastrec.runtime.native import steps
+from fastrec.runtime.native.buffers import Buffer, Extent, View
 from fastrec.runtime.native.engine import PlanEngine
-from fastrec.runtime.native.ir import Buffer, Extent, Step, View
 from fastrec.runtime.native.lower import lower
 from fastrec.runtime.native.passes import optimise
 from fastrec.runtime.native.profile import Request, cost
@@ -103,22 +104,15 @@ def test_what_is_broadcast_counts_once() -> None:
     vector = Buffer("float32", (size,)).view()
     spread = View(vector.buffer, (size, Extent(50)), (Extent(1), Extent(0)))
     out = Buffer("float32", (size, Extent(50))).view()
-    step = Step("map", [spread, spread], out, program=[("mul_f32", 0, 1)])
+    step = steps.map(x=[spread, spread], y=out, program=[("mul_f32", 0, 1)])
     found = cost(step, Request({"B": 3}, []))
     assert (found.activations, found.constants, found.written) == (12, 0, 600)
     assert (found.macs, found.peak) == (None, "")
 
 
-def test_a_step_of_another_kind_has_bytes_and_no_limit() -> None:
-    x = Buffer("float32", (Extent(8),)).view()
-    found = cost(Step("warp", [x], Buffer("float32", (Extent(2),)).view()), Request({}, []))
-    assert (found.activations, found.written) == (32, 8)
-    assert found.peak is None
-
-
 def test_times_and_kernels(engine: PlanEngine) -> None:
     rows = engine.profile(sample(1, 33, 50), calls=9)
-    assert len(rows) == len(engine._plan.steps)
+    assert len(rows) == len(engine._program.steps)
     for row in rows:
         assert 0 <= row["us"] <= row["us_median"]
         assert "limit" not in row

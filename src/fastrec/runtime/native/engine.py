@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastrec import kernels
-from fastrec.errors import ArgumentError, DtypeError
+from fastrec.errors import ArgumentError, ArtifactError, DtypeError
 from fastrec.measure.ceilings import Ceilings
 from fastrec.runtime.engine import Engine, closed_loop
 from fastrec.runtime.native import file
@@ -255,7 +255,10 @@ class PlanEngine(Engine):
             BackendError: the compiled kernels are missing, or lack what the file requires.
         """
         program, about = file.read(path, threads)
-        return cls(program, **about)
+        try:
+            return cls(program, **about)
+        except (TypeError, ValueError, OverflowError) as error:  # of the compiled executor
+            raise ArtifactError(f"{path}: an invalid program: {error}") from error
 
     def close(self) -> None:
         """Free the executor and the constants."""

@@ -159,7 +159,10 @@ def _open(path: Path) -> tuple[dict[str, Any], np.ndarray]:
                 raise ArtifactError(f"{path} is truncated: {size} bytes")
             _, version, zero, header_bytes, file_bytes = _PREFIX.unpack(start)
             if version != VERSION:
-                raise ArtifactError(f"{path} has version {version}, this reads {VERSION}")
+                remedy = (
+                    "compile the model anew" if version < VERSION else "install a newer fastrec"
+                )
+                raise ArtifactError(f"{path} has version {version}, this reads {VERSION}: {remedy}")
             begin = _PREFIX.size + _DIGEST + header_bytes
             if zero or header_bytes > _MAX_HEADER or begin > file_bytes or size > file_bytes:
                 raise ArtifactError(f"{path} was altered: its sizes disagree")

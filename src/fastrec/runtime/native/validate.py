@@ -64,12 +64,12 @@ def validate(program: Program, spec: InputSpec) -> None:
                 _sums_fit(step, spec)
         except ArtifactError as error:
             raise ArtifactError(f"{error} (step {position}, {step.kind})") from None
-        written.update(v.buffer for v in step.ys)
+        written.update(v.buffer for v in step.outputs)
     require(program.output.buffer in written, "an output that is computed")
 
 
 def _step(program: Program, step: Step, written: set[Buffer]) -> None:
-    views = [*step.inputs, *step.ys]
+    views = [*step.inputs, *step.outputs]
     require(step.kind in _RULES, "a step kind that this version knows")
     require(len(views) <= MAX_OPERANDS, f"at most {MAX_OPERANDS} operands")
     floats = [value for value in step.fields.values() if isinstance(value, float)]
@@ -80,7 +80,7 @@ def _step(program: Program, step: Step, written: set[Buffer]) -> None:
     for view in step.inputs:
         known = view.buffer in written or view.buffer.data is not None
         require(known, "operands that were computed before they are read")
-    for view in step.ys:
+    for view in step.outputs:
         require(view.buffer.space in ("arena", "output"), "a result that may be written")
         own = view.buffer.space == "arena" or view.buffer is program.output.buffer
         require(own, "no other output than the plan's")
