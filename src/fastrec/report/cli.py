@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.model_source import ExampleOption
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 
@@ -56,7 +57,8 @@ def table1(
         Path | None, typer.Option(help="A log (UserBehavior.csv) or a prepared folder.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Trained before: a saved model or folder of variants.")
+        Path | None,
+        typer.Option(help="A checkpoint, or a folder of train or compress."),
     ] = None,
     config: Annotated[
         ConfigName, typer.Option(help="demo: tables sized to the data; canonical: 32 M parameters.")
@@ -116,9 +118,13 @@ def table1(
 
 def bench(
     model: Annotated[
-        Path | None,
-        typer.Argument(help="What fastrec.save wrote; default: random canonical weights."),
+        str | None,
+        typer.Argument(
+            help="A checkpoint, an engine, a folder of train, compress or autotune, or "
+            "module:attribute; default: the canonical ranker with random weights."
+        ),
     ] = None,
+    example: ExampleOption = None,
     engines: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +165,7 @@ def bench(
     with progress() as tell:
         report = run(
             model,
+            example=example,
             engines=names,
             batches=sizes,
             precision=precision,

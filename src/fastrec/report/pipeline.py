@@ -16,11 +16,12 @@ from fastrec.compress.artifact import MANIFEST
 from fastrec.compress.recipe import FineTune
 from fastrec.data import SequenceDataset, generate, prepare
 from fastrec.errors import ArgumentError, ArtifactError, DataError
+from fastrec.model_source import find_model
 from fastrec.models import Ranker, RankerConfig
 from fastrec.report.schema import VARIANTS
 from fastrec.report.settings import Progress, Table1Settings
 from fastrec.report.store import Store, fingerprint
-from fastrec.train import TrainConfig, fit, load_model
+from fastrec.train import TrainConfig, fit
 
 
 def dataset_of(
@@ -212,12 +213,8 @@ def _given(path: Path) -> Any:
     Raises:
         ArgumentError: it holds no ranker.
     """
-    for folder in (path, path / "baseline"):
-        if (folder / MANIFEST).is_file():
-            model = load(folder)
-            break
-    else:
-        model = load_model(path).eval()
+    inner = path / "baseline"
+    model = find_model(inner if (inner / MANIFEST).is_file() else path).model()
     if not isinstance(model, Ranker) or any(True for _ in model.buffers()):
         raise ArgumentError("model", "a float fastrec.models.Ranker", type(model).__name__)
     return model
