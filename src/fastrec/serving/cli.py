@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.files import atomic_write
 from fastrec.model_source import ExampleOption, served_path
 from fastrec.terminal import stderr, stdout
 
@@ -126,7 +127,8 @@ def serve(
         if server.http_port is not None:
             console.print(f"  HTTP  {scheme}://{host}:{server.http_port}/")
         if ready_file is not None:
-            ready_file.write_text(json.dumps(ports) + "\n")
+            with atomic_write(ready_file, sync=False) as draft:
+                draft.write_text(json.dumps(ports) + "\n")
 
     server = Server(served_path(path, example), ServingConfig.from_dict(settings), options)
     with contextlib.suppress(KeyboardInterrupt):

@@ -216,27 +216,31 @@ async def compiled(checkpoint: Path, cache: Path) -> Path:
     except OSError:
         path = Path(tempfile.mkdtemp(prefix="fastrec-")) / path.name
     log.info("%s: compiling (torch runs in a process of its own)", checkpoint)
-    await asyncio.to_thread(_compile, checkpoint, path)
+    await _compile(checkpoint, path)
     return path
 
 
-def _compile(checkpoint: Path, engine: Path) -> None:
+async def _compile(checkpoint: Path, engine: Path) -> None:
+    """Compile in a process of its own, which is killed if this task is cancelled."""
     command = [sys.executable, "-m", "fastrec.serving.compile", str(checkpoint), str(engine)]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=_COMPILE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        _, stderr = await asyncio.wait_for(process.communicate(), _COMPILE_TIMEOUT_S)
+    except asyncio.TimeoutError:
         raise ArtifactError(
             f"{checkpoint}: not compiled within {_COMPILE_TIMEOUT_S:.0f} s"
         ) from None
-    if done.returncode != 0:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        lines = stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
         raise ArtifactError(f"{checkpoint}: cannot be compiled: {lines[-1]}")
 
 

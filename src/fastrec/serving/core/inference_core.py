@@ -99,6 +99,10 @@ class InferenceCore:
 
     Everything but the engines runs in the thread of one event loop, in which it must be made.
 
+    Attributes:
+        loading: the server is starting: not ready as a whole, even if single models are.
+        ending: the server was told to end: nothing is ready, requests are still answered.
+
     Args:
         config: see :class:`ServingConfig`; its defaults where None.
         clock: the loop's where None.
@@ -119,7 +123,7 @@ class InferenceCore:
         self._rollouts: dict[str, Rollout] = {}
         self._quotas = quotas_of(self.config)
         self.guard = Guard(self.config.admission, self.clock, guard_probe)
-        self._draining = False
+        self.loading = self.ending = self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
@@ -340,8 +344,11 @@ class InferenceCore:
         return best
 
     def ready(self, model: str = "", version: str = "") -> bool:
-        """Whether requests of the model ("" = of every model, and there is one) can run."""
-        if self._draining:
+        """Whether the server ("" = all its models, at least one) or a model is ready.
+
+        All probes tell this: gRPC's health service, ServerReady, ModelReady, HTTP, metrics, page.
+        """
+        if self.ending or self._draining or (self.loading and not model):
             return False
         names = [model] if model else list(self._models)
         return bool(names) and all(
@@ -363,7 +370,7 @@ class InferenceCore:
             Rejected: NOT_FOUND.
         """
         chosen = self._find(model, version)
-        if self._draining or chosen.scheduler is None or not chosen.ready():
+        if self.ending or chosen.scheduler is None or not chosen.ready():
             return LoadReport(False, 0)
         return chosen.scheduler.load(users, rows)
 
@@ -408,7 +415,7 @@ class InferenceCore:
 
     async def drain(self, timeout_s: float = 30.0) -> bool:
         """Take no more requests and wait for those accepted; whether all were answered in time."""
-        self._draining = True
+        self.ending = self._draining = True
         end = self.clock.now() + timeout_s
         while self.clock.now() < end:
             if not any(
@@ -422,7 +429,7 @@ class InferenceCore:
 
     async def close(self) -> None:
         """Free the engines; requests still there are CANCELLED. Closing twice is harmless."""
-        self._draining = True
+        self.ending = self._draining = True
         self.guard.close()
         for rollout in list(self._rollouts.values()):
             rollout.cancel("closed")
