@@ -255,7 +255,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 
 def test_without_polars_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polars", None)
-    with pytest.raises(MissingDependencyError, match=r"fastrec\[data\]"):
+    with pytest.raises(MissingDependencyError, match=r"fastrec-kernels\[data\]"):
         prepare(tmp_path / "log.csv", tmp_path / "out")
 
 
