@@ -98,7 +98,7 @@ class PlanEngine(Engine):
         return executors.encode(history)
 
     def append(self, state: State, *events: Any) -> State:
-        """The state after new events, as many for each of its users; ``state`` itself stays.
+        """The state after new events, as many for each of its users; ``state`` is unchanged.
 
         In a causal model (as SASRec is) an event changes nothing before it, so only the new events'
         rows are computed: their queries meet the keys and values that the state keeps, those that
@@ -111,7 +111,7 @@ class PlanEngine(Engine):
                 lengths are counted on.
 
         Raises:
-            DtypeError, ArgumentError: ``state`` is none, another engine's, or keeps no past.
+            DtypeError, ArgumentError: ``state`` is not a state, not this engine's, or has no past.
             ShapeError: another number of users, or more events than the model takes.
             ArgumentError, DtypeError, DeviceError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
@@ -123,7 +123,7 @@ class PlanEngine(Engine):
         gives. numpy in, numpy out; torch in, torch out.
 
         Raises:
-            DtypeError, ArgumentError: ``state`` is none, or another engine's.
+            DtypeError, ArgumentError: ``state`` is not a state, or is another engine's.
             ArgumentError, DtypeError, DeviceError, ShapeError, IdRangeError: a bad input, named.
             BackendError: the engine is closed.
         """
@@ -144,7 +144,7 @@ class PlanEngine(Engine):
     def throughput(
         self, requests: Sequence[tuple[np.ndarray, ...]], *, seconds: float = 2.0
     ) -> float:
-        """Requests per second with a client a thread, each request on one core.
+        """Requests per second with one client per thread, each request on one core.
 
         Raises:
             ArgumentError: no request.
@@ -177,7 +177,7 @@ class PlanEngine(Engine):
         return out
 
     def _held(self) -> tuple[Any, list[np.ndarray]]:
-        """The executor, and the constants that it borrows."""
+        """The executor and the constants that it borrows, to keep during a call."""
         try:
             return self._executor, self._constants
         except AttributeError:
@@ -198,13 +198,13 @@ class PlanEngine(Engine):
     def profile(
         self, inputs: Sequence[Any], *, calls: int = 5, limits: bool | Ceilings = False
     ) -> list[dict[str, Any]]:
-        """What each step costs on one request, timed in ``calls`` calls.
+        """Time and cost of each step on one request, over ``calls`` calls.
 
         Args:
             inputs: the model's inputs, numpy or torch.
-            calls: at least 1; the best and the median of them are told.
-            limits: hold each step against what this machine can do on the engine's threads: True
-                measures that first (some 2 s), :class:`~fastrec.measure.ceilings.Ceilings` have it.
+            calls: at least 1; rows hold the best and the median of them.
+            limits: compare each step with this machine's ceilings on the engine's threads: True
+                measures them first (some 2 s), or give :class:`~fastrec.measure.ceilings.Ceilings`.
 
         Returns:
             a row a step: ``module``, ``op``, ``kernel`` (with its instruction set), ``density``,

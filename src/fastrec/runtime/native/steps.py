@@ -167,6 +167,15 @@ def kinds() -> list[dict[str, Any]]:
     ]
 
 
+def kind_info(kind: str) -> KindInfo:
+    """Operands, fields and traits of a kind.
+
+    Raises:
+        KeyError: an unknown kind.
+    """
+    return _kinds()[kind]
+
+
 @functools.cache
 def _kinds() -> dict[str, KindInfo]:
     return {
@@ -211,7 +220,7 @@ class Step:
         fields: Mapping[str, Any],
         module: str = "",
     ) -> None:
-        info = _kinds()[kind]
+        info = kind_info(kind)
         self.__dict__.update(kind=kind, operands={}, fields={}, module=module)
         for operand in info.operands:
             self.operands[operand.name] = _operand(kind, operand, operands.get(operand.name))
@@ -227,7 +236,7 @@ class Step:
     @property
     def kind_info(self) -> KindInfo:
         """Operands, fields and traits of its kind."""
-        return _kinds()[self.kind]
+        return kind_info(self.kind)
 
     def __getattr__(self, name: str) -> Any:
         for values in (self.__dict__.get("operands", {}), self.__dict__.get("fields", {})):
@@ -358,4 +367,5 @@ def _field(kind: str, field: FieldInfo, value: Any) -> Any:
     if field.type == "program" and isinstance(value, list | tuple):
         return [tuple(instruction) for instruction in value]
     choices = f" of {', '.join(field.choices)}" if field.choices else ""
-    raise TypeError(f"{kind}: {field.name} takes a {field.type}{choices}, not {value!r}")
+    article = "an" if field.type == "integer" else "a"
+    raise TypeError(f"{kind}: {field.name} takes {article} {field.type}{choices}, not {value!r}")

@@ -17,7 +17,7 @@ _LINE = 64
 
 @dataclass(frozen=True, eq=False)
 class Past:
-    """What a state keeps so that events can be appended.
+    """The part of a state that appending events needs.
 
     Attributes:
         caches: the rows of the past that attention reads, a row an event.
@@ -32,7 +32,7 @@ class Past:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What ``encode`` made of the histories of B users; immutable, for any number of threads.
+    """The encoded histories of B users; immutable, for any number of threads.
 
     Attributes:
         arrays: the values, read-only.
@@ -49,10 +49,10 @@ class State:
 
     @property
     def output(self) -> np.ndarray:
-        """What the model gives for these histories, where it has no candidates; read-only.
+        """The model's result for these histories, where it has no candidates; read-only.
 
         Raises:
-            BackendError: it has, and :meth:`PlanEngine.score` gives it.
+            BackendError: it has candidates; :meth:`PlanEngine.score` scores them.
         """
         if self._executors.split.score is not None:
             raise BackendError("a state of a model with candidates has no output: score(state, …)")
