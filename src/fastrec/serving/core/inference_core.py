@@ -140,23 +140,28 @@ class InferenceCore:
         weight: float | None = None,
         engines: int | None = None,
         kind: str | None = None,
+        replace: bool = False,
     ) -> ModelInfo:
         """Load a version, warm it, and let it take requests; returns once it is READY.
 
         Args:
             model: its name.
             source: a path that ``load_engine`` reads, an :class:`EntryPoint`, or a factory.
-            version: must be new.
+            version: must be new, unless ``replace``.
             weight: its share of the requests that name no version, against the other versions'
                 weights; None = all of it for the first version, 0 for others.
             engines, kind: instead of the configured ones.
+            replace: take the place of a loaded version of this name, which answers requests until
+                the new one is warm and is then drained. Both are in memory meanwhile.
 
         Raises:
             ArgumentError: the version is there already.
-            FastrecError: it cannot be loaded or warmed; nothing of it is left.
+            FastrecError: it cannot be loaded or warmed; nothing of it is left, and what it was to
+                replace goes on.
         """
         versions = self._models.setdefault(model, {})
-        if version in versions:
+        before = versions.get(version)
+        if before is not None and not replace:
             raise ArgumentError("version", "a new one", version)
         share = (0.0 if versions else 1.0) if weight is None else weight
 
@@ -184,15 +189,22 @@ class InferenceCore:
             engines=engines,
             kind=kind,
         )
-        entry = versions[version] = _Version(pool, 0.0)
+        entry = _Version(pool, 0.0)
+        if before is None:
+            versions[version] = entry
         try:
             await pool.start()
         except BaseException:
-            versions.pop(version, None)
+            if before is None:
+                versions.pop(version, None)
             if not versions:
                 self._models.pop(model, None)
             raise
         entry.weight = share
+        if before is not None:
+            entry.weight = before.weight
+            versions[version] = entry
+            await before.pool.drain()
         return entry.info()
 
     async def release(
