@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         ".dataset": ("SequenceDataset",),
         ".generation": ("GenerateReport", "generate"),
         ".layout": ("ReadOptions",),
+        ".opening": ("open_or_prepare",),
         ".original_ids": ("OriginalIds",),
         ".preparation": ("PrepareReport", "prepare"),
         ".sessions": ("TAOBAO_WINDOW",),
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fastrec.data.dataset import SequenceDataset
     from fastrec.data.generation import GenerateReport, generate
     from fastrec.data.layout import ReadOptions
+    from fastrec.data.opening import open_or_prepare
     from fastrec.data.original_ids import OriginalIds
     from fastrec.data.preparation import PrepareReport, prepare
     from fastrec.data.sessions import TAOBAO_WINDOW

@@ -63,7 +63,8 @@ _STAGES = {"read": "Reading rows", "sort": "Sorting users", "generate": "Generat
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def data_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that shows the stages of generating and preparing a log."""
     with progress() as tell:
         yield lambda stage, done, total: tell(_STAGES[stage], done, total)
 
@@ -83,7 +84,7 @@ def _table(title: str, rows: dict[str, Any]) -> None:
     stdout().print(table)
 
 
-def _tell(line: str) -> None:
+def say(line: str) -> None:
     """A line about the work, on standard error, as it is."""
     stderr().print(line)
 
@@ -149,7 +150,7 @@ def prepare(
         ids=ids and ids.value,
         behaviours=parse_pairs("behaviours", behaviours),
     )
-    with _progress() as tell:
+    with data_progress() as tell:
         report = run(
             source,
             out,
@@ -159,7 +160,7 @@ def prepare(
             window=window,
             force=force,
             progress=tell,
-            tell=_tell,
+            tell=say,
         )
     rows = report.to_dict()
     for name in ("rejected", "first_rejected", "notes", "behaviours", "read_as"):
@@ -168,9 +169,9 @@ def prepare(
     stored = {f"behaviour {name}": n for name, n in report.behaviours.items() if n}
     _table("Prepared", {**rows, **stored, **refused})
     for line in report.first_rejected.values():
-        _tell(f"refused: {line}")
+        say(f"refused: {line}")
     for line in report.notes:
-        _tell(f"note: {line}")
+        say(f"note: {line}")
     write_json(json_out, report.to_dict())
 
 
@@ -190,7 +191,7 @@ def generate(
     """Write a synthetic log with the statistics of Taobao's."""
     from fastrec.data import generate as run
 
-    with _progress() as tell:
+    with data_progress() as tell:
         report = run(
             out,
             preset=preset.value,
@@ -225,6 +226,6 @@ def stats(
         values = statistics(SequenceDataset.open(source[0]), max_users=max_users)
     else:
         options = ReadOptions(columns=parse_columns(columns))
-        values = statistics(read_log(source, options, _tell), max_users=max_users)
+        values = statistics(read_log(source, options, say), max_users=max_users)
     _table("Statistics", values)
     write_json(json_out, values)

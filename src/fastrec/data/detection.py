@@ -212,7 +212,7 @@ def choose_columns(layout: Layout, table: _Table, options: ReadOptions) -> Layou
     if table.names is not None:
         looked = roles_by_name(table.names)
     else:
-        looked = _roles_by_value(table.columns, layout, {*stated.values()} if stated else set())
+        looked = _roles_by_value(table.columns, stated)
     roles = {role: index for role, index in looked.items() if role not in options.columns}
     roles = {role: index for role, index in roles.items() if index not in stated.values()} | stated
     # An empty column says nothing; its role is then absent.
@@ -260,28 +260,37 @@ def _find(table: _Table, role: str, reference: Reference) -> int:
     raise ArgumentError("columns", f"for {role} one of the columns {table.show()}", repr(reference))
 
 
-def _roles_by_value(columns: list[Values], layout: Layout, taken: set[int]) -> dict[str, int]:
-    """Roles of columns without names; without user and item where several readings are possible."""
-    if len(columns) == 2:
+def _roles_by_value(columns: list[Values], stated: dict[str, int]) -> dict[str, int]:
+    """Roles of columns without names; without an item where several readings are possible.
+
+    Args:
+        columns: of the sample.
+        stated: role -> index, as the user says; those columns are nothing else.
+    """
+    ids_stated = {"user", "item"} <= set(stated)
+    free = [i for i in range(len(columns)) if i not in stated.values()]
+    if len(columns) == 2 and not stated:
         return {"user": 0, "item": 1}
-    roles = {"user": 0} if 0 not in taken else {}
-    free = [i for i in range(1, len(columns)) if i not in taken and columns[i].kind != "empty"]
-    times = [i for i in free if columns[i].is_date or (i >= 2 and columns[i].is_epoch)]
+    roles: dict[str, int] = {}
+    if "user" not in stated and free:
+        roles["user"] = free.pop(0)
+    free = [i for i in free if columns[i].kind != "empty"]
+    # A number like a time in the second column is more likely an item.
+    epochs = [i for i in free if columns[i].is_epoch and (i >= 2 or ids_stated)]
+    times = [i for i in free if columns[i].is_date or i in epochs]
     words = [i for i in free if columns[i].is_behaviour]
     if times:
         roles["time"] = times[-1]
     if words:
         roles["behaviour"] = words[0]
-    rest = [i for i in free if i not in times and i not in words and not columns[i].has_fractions]
-    if taken:
-        return roles  # the user states the ids
+    if ids_stated:
+        return roles
     if len(columns) == _TAOBAO_FIELDS and times == [4] and not words and columns[3].is_small_number:
         # Taobao's columns with numbers for behaviours.
         return {"user": 0, "item": 1, "category": 2, "behaviour": 3, "time": 4}
+    rest = [i for i in free if i not in times and i not in words and not columns[i].has_fractions]
     extra = rest[1:] if words else [i for i in rest[1:] if not columns[i].is_rating]
-    if not rest or len(extra) > 1:
-        return roles
-    roles["item"] = rest[0]
-    if extra:
-        roles["category"] = extra[0]
+    if rest and len(extra) < 2:
+        roles["item"] = rest[0]
+        roles.update({"category": extra[0]} if extra else {})
     return roles

@@ -196,8 +196,8 @@ def _notes(reader: LogReader, stored: _Stored, index: ItemIndex) -> list[str]:
         )
     if (items := len(index.item_ids) - 1) < _FEW_ITEMS:
         notes.append(
-            f"{items} items: fewer than the {_FEW_ITEMS} candidates of the default evaluation; "
-            f"ask for at most {items} (n_candidates)"
+            f"{items} items: evaluation ranks all of them, not {_FEW_ITEMS} candidates; batches "
+            f"hold at most {items} (n_candidates)"
         )
     if stored.duplicates:
         notes.append(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastrec.data.cli import ColumnsOption
 from fastrec.errors import ArgumentError
 from fastrec.model_source import ExampleOption
 from fastrec.terminal import JsonOption, progress, stdout, write_json
@@ -54,8 +55,9 @@ def table1(
         PresetName, typer.Option(help="Size of the generated log, where there is no --data.")
     ] = PresetName.demo,
     data: Annotated[
-        Path | None, typer.Option(help="A log (UserBehavior.csv) or a prepared folder.")
+        Path | None, typer.Option(help="A log (file or folder of parts) or a prepared folder.")
     ] = None,
+    columns: ColumnsOption = None,
     model: Annotated[
         Path | None,
         typer.Option(help="A checkpoint, or a folder of train or compress."),
@@ -93,6 +95,7 @@ def table1(
     settings = Table1Settings.make(
         preset.value,
         data=data,
+        columns=columns,
         model=model,
         config=config.value,
         epochs=epochs,
