@@ -253,22 +253,6 @@ class separable_projection:
         groups: int,
         outputs: int,
     ) -> None: ...
-    @staticmethod
-    def depthwise_u8(
-        x: int,
-        zero_point: int,
-        depthwise: int,
-        scale: int,
-        inverse_out_scale: float,
-        out_zero_point: int,
-        h: int,
-        lengths: int,
-        batch: int,
-        length: int,
-        channels: int,
-        width: int,
-        before: int,
-    ) -> int: ...
 
 class sparse_int8_linear:
     MAX_INPUTS: ClassVar[int]

@@ -3,8 +3,7 @@
 The student attends by an ``AttentionPattern``, the teacher to every valid key. Outside its pattern
 the student's probability is 0 and the divergence from a dense teacher infinite; so the teacher's
 map is restricted to the student's keys and renormalised. Then only scores of pattern keys matter:
-O(L (w + log L) D) work, and never an L x L map. What the restriction leaves out is
-:func:`teacher_mass_outside`.
+O(L (w + log L) D) work, and never an L x L map.
 
 Source: attention-map distillation of the paper, L = KL(S_teacher || S_student).
 """
@@ -20,7 +19,6 @@ from fastrec.errors import ArgumentError, BackendError, DeviceError, DtypeError,
 from fastrec.kernels import _compiled
 from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
-from fastrec.kernels.attention_map_kl.outside import teacher_mass_outside
 from fastrec.kernels.attention_map_kl.reference import (
     attention_map_kl_reference,
     divergence_and_gradients,
@@ -30,7 +28,7 @@ from fastrec.kernels.attention_map_kl.samples import compare, samples
 from fastrec.kernels.pattern_tables import check_pattern, decoded, encoded, far_table
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 
-__all__ = ["SPEC", "attention_map_kl", "teacher_mass_outside"]
+__all__ = ["SPEC", "attention_map_kl"]
 
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

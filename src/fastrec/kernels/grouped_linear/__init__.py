@@ -20,13 +20,12 @@ from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
 from fastrec.kernels.dlpack import takes_arrays
-from fastrec.kernels.grouped_linear.int8 import pack_grouped_int8
 from fastrec.kernels.grouped_linear.reference import (
     grouped_linear_backward_reference,
     grouped_linear_reference,
 )
 
-__all__ = ["SPEC", "grouped_linear", "pack_grouped_int8"]
+__all__ = ["SPEC", "grouped_linear"]
 
 DTYPES = {
     torch.float32: "float32",

@@ -25,7 +25,6 @@ from fastrec.kernels.grouped_linear import (
     chosen,
     floats_can_run,
 )
-from fastrec.kernels.separable_projection.int8 import separable_projection_int8
 from fastrec.kernels.separable_projection.reference import (
     separable_projection_backward_reference,
     separable_projection_reference,
@@ -40,7 +39,7 @@ from fastrec.kernels.separable_projection.shapes import (
     length_error,
 )
 
-__all__ = ["SPEC", "separable_projection", "separable_projection_int8"]
+__all__ = ["SPEC", "separable_projection"]
 
 BACKENDS = Backends(
     "separable_projection", {"cpu": floats_can_run, "triton": triton_can_run, "reference": always}
