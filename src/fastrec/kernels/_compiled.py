@@ -75,7 +75,7 @@ def cpu_takes(*dtypes: str) -> Callable[[Signature], str | None]:
     def can_run(signature: Signature) -> str | None:
         dtype = signature.dtype.removeprefix("torch.")
         if dtype not in dtypes:
-            return f"it computes in {' or '.join(dtypes)}, the input is {dtype}"
+            return f"it computes in {', '.join(dtypes)}, the input is {dtype}"
         return cpu_can_run(signature)
 
     return can_run

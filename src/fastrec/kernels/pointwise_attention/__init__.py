@@ -14,6 +14,7 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels._registry import OpSpec
+from fastrec.kernels._torch_op import FLOAT_NAMES
 from fastrec.kernels.pointwise_attention import _torch_op
 from fastrec.kernels.pointwise_attention.buckets import MAX_BUCKETS, log_time_edges
 from fastrec.kernels.pointwise_attention.reference import pointwise_attention_reference
@@ -29,7 +30,7 @@ def _check_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, jagged: bool)
     rank, layout = (3, "[T, H, D]") if jagged else (4, "[B, H, L, D]")
     if q.dim() != rank:
         raise ShapeError("q", f"shape {layout}", list(q.shape))
-    if q.dtype not in _torch_op.DTYPE_NAMES:
+    if q.dtype not in FLOAT_NAMES:
         raise DtypeError("q", "float32, bfloat16, float16 or float64", q.dtype)
     for name, x in (("k", k), ("v", v)):
         same = x.shape == q.shape if name == "k" else x.shape[:-1] == q.shape[:-1]
@@ -64,7 +65,7 @@ def _integers(
 def _table(name: str, x: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
     if x is None:
         return None
-    if not isinstance(x, torch.Tensor) or x.dtype not in _torch_op.DTYPE_NAMES:
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOAT_NAMES:
         raise DtypeError(name, "a float tensor", getattr(x, "dtype", type(x).__name__))
     if x.device != q.device:
         raise DeviceError(name, f"q's device {q.device}", x.device)

@@ -9,6 +9,7 @@ import torch
 
 from fastrec.errors import ArgumentError
 from fastrec.kernels import _compiled
+from fastrec.kernels._views import row_view
 from fastrec.kernels.pointwise_attention.buckets import MAX_TIME
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -40,26 +41,12 @@ class Options:
     causal: bool
 
 
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """x with the numbers of a row behind each other."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def empty_rows(q: torch.Tensor, dims: int) -> torch.Tensor:
     """An output of ``dims`` a row: a view of contiguous [B, L, H, dims], or [T, H, dims]."""
     if q.dim() == 3:
         return q.new_empty((*q.shape[:2], dims))
     batch, heads, rows, _ = q.shape
     return q.new_empty((batch, rows, heads, dims)).transpose(1, 2)
-
-
-def _view(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of batch, head and row; [B, H, L, D] or jagged [T, H, D]."""
-    if x.dim() == 4:
-        batch, head, row, _ = x.stride()
-        return x.data_ptr(), batch, head, row
-    row, head, _ = x.stride()
-    return x.data_ptr(), 0, head, row
 
 
 def _address(x: torch.Tensor | None) -> int:
@@ -102,7 +89,7 @@ def bad_entry(kind: int, entry: int, q: torch.Tensor, o: Options) -> ArgumentErr
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> torch.Tensor:
     """Checked arguments."""
-    q, k, v = readable(q), readable(k), readable(v)
+    (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
     out = empty_rows(q, v.shape[-1])
     bad, entry = _compiled.native().pointwise_attention.forward(
         _shape(q, v, o),
@@ -110,10 +97,10 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> to
         o.scale,
         1.0 / o.norm_length,
         o.causal,
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(out),
+        q_rows,
+        k_rows,
+        v_rows,
+        row_view(out)[1],
     )
     if bad:
         raise bad_entry(bad, entry, q, o)
@@ -132,7 +119,9 @@ def backward(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options
 ) -> tuple[Any, ...]:
     """dq, dk, dv, and per head those of the tables or None."""
-    q, k, v, d_out = (readable(x) for x in (q, k, v, d_out))
+    # The tensors are held until the kernel is done with their addresses.
+    tensors, inputs = zip(*(row_view(x) for x in (q, k, v, d_out)), strict=True)
+    q, k, v, _ = tensors
     dq, dk, dv = (empty_rows(q, x.shape[-1]) for x in (q, k, v))
     d_position, d_time = table_gradients(q, o)
     bad, entry = _compiled.native().pointwise_attention.backward(
@@ -141,13 +130,8 @@ def backward(
         o.scale,
         1.0 / o.norm_length,
         o.causal,
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(d_out),
-        _view(dq),
-        _view(dk),
-        _view(dv),
+        *inputs,
+        *(row_view(x)[1] for x in (dq, dk, dv)),
         _address(d_position),
         _address(d_time),
     )

@@ -6,45 +6,23 @@ from typing import Any
 
 import torch
 
-from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._compiled import Signature, cpu_takes
 from fastrec.kernels._registry import Backends, always
+from fastrec.kernels._torch_op import FLOAT_NAMES, define_op
 from fastrec.kernels.pointwise_attention import _cpu, _reference_backward
 from fastrec.kernels.pointwise_attention._cpu import Options
 from fastrec.kernels.pointwise_attention.buckets import MAX_TIME
 from fastrec.kernels.pointwise_attention.reference import pointwise_attention_reference
 
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
-
-
-def _cpu_can_run(signature: Signature) -> str | None:
-    if signature.dtype == "float64":
-        return "it computes in float32, the input is float64"
-    return cpu_can_run(signature)
-
-
-BACKENDS = Backends("pointwise_attention", {"cpu": _cpu_can_run, "reference": always})
-
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_OPTIONS = (
-    "Tensor? position_bias, Tensor? time_bias, Tensor? time_edges, Tensor? timestamps, "
-    "Tensor? query_timestamps, Tensor? lengths, Tensor? cu_seqlens, Tensor? targets, "
-    "float scale, float norm_length, bool causal, str? backend=None"
-)
-_LIBRARY.define(f"pointwise_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor")
-_LIBRARY.define(
-    f"pointwise_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+BACKENDS = Backends(
+    "pointwise_attention",
+    {"cpu": cpu_takes("float32", "bfloat16", "float16"), "reference": always},
 )
 
 
 def choose(q: torch.Tensor, backend: str | None) -> str:
     """The backend for this tensor."""
-    return BACKENDS.choose(Signature(q.device.type, DTYPE_NAMES[q.dtype]), backend)
+    return BACKENDS.choose(Signature(q.device.type, FLOAT_NAMES[q.dtype]), backend)
 
 
 def check_values(q: torch.Tensor, o: Options) -> None:
@@ -106,10 +84,6 @@ def backward(
     return *grads, *(q.new_empty(0) if x is None else x for x in of_tables)
 
 
-_LIBRARY.impl("pointwise_attention", forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("pointwise_attention_backward", backward, "CompositeExplicitAutograd")
-
-
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
     return _cpu.empty_rows(q, v.shape[-1])
 
@@ -119,10 +93,6 @@ def _fake_backward(
 ) -> Any:
     tables = (q.new_empty(0) if x is None else torch.empty_like(x) for x in options[:2])
     return *(_cpu.empty_rows(q, x.shape[-1]) for x in (q, k, v)), *tables
-
-
-torch.library.register_fake("fastrec::pointwise_attention", _fake, lib=_LIBRARY)
-torch.library.register_fake("fastrec::pointwise_attention_backward", _fake_backward, lib=_LIBRARY)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -158,9 +128,22 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError("pointwise_attention: second derivatives are not implemented")
 
 
-torch.library.register_autograd(
-    "fastrec::pointwise_attention", _gradients, setup_context=_save, lib=_LIBRARY
+_OPTIONS = (
+    "Tensor? position_bias, Tensor? time_bias, Tensor? time_edges, Tensor? timestamps, "
+    "Tensor? query_timestamps, Tensor? lengths, Tensor? cu_seqlens, Tensor? targets, "
+    "float scale, float norm_length, bool causal, str? backend=None"
 )
-torch.library.register_autograd(
-    "fastrec::pointwise_attention_backward", _no_second_derivative, lib=_LIBRARY
+define_op(
+    f"pointwise_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor",
+    forward,
+    _fake,
+    backward=_gradients,
+    save=_save,
+)
+define_op(
+    f"pointwise_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward,
+    _fake_backward,
+    backward=_no_second_derivative,
 )
