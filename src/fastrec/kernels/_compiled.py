@@ -71,11 +71,13 @@ def cpu_can_run(signature: Signature) -> str | None:
 
 def cpu_takes(*dtypes: str) -> Callable[[Signature], str | None]:
     """``can_run`` of a compiled CPU backend that computes in these dtypes alone."""
+    *first, last = dtypes
+    named = f"{', '.join(first)} or {last}" if first else last
 
     def can_run(signature: Signature) -> str | None:
         dtype = signature.dtype.removeprefix("torch.")
         if dtype not in dtypes:
-            return f"it computes in {', '.join(dtypes)}, the input is {dtype}"
+            return f"it computes in {named}, the input is {dtype}"
         return cpu_can_run(signature)
 
     return can_run
