@@ -76,6 +76,13 @@ def custom_ops_extension(*, required: bool) -> Pybind11Extension:
     return extension("fastrec._onnxruntime_ops", sources, [CPU, CUSTOM_OPS], required=required)
 
 
+def use_compiler_cache() -> None:
+    """Compile through ccache where there is one, unless CC or CXX say what to use."""
+    for name in ("CC", "CXX"):
+        if shutil.which("ccache") and (compiler := sysconfig.get_config_var(name)):
+            os.environ.setdefault(name, f"ccache {compiler.split()[0]}")
+
+
 def nvcc() -> "str | None":
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
@@ -137,6 +144,14 @@ class BuildExt(build_ext):
     """Hands CUDA's extension to nvcc; compiles what two extensions share once."""
 
     def build_extensions(self) -> None:
+        compile_one = self.compiler._compile
+
+        def announced(target: str, source: str, *rest: object) -> None:
+            sys.stdout.write(f"compiling {source}\n")  # minutes without a line look like a failure
+            sys.stdout.flush()
+            compile_one(target, source, *rest)
+
+        self.compiler._compile = announced
         every = self.extensions
         after = [ext for ext in every if ext.name == "fastrec._onnxruntime_ops"]
         self.extensions = [ext for ext in every if ext not in after]
@@ -174,6 +189,7 @@ class BuildPy(build_py):
                 self.copy_file(str(path), str(to))
 
 
+use_compiler_cache()
 build_cpu, build_cuda = tri_state("FASTREC_BUILD_CPU"), tri_state("FASTREC_BUILD_CUDA")
 ext_modules: "list[Extension]" = []
 if build_cpu != "0":

@@ -15,6 +15,7 @@
 #include "layer_norm_quantize/bind.h"
 #include "padded_attention/bind.h"
 #include "parallel.h"
+#include "pointwise_attention/bind.h"
 #include "separable_projection/bind.h"
 #include "sparse_int8_linear/bind.h"
 #include "window_sparse_attention/bind.h"
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_native, m) {
   int8_embedding::bind(m);
   layer_norm_quantize::bind(m);
   padded_attention::bind(m);
+  pointwise_attention::bind(m);
   separable_projection::bind(m);
   sparse_int8_linear::bind(m);
   window_sparse_attention::bind(m);

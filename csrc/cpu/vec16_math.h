@@ -23,6 +23,22 @@ FASTREC_VEC_INLINE Ints quantise(Floats value, const Quantiser& to) {
   return add_int(to_int(minimum(maximum(scaled, to.low), to.high)), to.zero_point);
 }
 
+// 2^x: 2^round(x) * 2^r, |r| <= 1/2, by a polynomial (relative error below 2e-7); 0 below 2^-149 or
+// before.
+FASTREC_VEC_INLINE Floats exp2(Floats x) {
+  x = maximum(splat(-200.0f), x);
+  const Floats n = round_half_even(x);
+  const Floats r = subtract(x, n);
+  Floats p = splat(1.535336188319500e-4f);
+  p = fma(p, r, splat(1.339887440266574e-3f));
+  p = fma(p, r, splat(9.618437357674640e-3f));
+  p = fma(p, r, splat(5.550332471162809e-2f));
+  p = fma(p, r, splat(2.402264791363012e-1f));
+  p = fma(p, r, splat(6.931472028550421e-1f));
+  p = fma(p, r, splat(1.0f));
+  return scale_by_power(p, n);
+}
+
 // A NaN stays one.
 FASTREC_VEC_INLINE Floats gelu(Floats value) {
   const Floats s = minimum(splat(kErfLast), multiply(absolute(value), splat(kErfPieces)));

@@ -171,6 +171,41 @@ class padded_attention:
         scale: float,
     ) -> int: ...
 
+class pointwise_attention:
+    MAX_DIMS: ClassVar[int]
+    MAX_BUCKETS: ClassVar[int]
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def forward(
+        shape: tuple[int, ...],
+        bias: tuple[int, ...],
+        scale: float,
+        inverse_norm: float,
+        causal: bool,
+        q: View,
+        k: View,
+        v: View,
+        out: View,
+    ) -> tuple[int, int]: ...
+    @staticmethod
+    def backward(
+        shape: tuple[int, ...],
+        bias: tuple[int, ...],
+        scale: float,
+        inverse_norm: float,
+        causal: bool,
+        q: View,
+        k: View,
+        v: View,
+        d_out: View,
+        dq: View,
+        dk: View,
+        dv: View,
+        d_position: int,
+        d_time: int,
+    ) -> tuple[int, int]: ...
+
 class separable_projection:
     MAX_WIDTH: ClassVar[int]
     @staticmethod
@@ -218,22 +253,6 @@ class separable_projection:
         groups: int,
         outputs: int,
     ) -> None: ...
-    @staticmethod
-    def depthwise_u8(
-        x: int,
-        zero_point: int,
-        depthwise: int,
-        scale: int,
-        inverse_out_scale: float,
-        out_zero_point: int,
-        h: int,
-        lengths: int,
-        batch: int,
-        length: int,
-        channels: int,
-        width: int,
-        before: int,
-    ) -> int: ...
 
 class sparse_int8_linear:
     MAX_INPUTS: ClassVar[int]

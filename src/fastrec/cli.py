@@ -45,7 +45,7 @@ def _mount() -> None:
     from fastrec.info import explain, info
     from fastrec.report.cli import bench, table1
     from fastrec.report.load_cli import loadtest
-    from fastrec.runtime.cli import export, screen
+    from fastrec.runtime.cli import compile, export, screen
     from fastrec.runtime.cuda.cli import tune
     from fastrec.search.cli import autotune
     from fastrec.serving.cli import serve
@@ -55,8 +55,8 @@ def _mount() -> None:
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
     commands = (
-        train, compress, autotune, table1, export, bench, tune, explain, serve, loadtest, simulate,
-        screen,
+        train, compress, autotune, compile, table1, export, bench, tune, explain, serve, loadtest,
+        simulate, screen,
     )  # fmt: skip
     for command in commands:
         app.command()(command)
@@ -83,7 +83,7 @@ def main() -> None:
 
 def _fail(error: Exception, message: str) -> NoReturn:
     name = (type(error).__name__, "bold red")
-    stderr().print(Text.assemble(name, f": {message}"), soft_wrap=True)
+    stderr().print(Text.assemble(name, f": {message}"))
     sys.exit(2)
 
 

@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from fastrec.errors import ArgumentError, BackendError, install_command, not_ins
 from fastrec.kernels import _cuda
 from fastrec.kernels._compiled import Signature, reason_missing
 from fastrec.measure.packages import EXTRAS, package_versions
+from fastrec.model_source import ExampleOption, example_inputs, find_model
 from fastrec.terminal import JsonOption, stdout, write_json
 
 if TYPE_CHECKING:
@@ -100,8 +100,13 @@ def info(json_out: JsonOption = None) -> None:
 
 def explain(
     model: Annotated[
-        Path | None, typer.Argument(help="Folder written by fastrec.save; not with --op.")
+        str | None,
+        typer.Argument(
+            help="A checkpoint, a native engine's file, a folder of train, compress or autotune, "
+            "or module:attribute; not with --op."
+        ),
     ] = None,
+    example: ExampleOption = None,
     op: Annotated[
         str | None, typer.Option("--op", metavar="ID", help="One op: which kernels it has here.")
     ] = None,
@@ -123,7 +128,7 @@ def explain(
             table.add_row(row["backend"], row["isa"], row["runs"], row["why"])
     else:
         assert model is not None
-        rows, table = _explain_model(model, plot)
+        rows, table = _explain_model(model, example, plot)
     stdout().print(table)
     write_json(json_out, rows)
 
@@ -139,23 +144,24 @@ def _check_plot(plot: Path, op: str | None) -> None:
     _pyplot()
 
 
-def _explain_model(path: Path, plot: Path | None) -> tuple[list[dict[str, Any]], Table]:
-    """The rows of a saved model and a table of them; one request of a full history and 50
-    candidates is timed."""
+def _explain_model(
+    given: str, example: str | None, plot: Path | None
+) -> tuple[list[dict[str, Any]], Table]:
+    """The rows of a model or engine and a table of them; one request is timed, of a full history
+    and 50 candidates where the model is fastrec's."""
     from fastrec.exporters.model_spec import spec_of
     from fastrec.measure.ceilings import Ceilings
     from fastrec.runtime.native.engine import PlanEngine
 
-    loaded: Any = fastrec.load(path)
-    spec = spec_of(loaded, ())
-    if not spec.fields:
-        raise BackendError(f"explain: expected a saved Ranker, got {type(loaded).__name__}")
-    # Full histories: an input whose values a size bounds is the lengths.
-    inputs = tuple(
-        np.full_like(values, spec.limits[f.rows][1]) if isinstance(f.rows, str) else values
-        for f, values in zip(spec.fields, spec.sample({"B": 1, "m": _CANDIDATES}), strict=True)
-    )
-    engine = fastrec.compile(loaded, inputs, backend="native")
+    source = find_model(given).announce()
+    sizes = {"B": 1, "m": _CANDIDATES}
+    if source.kind == "engine":
+        engine: Any = source.engine()
+        inputs = example_inputs(engine.spec, example, sizes, full=True)
+    else:
+        network = source.model()
+        inputs = example_inputs(spec_of(network, ()), example, sizes, full=True)
+        engine = fastrec.compile(network, inputs, backend="native")
     described: list[dict[str, Any]] = engine.describe()
     if isinstance(engine, PlanEngine):
         from fastrec.report.plots import png

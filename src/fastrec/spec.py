@@ -97,6 +97,7 @@ class InputSpec:
         *,
         seed: int = 0,
         like: Sequence[np.ndarray] | None = None,
+        full: bool = False,
     ) -> tuple[np.ndarray, ...]:
         """Random inputs that this spec accepts.
 
@@ -105,6 +106,7 @@ class InputSpec:
                 below its lower limit.
             seed: of the values.
             like: example inputs; rows of them are drawn for the inputs without an id range.
+            full: whether each length is the longest instead of a random one.
 
         Raises:
             ArgumentError: an input has no id range and there is no example of it.
@@ -120,7 +122,8 @@ class InputSpec:
             shape = tuple(d if isinstance(d, int) else known.get(d, 50) for d in f.dims)
             if f.rows is not None:
                 top = known.get(f.rows, 50) + 1 if isinstance(f.rows, str) else f.rows
-                drawn.append(rng.integers(0, top, shape, dtype=np.int64))
+                low = top - 1 if full and isinstance(f.rows, str) else 0
+                drawn.append(rng.integers(low, top, shape, dtype=np.int64))
             elif like is None:
                 raise ArgumentError("like", f"an example of {f.name}, which has no id range", None)
             else:

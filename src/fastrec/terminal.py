@@ -46,8 +46,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """A console for everything else."""
-    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+    """A console for everything else; lines are left to the terminal to wrap."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _writable(path: Path | None) -> Path | None:

@@ -357,3 +357,77 @@ def test_save_refuses_and_keeps_what_is_there(tmp_path: Path) -> None:
         save(model, tmp_path / "m")
     assert read_manifest(tmp_path / "m")["info"] == {"n": 1}
     assert issubclass(ArtifactError, FastrecError)
+
+
+ODD = {
+    "complex": torch.zeros(2, dtype=torch.complex64),
+    "conjugate": torch.zeros(2, dtype=torch.complex64).conj(),
+    "float8": torch.zeros(4, dtype=torch.float8_e4m3fn),
+    "uint16": torch.zeros(4, dtype=torch.uint16),
+    "sparse": torch.eye(4).to_sparse(),
+    "meta": torch.zeros(4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_save_refuses_what_load_could_not_read(kind: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("odd", ODD[kind])
+    with pytest.raises(ArgumentError, match=r"dense tensors of float64, .*, got 'odd': "):
+        save(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+    torch.bfloat16, torch.float32, torch.float64,
+]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    buffers=st.lists(
+        st.tuples(
+            st.sampled_from(DTYPES),
+            st.lists(st.integers(0, 40), max_size=3),
+            st.sampled_from(["plain", "transposed", "expanded", "slice"]),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    seed=st.integers(0, 9),
+)
+def test_whatever_save_takes_load_gives_back(
+    buffers: list[Any], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def model(values: bool) -> nn.Module:
+        made = nn.Module()
+        for index, (dtype, shape, view) in enumerate(buffers):
+            value = torch.randint(0, 2, shape, generator=generator).to(dtype)
+            if view == "transposed" and len(shape) > 1:
+                value = value.transpose(0, 1)
+            elif view == "expanded":
+                value = value.expand(3, *shape)
+            elif view == "slice" and shape:
+                value = value[shape[0] // 2 :]
+            made.register_buffer(f"b{index}", value if values else torch.zeros_like(value))
+        return made
+
+    saved = model(True)
+    path = save(saved, tmp_path_factory.mktemp("any") / "m")
+    same(saved, load(path, model(False)))
+
+
+def test_wrappers_leave_no_prefix(tmp_path: Path) -> None:
+    plain = Own().eval()
+    for number, wrap in enumerate((nn.DataParallel, lambda m: torch.compile(m, backend="eager"))):
+        path = save(wrap(plain), tmp_path / str(number))
+        same(plain, load(path, Own()))
+        filled = Own()
+        load(path, wrap(filled))
+        same(plain, filled)
+    assert read_manifest(path)["class"].endswith("Own")
+    known = save(nn.DataParallel(ranker()), tmp_path / "ranker")
+    same(ranker(), load(known))

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastrec.compress import AttentionMapKL, HardLabel, LogitKL, distill, distillation_loss
@@ -163,3 +165,32 @@ def test_refusals() -> None:
         distill(nn.Linear(2, 2), nn.Linear(2, 2), [torch.ones(4, 2)], [HardLabel()])
     with pytest.raises(ArgumentError, match="layers"):
         distill(student, teacher, [batch()], [AttentionMapKL(layers=((0, 9),))])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    masks=st.lists(st.sampled_from(["", "student", "teacher", "both"]), min_size=2, max_size=6),
+    temperature=st.floats(0.5, 4.0),
+)
+def test_candidates_masked_with_infinity_have_no_part_in_the_logit_loss(
+    masks: list[str], temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 3, len(masks), generator=generator)
+    student, teacher = scores[0].clone(), scores[1].clone()
+    for column, mask in enumerate(masks):
+        if mask in ("student", "both"):
+            student[:, column] = -torch.inf
+        if mask in ("teacher", "both"):
+            teacher[:, column] = -torch.inf
+    student.requires_grad_()
+    loss = LogitKL(temperature)(Forward(student), Forward(teacher))
+    loss.backward()
+    kept = [column for column, mask in enumerate(masks) if not mask]
+    if kept:
+        small = LogitKL(temperature)(Forward(scores[0][:, kept]), Forward(scores[1][:, kept]))
+        torch.testing.assert_close(loss.detach(), small)
+    else:
+        assert float(loss.detach()) == 0.0
+    assert bool(torch.isfinite(student.grad).all())
+    assert not bool(student.grad[:, [c for c, mask in enumerate(masks) if mask]].any())

@@ -214,3 +214,51 @@ def test_fewer_levels_bound_the_codes_and_survive_conversion() -> None:
             QAT("prepare", levels=bad)
     with pytest.raises(ArgumentError, match="levels"):
         Int8Embedding.from_float(nn.Embedding(3, 4), levels=128)
+
+
+def twins(pruned: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(1200, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    if pruned:
+        prune_(model, BlockPruning(sparsity=0.5, block=(8, 4), rounds=1))
+    quantize_(model, QAT("prepare"), [torch.arange(100)])
+    return model
+
+
+def train_with_decay(model: nn.Module, steps: int = 3) -> None:
+    """With momentum and weight decay, which move weights that have no gradient."""
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+    for step in range(steps):
+        optimiser.zero_grad()
+        model(torch.arange(step, step + 50)).square().mean().backward()
+        optimiser.step()
+
+
+def zeros(model: nn.Module) -> list[float]:
+    state = model.state_dict()  # as a checkpoint would hold it
+    return [float((v == 0).float().mean()) for k, v in state.items() if k.endswith("weight")]
+
+
+def test_a_resumed_run_keeps_the_pruned_zeros() -> None:
+    model = twins(pruned=True)
+    before = zeros(model)
+    assert min(before) > 0.3
+    train_with_decay(model)
+    assert zeros(model) == before
+    resumed = twins(pruned=False)
+    resumed.load_state_dict(model.state_dict())
+    train_with_decay(resumed)
+    assert zeros(resumed) == before
+    quantize_(resumed, QAT("convert"))
+    dropped = (resumed[1].packed.unpack() == 0).float().mean()
+    assert float(dropped) >= before[1]
+
+
+def test_a_dense_checkpoint_in_a_pruned_twin_stays_dense() -> None:
+    dense = twins(pruned=False)
+    model = twins(pruned=True)
+    model.load_state_dict(dense.state_dict())
+    ids = torch.arange(50)
+    assert torch.equal(model.eval()(ids), dense.eval()(ids))
+    train_with_decay(model)
+    assert max(zeros(model)) == 0.0

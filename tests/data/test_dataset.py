@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     folder = tmp_path_factory.mktemp("tiny")
     lines = [f"{user} {10 * user + i}" for user in range(1, 7) for i in range(user)]
     (folder / "log.txt").write_text("\n".join(lines))
-    prepare(folder / "log.txt", folder / "out", format="user-item", max_history=3)
+    prepare(folder / "log.txt", folder / "out", max_history=3)
     return SequenceDataset.open(folder / "out")
 
 

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastrec.data import BEHAVIOURS, TAOBAO_WINDOW, SequenceDataset, preparation, prepare
+from fastrec.data import (
+    BEHAVIOURS,
+    TAOBAO_WINDOW,
+    ReadOptions,
+    SequenceDataset,
+    preparation,
+    prepare,
+)
 from fastrec.errors import ArgumentError, DataError, MissingDependencyError
 
 T0, T1 = TAOBAO_WINDOW
@@ -122,10 +129,18 @@ def test_any_row_order_gives_the_same_files(
 
 BAD = {
     "fields": "1,2,3,pv",
-    "integer": "x,2,3,pv,1511539200",
-    "behaviour": "1,2,3,zap,1511539200",
+    "user": "x,2,3,pv,1511539200",
+    "item": "1,,3,pv,1511539200",
+    "category": "1,2,x,pv,1511539200",
+    "behaviour": "1,2,3,,1511539200",
+    "time": "1,2,3,pv,yesterday",
     "window": "1,2,3,pv,-7",
 }
+TAOBAO = ReadOptions(
+    columns={"user": 1, "item": 2, "category": 3, "behaviour": 4, "time": 5},
+    ids="integer",
+    time_unit="s",
+)
 
 
 @settings(deadline=None, max_examples=25)
@@ -154,14 +169,20 @@ def test_nothing_is_lost_and_strict_names_the_line(
     first_bad = next((i for i, line in enumerate(lines, 1) if line in BAD.values()), None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "BLOCK_BYTES", block_bytes)
-        report = prepare(path, folder / "out")
+        report = prepare(path, folder / "out", options=TAOBAO, window=TAOBAO_WINDOW)
+        out = folder / "strict"
         if first_bad is None:
-            prepare(path, folder / "strict", strict=True)
+            prepare(path, out, options=TAOBAO, window=TAOBAO_WINDOW, strict=True)
         else:
             with pytest.raises(DataError) as caught:
-                prepare(path, folder / "strict", strict=True)
+                prepare(path, out, options=TAOBAO, window=TAOBAO_WINDOW, strict=True)
             assert str(caught.value).startswith(f"{path}:{first_bad}: ")
-    assert report.rejected == {kind: kinds.count(kind) for kind in BAD}
+    rejected = {name: n for name, n in report.rejected.items() if n}
+    assert rejected == {kind: kinds.count(kind) for kind in BAD if kind in kinds}
+    for kind, line in BAD.items():
+        if kind in kinds:
+            place = f"{path}:{lines.index(line) + 1}: "
+            assert report.first_rejected[kind].startswith(place)
     assert report.kept == 1 + kinds.count("good")
     assert report.rows == report.kept + sum(report.rejected.values())
     # A blank last line without a line end is no line at all.
@@ -192,7 +213,7 @@ def test_equal_times_keep_the_order_of_the_file_across_slices(tmp_path: Path) ->
 def test_user_item_format_keeps_the_order_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "log.txt"
     path.write_text("7 30\n7 10\n9 10\n7 20\n9 30\n7 10\n")
-    report = prepare(path, tmp_path / "out", format="user-item", max_history=2)
+    report = prepare(path, tmp_path / "out", max_history=2)
     dataset = SequenceDataset.open(tmp_path / "out")
     found = {user: [item for item, *_ in rows] for user, rows in sequences(dataset).items()}
     assert found == {7: [30, 10, 20, 10], 9: [10, 30]}
@@ -209,7 +230,7 @@ def test_items_under_two_categories_are_counted_and_get_the_smaller(tmp_path: Pa
     assert dataset.category_ids[dataset.item_category].tolist() == [0, 4, 9]
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "user,item,category,behaviour,time\n", "rubbish"])
+@pytest.mark.parametrize("content", ["", "\n\n", "user,item,category,behaviour,time\n"])
 def test_a_log_without_a_usable_row_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "log.csv"
     path.write_text(content)
@@ -220,8 +241,8 @@ def test_a_log_without_a_usable_row_is_an_error(tmp_path: Path, content: str) ->
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     log = write(tmp_path / "log.csv", [(1, 1, 1, "pv", T0)])
-    with pytest.raises(ArgumentError, match="format"):
-        prepare(log, tmp_path / "out", format="parquet")
+    with pytest.raises(ArgumentError, match="container"):
+        prepare(log, tmp_path / "out", options=ReadOptions(container="excel"))
     with pytest.raises(ArgumentError, match="max_history"):
         prepare(log, tmp_path / "out", max_history=0)
     with pytest.raises(ArgumentError, match="window"):
@@ -234,7 +255,7 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
 
 def test_without_polars_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polars", None)
-    with pytest.raises(MissingDependencyError, match=r"fastrec\[data\]"):
+    with pytest.raises(MissingDependencyError, match=r"fastrec-kernels\[data\]"):
         prepare(tmp_path / "log.csv", tmp_path / "out")
 
 

@@ -36,7 +36,7 @@ def test_a_small_log_by_hand() -> None:
             "user": [1, 1, 1, 1, 2],
             "item": [10, 11, 10, 30, 10],
             "category": [1, 1, 1, 3, 1],
-            "behaviour": [1, 1, 4, 2, 1],
+            "behaviour": ["pv", "pv", "buy", "cart", "pv"],
             "time": [t0, t0 + 10, t0 + 20, t0 + 4000, t0],
         }
     )
@@ -72,5 +72,5 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_log(tmp_path / "none.csv")
     (tmp_path / "bad.csv").write_text("nothing\n")
-    with pytest.raises(DataError, match="no usable row"):
+    with pytest.raises(DataError, match="no delimiter"):
         read_log(tmp_path / "bad.csv")

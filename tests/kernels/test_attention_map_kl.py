@@ -13,7 +13,6 @@ from fastrec import AttentionPattern, kernels
 from fastrec.errors import ArgumentError, BackendError, DtypeError, ShapeError
 from fastrec.kernels import attention_map_kl
 from fastrec.kernels._compiled import reason_missing
-from fastrec.kernels.attention_map_kl import teacher_mass_outside
 from fastrec.kernels.attention_map_kl.reference import divergence_and_gradients
 from fastrec.kernels.pattern_tables import encoded
 
@@ -261,17 +260,6 @@ def test_a_second_derivative_is_refused() -> None:
     squared = attention_map_kl(tq, tk, sq, sk, PATTERN) ** 2
     with pytest.raises(BackendError, match="differentiated once"):
         torch.autograd.grad(squared, sq, create_graph=True)
-
-
-def test_mass_outside_is_that_of_the_dense_map() -> None:
-    tq, tk, _, _ = maps(2, 2, 60, 8, dtype=torch.float64)
-    lengths = torch.tensor([60, 31])
-    got = teacher_mass_outside(tq, tk, PATTERN, lengths=lengths)
-    for b, n in enumerate(lengths.tolist()):
-        scores = tq[b, :, :n] @ tk[b, :, :n].transpose(1, 2) * tq.shape[-1] ** -0.5
-        outside = scores.softmax(-1).masked_fill(PATTERN.mask(60)[:, :n, :n], 0.0)
-        torch.testing.assert_close(got[b], outside.sum((-1, -2)) / n)
-    assert not teacher_mass_outside(tq, tk, AttentionPattern(60)).ge(1e-12).any()
 
 
 GOOD = dict(

@@ -60,6 +60,9 @@ HOT_LOOPS = [
     HotLoop(r"padded_attention::.*scores<(\d+), (\d+)>\(", FMA, 8 * 3 + 6),
     HotLoop(r"padded_attention::.*weighted_sum<(\d+), (\d+), true>\(", FMA, 8 + 6),
     HotLoop(r"padded_attention::.*weighted_sum<(\d+), 1, false>\(", FMA, 8 + 5),
+    HotLoop(r"pointwise_attention::.*key_scores<(\d+)>\(", FMA, 4),
+    HotLoop(r"pointwise_attention::.*weighted_sum<([48]), (\d+), (?:true|false)>\(", FMA, 8),
+    HotLoop(r"pointwise_attention::.*activate(?:_and_derive)?\(", rf"{FMA} .*%zmm", 2, 12),
     HotLoop(r"window_sparse_attention::.*near_scores<(\d+)>\(", FMA, 6),
     HotLoop(
         r"window_sparse_attention::.*far_scores<[124], ", "vmulps|vfmadd", 18, 16, straight=True

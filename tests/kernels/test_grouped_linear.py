@@ -13,7 +13,6 @@ from fastrec import kernels
 from fastrec.errors import BackendError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import PackedWeight, grouped_linear, sparse_int8_linear
 from fastrec.kernels._compiled import reason_missing
-from fastrec.kernels.grouped_linear import pack_grouped_int8
 from fastrec.kernels.grouped_linear.reference import grouped_linear_backward_reference
 from fastrec.kernels.grouped_linear.samples import compare, sample, within
 
@@ -262,7 +261,7 @@ def test_grouped_int8_is_exact(
     shape = (groups, outputs, inputs)
     weight = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     x = torch.randint(0, 256, (rows, groups * inputs), generator=generator, dtype=torch.uint8)
-    packed = pack_grouped_int8(weight, torch.ones(groups * outputs))
+    packed = PackedWeight.pack(torch.block_diag(*weight), torch.ones(groups * outputs))
     got = sparse_int8_linear(x, packed, x_scale=1.0, x_zero_point=9)
     by_group = x.view(rows, groups, inputs).double() - 9
     expected = torch.einsum("mgi,goi->mgo", by_group, weight.double())
@@ -272,18 +271,8 @@ def test_grouped_int8_is_exact(
 
 def test_grouped_int8_stores_only_the_blocks() -> None:
     weight = torch.full((4, 64, 64), 3, dtype=torch.int8)
-    packed = pack_grouped_int8(weight, torch.ones(256))
+    packed = PackedWeight.pack(torch.block_diag(*weight), torch.ones(256))
     assert packed.density == 0.25
-    assert isinstance(packed, PackedWeight)
     # 24 outputs a group: a panel of 32 straddles two groups and keeps the inputs of both.
-    straddling = pack_grouped_int8(weight[:, :24], torch.ones(96))
+    straddling = PackedWeight.pack(torch.block_diag(*weight[:, :24]), torch.ones(96))
     assert [int(n) for n in straddling.panel_start.diff()] == [32, 32, 32]
-
-
-def test_grouped_int8_names_bad_input() -> None:
-    with pytest.raises(DtypeError, match="weight_s8: expected int8"):
-        pack_grouped_int8(torch.zeros(2, 3, 4), torch.ones(6))
-    with pytest.raises(ShapeError, match=r"weight_s8: expected shape \[G, O, I\]"):
-        pack_grouped_int8(torch.zeros(6, 4, dtype=torch.int8), torch.ones(6))
-    with pytest.raises(ShapeError, match=r"scale: expected shape \[6\]"):
-        pack_grouped_int8(torch.zeros(2, 3, 4, dtype=torch.int8), torch.ones(5))

@@ -14,9 +14,7 @@ from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import separable_projection
 from fastrec.kernels._compiled import reason_missing
-from fastrec.kernels.grouped_linear import pack_grouped_int8
 from fastrec.kernels.grouped_linear.samples import within
-from fastrec.kernels.separable_projection import separable_projection_int8
 from fastrec.kernels.separable_projection.reference import (
     separable_projection_backward_reference,
 )
@@ -219,87 +217,3 @@ def test_bad_input_is_named(
     named[name] = value
     with pytest.raises(error, match=message):
         separable_projection(**named, backend=backend)
-
-
-def int8_case(
-    batch: int, length: int, groups: int, outputs: int, inputs: int, width: int, seed: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def integers(low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator, dtype=dtype)
-
-    channels = groups * inputs
-    x = integers(0, 256, batch, length, channels, dtype=torch.uint8)
-    taps = integers(-128, 128, channels, width, dtype=torch.int8)
-    weight = integers(-128, 128, groups, outputs, inputs, dtype=torch.int8)
-    packed = pack_grouped_int8(weight, torch.rand(groups * outputs, generator=generator) + 0.1)
-    # About the spread of the sums, so that some hidden values clip and most do not.
-    kwargs = {
-        "x_scale": 0.02,
-        "x_zero_point": 117,
-        "hidden_scale": 0.02 * 5000 * width**0.5 / 60,
-        "hidden_zero_point": 131,
-    }
-    return (x, taps, torch.rand(channels, generator=generator) + 0.1, packed), kwargs
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    case=cases(),
-    quantised=st.booleans(),
-    isa=st.sampled_from(ISAS),
-    seed=st.integers(0, 2**16),
-)
-def test_int8_gives_the_references_bits(
-    case: dict[str, Any], quantised: bool, isa: str, seed: int
-) -> None:
-    args, kwargs = int8_case(*case["shape"], seed)
-    kwargs["causal"] = case["causal"]
-    if case["lengths"] is not None:
-        kwargs["lengths"] = torch.tensor(case["lengths"], dtype=torch.int64)
-    if quantised:
-        kwargs |= {"out": "uint8", "out_scale": 900.0, "out_zero_point": 120}
-    with kernels.force_isa(isa):
-        got = separable_projection_int8(*args, **kwargs)
-    assert torch.equal(got, separable_projection_int8(*args, **kwargs, backend="reference"))
-    for b, valid in enumerate(case["lengths"] or ()):
-        assert bool((got[b, valid:] == (120 if quantised else 0)).all())
-
-
-def test_int8_is_near_the_real_layer() -> None:
-    (x, taps, scale, packed), kwargs = int8_case(2, 40, 2, 8, 6, 5, 1)
-    got = separable_projection_int8(x, taps, scale, packed, **kwargs)
-    real = (x.float() - kwargs["x_zero_point"]) * kwargs["x_scale"]
-    weight = packed.unpack().float() * packed.scale[:, None]
-    hidden_error = kwargs["hidden_scale"] / 2
-    exact = separable_projection(real, taps.float() * scale[:, None], weight.unsqueeze(0))
-    # Where no hidden value clips, each is off by half a step at most.
-    hidden = separable_projection(real, taps.float() * scale[:, None], torch.eye(12).unsqueeze(0))
-    steps = hidden / kwargs["hidden_scale"] + kwargs["hidden_zero_point"]
-    kept = ((steps >= 0) & (steps <= 255)).all(-1)
-    assert bool(kept.any())
-    allowed = 1.001 * hidden_error * weight.abs().sum(1)
-    assert bool(((got - exact).abs() <= allowed)[kept].all())
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
-        ("x_u8", torch.zeros(2, 9, 12), DtypeError, "x_u8: expected uint8"),
-        ("x_u8", torch.zeros(2, 12).byte(), ShapeError, r"x_u8: expected shape \[B, L, 12\]"),
-        ("depthwise_s8", torch.zeros(12, 3), DtypeError, "depthwise_s8: expected int8"),
-        ("depthwise_s8", torch.zeros(12, 4).char(), ShapeError, "1 <= W <= 31, odd"),
-        ("depthwise_scale", torch.zeros(11), ShapeError, r"depthwise_scale: expected shape \[12\]"),
-        ("x_zero_point", 256, ArgumentError, "x_zero_point"),
-        ("hidden_scale", 0.0, ArgumentError, "hidden_scale: expected a finite number > 0"),
-        ("lengths", torch.tensor([1, 10]), ArgumentError, r"lengths: expected values in \[0, 9\]"),
-    ],
-)
-def test_int8_names_bad_input(name: str, value: Any, error: type[Exception], message: str) -> None:
-    args, kwargs = int8_case(2, 9, 2, 5, 6, 3, 0)
-    names = ("x_u8", "depthwise_s8", "depthwise_scale", "packed")
-    named = dict(zip(names, args, strict=True)) | kwargs
-    named[name] = value
-    with pytest.raises(error, match=message):
-        separable_projection_int8(**named)

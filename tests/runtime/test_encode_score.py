@@ -22,8 +22,7 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.passes import optimise
-from fastrec.runtime.native.user_state import candidate_positions
-from fastrec.runtime.native.user_state import State
+from fastrec.runtime.native.user_state import State, candidate_positions
 from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastrec.runtime.native.memory import assign_slots, lifetimes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +24,6 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime.native.buffers import ITEMSIZE, Buffer, Extent, product
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower
-from fastrec.runtime.native.memory import assign_slots, lifetimes
 from fastrec.runtime.native.passes import optimise
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))

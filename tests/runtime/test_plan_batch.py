@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastrec.runtime.native.batch import batch_symbol, rows_of_layers
+from fastrec.runtime.native.memory import assign_slots
+from fastrec.runtime.native.rows import row_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,13 +22,10 @@ from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import GroupedLinear
-from fastrec.runtime.native.batch import batch_symbol, rows_of_layers
 from fastrec.runtime.native.buffers import ITEMSIZE, Extent
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower, program_spec
-from fastrec.runtime.native.memory import assign_slots
 from fastrec.runtime.native.passes import optimise
-from fastrec.runtime.native.rows import row_groups
 from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))

@@ -90,7 +90,8 @@ def test_outputs_are_the_requests_own_however_they_were_cut_and_joined() -> None
         batching=Batching(max_batch_ms=2.0, pad_to=(8, 64)),
         admission=Admission(enabled=False),
     )
-    world = World(config, 2)
+    # Calls cost little beside rows, so that cutting costs little, too.
+    world = World(config, costs=[lambda users, rows: 2e-5 + 3e-5 * users + 1e-5 * rows] * 2)
     sizes = [(1, 5), (1, 8), (3, 6), (1, 700), (40, 50), (1, 64), (2, 63), (1, 1)]
     sent = [world.send(u, m) for u, m in sizes]
     world.clock.run()
@@ -482,3 +483,68 @@ def test_aged_requests_are_next(seed: int) -> None:
     world.clock.run(0.5)
     assert patient.error is None
     assert patient_too.started - patient_too.arrival < 0.15
+
+
+def encoder(fixed_s: float, row_s: float = 1e-4):
+    """Seconds of an engine that encodes a history for each user of each call."""
+    return lambda users, rows: fixed_s * users + row_s * rows
+
+
+@pytest.mark.parametrize("fixed_ms", [5, 9, 12, 20, 72])
+def test_a_lone_request_on_an_idle_server_is_answered_in_one_call(fixed_ms: int) -> None:
+    world = World(ServingConfig(slo=SLO(50.0)), costs=[encoder(fixed_ms / 1e3)])
+    for i in range(20):
+        world.at(i * 0.3, candidates=50)
+    world.clock.run()
+    assert not world.refused
+    assert [pending.sub_count for (pending,) in world.answers.values()] == [1] * 20
+    assert all(pending.error is None for (pending,) in world.answers.values())
+
+
+def test_a_timeout_of_the_requests_own_that_cannot_be_met_is_refused() -> None:
+    world = World(ServingConfig(slo=SLO(50.0)), costs=[encoder(0.03)])
+    world.send(deadline=0.02)
+    assert world.refused[0].kind is Kind.DEADLINE_INFEASIBLE
+    assert str(world.refused[0]) == "Request timeout expired"
+    world.send()  # runs, as the server is idle
+    world.send()  # would wait for it
+    assert list(world.refused) == [0, 2]
+    assert "50 ms, the limit of tier 'default'" in str(world.refused[2])
+    world.clock.run()
+    assert world.answers[1][0].error is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.floats(0, 0.02), st.floats(0, 0.05), st.floats(1e-6, 1e-3)),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(1, 600),
+)
+def test_requests_are_cut_only_where_that_is_cheap_or_the_pieces_finish_sooner(
+    costs: tuple[float, float, float], engines: int, users: int, candidates: int
+) -> None:
+    call_s, user_s, row_s = costs
+
+    def line(users: int, rows: int) -> float:
+        return call_s + user_s * users + row_s * rows
+
+    config = ServingConfig(slo=SLO(50.0), lanes=Queueing(reserved_slots=0))
+    world = World(config, costs=[line] * engines)
+    pending = world.send(users=users, candidates=candidates)
+    assert not world.refused
+    model = world.scheduler.router.model
+    pieces = [
+        model.predict(sub.users, sub.users * sub.candidates)
+        for chunk in pending.subs
+        for sub in chunk
+    ]
+    whole_s = model.predict(users, users * candidates)
+    rounds = -(-len(pieces) // engines)
+    assert (
+        len(pieces) <= 1
+        or rounds * max(pieces) <= whole_s * 1.001
+        or len(pieces) * max(pieces) <= 1.101 * whole_s
+    )
+    world.clock.run()
+    assert pending.error is None

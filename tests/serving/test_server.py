@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from serving_process import ranker, request_of
 import fastrec
 from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.runtime import load_engine
+from fastrec.serving.repository import ModelRepository
 from fastrec.serving.server import ServerOptions
 
 grpcclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
@@ -177,12 +179,21 @@ def test_a_repository_of_models_and_versions(start, engine_path, other_path, tmp
     server = start(tmp_path)
     with grpcclient.InferenceServerClient(server.grpc) as client:
         index = {(m.name, m.version): m.state for m in client.get_model_repository_index().models}
-        assert index == {("single", "1"): "READY", ("two", "1"): "READY", ("two", "3"): "READY"}
+        assert index == {
+            ("single", "1"): "READY",
+            ("two", "1"): "UNAVAILABLE",
+            ("two", "3"): "READY",
+        }
         request = request_of()
         newest = client.infer("two", inputs(grpcclient, request))
         assert newest.get_response().model_version == "3"
+        with pytest.raises(grpcclient.InferenceServerException, match="version 1 is not found"):
+            client.infer("two", inputs(grpcclient, request), model_version="1")
+        os.remove(tmp_path / "two" / "3")
+        client.load_model("two")
         expected = load_engine(other_path)(*request.values())
-        older = client.infer("two", inputs(grpcclient, request), model_version="1")
+        older = client.infer("two", inputs(grpcclient, request))
+        assert older.get_response().model_version == "1"
         assert np.array_equal(older.as_numpy("scores"), expected)
         client.unload_model("single")
         assert not client.is_model_ready("single")
@@ -209,6 +220,108 @@ def test_load_reload_and_unload(start, engine_path, other_path, tmp_path):
         for name in ("nobody", "../ranker", "/etc/passwd", ""):
             with pytest.raises(grpcclient.InferenceServerException, match="NOT_FOUND"):
                 client.load_model(name)
+
+
+def test_a_new_version_takes_over_once_it_is_loaded(start, engine_path, other_path, tmp_path):
+    folder = tmp_path / "ranker"
+    folder.mkdir()
+    shutil.copy(engine_path, folder / "1")
+    server = start(tmp_path)
+    request = request_of()
+    with grpcclient.InferenceServerClient(server.grpc) as client:
+
+        def serves():
+            reply = client.infer("ranker", inputs(grpcclient, request))
+            return reply.get_response().model_version, reply.as_numpy("scores").tobytes()
+
+        first = serves()
+        assert first[0] == "1"
+        shutil.copy(other_path, folder / "2")
+        client.load_model("ranker")
+        second = serves()
+        assert second[0] == "2"
+        assert second[1] != first[1]
+        # A third one that is damaged: the second goes on, and the index says why.
+        (folder / "3").write_bytes(engine_path.read_bytes()[:-100])
+        with pytest.raises(grpcclient.InferenceServerException):
+            client.load_model("ranker")
+        assert serves() == second
+        assert client.is_server_ready()
+        rows = {m.version: m for m in client.get_model_repository_index().models}
+        assert [rows[v].state for v in "123"] == ["UNAVAILABLE", "READY", "UNAVAILABLE"]
+        assert rows["1"].reason == "version 3 is the latest"
+        assert rows["3"].reason
+
+
+def test_a_failed_reload_keeps_the_model_that_works(start, engine_path, other_path, tmp_path):
+    shutil.copy(engine_path, tmp_path / "ranker")
+    server = start(tmp_path)
+    request = request_of()
+    with grpcclient.InferenceServerClient(server.grpc) as client:
+        before = client.infer("ranker", inputs(grpcclient, request)).as_numpy("scores")
+        (tmp_path / "new").write_bytes(other_path.read_bytes()[:-100])
+        os.replace(tmp_path / "new", tmp_path / "ranker")
+        with pytest.raises(grpcclient.InferenceServerException):
+            client.load_model("ranker")
+        again = client.infer("ranker", inputs(grpcclient, request)).as_numpy("scores")
+        assert np.array_equal(before, again)
+        (row,) = client.get_model_repository_index().models
+        assert row.state == "READY"
+        assert row.reason
+        shutil.copy(other_path, tmp_path / "new")
+        os.replace(tmp_path / "new", tmp_path / "ranker")
+        client.load_model("ranker")
+        after = client.infer("ranker", inputs(grpcclient, request)).as_numpy("scores")
+        assert not np.array_equal(before, after)
+        assert not client.get_model_repository_index().models[0].reason
+
+
+def test_reloads_under_traffic_refuse_nothing(start, engine_path, other_path, tmp_path):
+    shutil.copy(engine_path, tmp_path / "ranker")
+    server = start(tmp_path)
+    over, outcomes = threading.Event(), []
+
+    def call():
+        with grpcclient.InferenceServerClient(server.grpc) as client:
+            while not over.is_set():
+                outcomes.append(client.infer("ranker", inputs(grpcclient, request_of())))
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    with grpcclient.InferenceServerClient(server.grpc) as client:
+        for i in range(4):
+            shutil.copy((other_path, engine_path)[i % 2], tmp_path / "new")
+            os.replace(tmp_path / "new", tmp_path / "ranker")
+            client.load_model("ranker")
+    assert caller.is_alive()  # no call failed
+    over.set()
+    caller.join(30)
+    assert outcomes
+
+
+def test_what_is_left_out_of_a_repository_is_logged(engine_path, tmp_path, caplog):
+    names = [
+        "good.engine",
+        "my ranker.engine",
+        "_x",
+        "a/v1",
+        "a/01",
+        "b/1700000000",
+        "twice.engine",
+    ]
+    names += ["twice.fastrec", "triton/2/model.fastrec"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(engine_path, tmp_path / name)
+    repository = ModelRepository(tmp_path, None)
+    found = {name: sorted(versions) for name, versions in repository.scan().items()}
+    assert found == {"b": ["1700000000"], "good": ["1"], "triton": ["2"], "twice": ["1"]}
+    left_out = [record.getMessage() for record in caplog.records]
+    for name in ("my ranker.engine", "_x", "a/v1", "a/01", "twice.fastrec"):
+        (line,) = [line for line in left_out if str(tmp_path / name) in line]
+        assert line.split(": ", 1)[1]
+    repository.scan()
+    assert len(caplog.records) == 5  # once each
 
 
 def test_models_outside_the_repository_are_not_served(start, engine_path, tmp_path):

@@ -78,3 +78,20 @@ def test_bad_input_is_a_typed_error(app: typer.Typer, folder: Path, tmp_path: Pa
         run(app, folder, tmp_path / "new", "--resume", "--quiet")
     with pytest.raises(ArgumentError, match="lr"):
         run(app, folder, tmp_path / "new", "--lr", "-1", "--quiet")
+
+
+def test_a_log_is_prepared_on_the_way(app: typer.Typer, tmp_path: Path) -> None:
+    """A log in a layout of its own, with a catalogue smaller than the 50 candidates."""
+    lines = [
+        f"{1511600000 + 60 * k}|u{user}|{(user + k) % 9}" for user in range(30) for k in range(6)
+    ]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    common = ["--max-steps", 1, "--quiet", "--json", report, "--columns", "user=2,item=3"]
+    shown = run(app, tmp_path / "log.txt", out, *common)
+    assert "user=2 (text), item=3, time=1 (s)" in shown
+    tests = json.loads(report.read_text())["test"]
+    assert [(test["n_candidates"], test["n_users"]) for test in tests] == [(9, 30), (9, 30)]
+    assert (out / "data" / "manifest.json").is_file()
+    with pytest.raises(ArgumentError, match="columns: expected none"):
+        run(app, out / "data", out, *common)

@@ -74,18 +74,6 @@ void bind(py::module_& parent) {
       "dy [B, L, G * O] contiguous, zero beyond the lengths; h, dh f32 [B, L, C] for working; "
       "gradients that are 0 are not wanted (dbias comes with dpointwise). Lengths are not "
       "checked.");
-  m.def(
-      "depthwise_u8",
-      [](uintptr_t x, int zero_point, uintptr_t depthwise, uintptr_t scale, float inverse_out_scale,
-         int out_zero_point, uintptr_t h, uintptr_t lengths, int64_t batch, int64_t length,
-         int64_t channels, int width, int before) {
-        py::gil_scoped_release nogil;
-        return depthwise_u8(
-            {pointer<const uint8_t>(x), zero_point, pointer<const int8_t>(depthwise),
-             pointer<const float>(scale), inverse_out_scale, out_zero_point},
-            pointer<uint8_t>(h), shape_of(lengths, batch, length, channels, width, before));
-      },
-      "Addresses and sizes, checked by the caller. The first bad length, or -1.");
 }
 
 }  // namespace fastrec::separable_projection

@@ -6,8 +6,7 @@
 // all bf16, sums and h in f32 (where grouped_linear's kernel multiplies bf16 as it is, h is rounded
 // to bf16, as it is between two layers). `before` of the W taps look back: W / 2 for a centred
 // kernel, W - 1 for a causal one. Rows l >= lengths[b] (and l < 0, l >= L) count as zeros and are
-// never read; y is zero there. h never leaves a block of rows in L1 and L2. INT8: depthwise_u8 is
-// exact: integers of at most 255 * 128 * kMaxWidth < 2^24 are summed in f32.
+// never read; y is zero there. h never leaves a block of rows in L1 and L2.
 #pragma once
 
 #include <cstdint>
@@ -57,17 +56,5 @@ int64_t convolve(const Sequences& x, const void* depthwise, Dtype depthwise_dtyp
 // contiguous. Summed in an order that depends on the sizes alone.
 int64_t depthwise_gradient(const float* dh, const Sequences& x, void* ddepthwise, Dtype to,
                            const Shape& shape);
-
-struct Quantised {
-  const uint8_t* x;         // [B, L, C] contiguous
-  int32_t zero_point;       // of x
-  const int8_t* depthwise;  // [C, W]
-  const float* scale;       // [C]: of x times that of the channel's taps
-  float inverse_out_scale;
-  int32_t out_zero_point;
-};
-// h u8 = clip(round_half_even(sum * scale * inverse_out_scale) + out_zero_point, 0, 255), each step
-// one f32 operation in this order; the zero point (a real 0) beyond the length.
-int64_t depthwise_u8(const Quantised& call, uint8_t* h, const Shape& shape);
 
 }  // namespace fastrec::separable_projection

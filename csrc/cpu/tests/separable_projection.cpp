@@ -117,29 +117,6 @@ void compare(const Case& c, Dtype dtype) {
   });
 }
 
-void compare_u8(const Case& c) {
-  Random random(31);
-  const int64_t channels = c.groups * c.inputs;
-  const size_t count = static_cast<size_t>(c.batch * c.length * channels);
-  const auto x = random.integers<uint8_t>(count, 0, 255);
-  const auto depthwise = random.integers<int8_t>(channels * c.width, -128, 127);
-  const auto scale = random.floats(channels, 0.01f);
-  const auto run = [&](Place place) {
-    const Buffer<uint8_t> xs(x, place);
-    const Buffer<int8_t> taps(depthwise, place);
-    const Buffer<float> scales(scale, place);
-    const Buffer<int64_t> lengths(c.lengths, place);
-    Buffer<uint8_t> h(count, place);
-    CHECK(depthwise_u8({xs.data(), 7, taps.data(), scales.data(), 9.0f, 131}, h.data(),
-                       {c.batch, c.length, channels, c.width, c.width / 2,
-                        c.lengths.empty() ? nullptr : lengths.data()}) == -1);
-    return h.values();
-  };
-  Bytes expected;
-  as_scalar([&] { expected = run(Place::heap); });
-  for_every_setting(name_of(c), [&](Place place) { CHECK(run(place) == expected); });
-}
-
 }  // namespace
 
 TEST(separable_projection_agrees_within_bounds) {
@@ -161,14 +138,6 @@ TEST(separable_projection_lengths_strides_and_threads) {
     compare({10, 197, 2, 20, 17, 9}, dtype);  // several slices of the taps' gradient
     compare({4, 200, 4, 32, 32, 5}, dtype);   // beyond one thread's share
   }
-}
-
-TEST(separable_projection_u8_is_exact_within_bounds) {
-  for (const int64_t channels : {1, 15, 16, 17, 65})
-    for (const int width : {1, 4, kMaxWidth}) compare_u8({2, 13, 1, 0, channels, width});
-  compare_u8({5, 100, 1, 0, 35, 5, false, {0, 1, 50, 99, 100}});
-  compare_u8({0, 3, 1, 0, 8, 3});
-  compare_u8({6, 300, 1, 0, 64, 7});
 }
 
 TEST(separable_projection_names_a_bad_length) {

@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "float16.h"
+#include "vec16_rows.h"
 #include "window_sparse_attention/window_sparse_attention.h"
 
 namespace fastrec::window_sparse_attention {
@@ -19,30 +19,6 @@ namespace {
 
 // Floats between rows in scratch: an odd number of cache lines, so that rows share no set.
 constexpr int64_t kStride = kMaxDims + kLanes;
-
-FASTREC_VEC_INLINE Floats load_row(const float* from, const Lanes& lanes) {
-  return load(from, lanes);
-}
-FASTREC_VEC_INLINE Floats load_row(const Bf16* from, const Lanes& lanes) {
-  return load_bf16(&from->bits, lanes);
-}
-FASTREC_VEC_INLINE Floats load_row(const F16* from, const Lanes& lanes) {
-  return load_f16(&from->bits, lanes);
-}
-FASTREC_VEC_INLINE Floats load_row(const float* from) { return load(from); }
-FASTREC_VEC_INLINE Floats load_row(const Bf16* from) {
-  return load_bf16(&from->bits, first_lanes(kLanes));
-}
-FASTREC_VEC_INLINE Floats load_row(const F16* from) {
-  return load_f16(&from->bits, first_lanes(kLanes));
-}
-FASTREC_VEC_INLINE void store_row(float* to, Floats x, const Lanes& lanes) { store(to, x, lanes); }
-FASTREC_VEC_INLINE void store_row(Bf16* to, Floats x, const Lanes& lanes) {
-  store_bf16(&to->bits, x, lanes);
-}
-FASTREC_VEC_INLINE void store_row(F16* to, Floats x, const Lanes& lanes) {
-  store_f16(&to->bits, x, lanes);
-}
 
 // Lane r in [first, last) meets the other row `row` + r.
 struct Far {

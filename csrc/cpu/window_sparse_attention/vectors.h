@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "vec16_math.h"
 #include "window_sparse_attention/block.h"
 
 namespace fastrec::window_sparse_attention {
@@ -14,22 +15,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// 2^x: 2^round(x) * 2^r, |r| <= 1/2, by a polynomial (relative error below 2e-7); 0 below 2^-149 or
-// before.
-FASTREC_VEC_INLINE Floats exp2(Floats x) {
-  x = maximum(splat(-200.0f), x);
-  const Floats n = round_half_even(x);
-  const Floats r = subtract(x, n);
-  Floats p = splat(1.535336188319500e-4f);
-  p = fma(p, r, splat(1.339887440266574e-3f));
-  p = fma(p, r, splat(9.618437357674640e-3f));
-  p = fma(p, r, splat(5.550332471162809e-2f));
-  p = fma(p, r, splat(2.402264791363012e-1f));
-  p = fma(p, r, splat(6.931472028550421e-1f));
-  p = fma(p, r, splat(1.0f));
-  return scale_by_power(p, n);
-}
 
 // Parts of one thread's scratch; two of each, as gradients need a second kind of score.
 struct Memory {

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastrec import __version__
-from fastrec.compress.codec import decode, encode
+from fastrec.compress.codec import DTYPES, cannot_store, decode, encode
 from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
 from fastrec.compress.serving_numerics import match_serving_numerics_
@@ -73,9 +73,11 @@ def save(
 
     Raises:
         ArgumentError: ``path`` is a file or a folder that holds something else; the model is
-            prepared for QAT but not converted, or holds state other than tensors.
+            prepared for QAT but not converted, or holds state other than dense tensors of the usual
+            dtypes.
+        StorageError: the folder cannot be written.
     """
-    check_model(model)
+    model = check_model(model)
     path = Path(path)
     if path.exists() and not (path.is_dir() and _is_replaceable(path)):
         raise ArgumentError("path", "a new folder, or an artifact to replace", str(path))
@@ -120,7 +122,7 @@ def load(path: PathLike, model: nn.Module | None = None) -> nn.Module:
     tensors = decode(_read_tensors(path, manifest), manifest["tensors"])
     if model is None:
         model = _build(manifest)
-    check_model(model)
+    model = check_model(model)
     _restructure(model, manifest["modules"])
     if any(isinstance(m, SparseInt8Linear | Int8Embedding) for m in model.modules()):
         match_serving_numerics_(model)
@@ -195,6 +197,10 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ArgumentError("model", "a state of tensors only", f"{name!r}: {type(value)}")
+        if (reason := cannot_store(value)) is not None:
+            raise ArgumentError(
+                "model", f"dense tensors of {', '.join(DTYPES)}", f"{name!r}: {reason}"
+            )
     return state
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastrec.compress.int8_attention import Attending
 from fastrec.compress.observers import RangeObserver
-from fastrec.compress.selection import call_model
+from fastrec.compress.selection import call_model, reasons
+from fastrec.compress.weight_uses import uses_outside_calls
 from fastrec.errors import ArgumentError
 from fastrec.kernels.separable_projection.reference import valid_rows
 from fastrec.models.attention import Attention
-from fastrec.nn import LowRankLinear, SeparableProjection, WindowSparseAttention
+from fastrec.nn import LowRankLinear, SeparableProjection
 from fastrec.nn.separable_projection import depthwise_rows
 
 
@@ -25,7 +28,8 @@ class Seen:
 
     observers: dict[str, RangeObserver]
     calls: dict[str, int]
-    n_batches: int = 0
+    outside: dict[str, str]  # layers whose weight is used outside of their call: the reason
+    scores: dict[str, tuple[RangeObserver, ...]] = field(default_factory=dict)
 
     def runs_whole(self, parent: str, layers: list[str]) -> bool:
         """Whether ``layers`` ran exactly when their parent did."""
@@ -50,14 +54,32 @@ def calibrate(
     linears: Mapping[str, nn.Module],
     tables: Mapping[str, nn.Embedding],
     calibration: Iterable[Any],
+    attention: Mapping[str, Attending] | None = None,
 ) -> Seen:
     """Run the batches in eval mode and watch the layers.
 
+    The first batch runs twice: once more to find uses of weights outside of the layers' calls.
+
+    Args:
+        model: the float model, unchanged afterwards.
+        linears: name -> linear layer whose input is observed.
+        tables: name -> table whose calls are counted.
+        calibration: batches; see :func:`~fastrec.compress.quantize_`.
+        attention: name -> attention whose q, k (and v) are observed.
+
     Raises:
-        ArgumentError: no batch, or NaN or infinity at a layer's input.
+        ArgumentError: no batch, NaN or infinity at a layer's input, or dropout that is on in eval
+            mode.
     """
-    seen = Seen({name: RangeObserver(name) for name in linears}, {})
+    batches = iter(calibration)
+    first = next(batches, None)
+    if first is None:
+        raise ArgumentError("calibration", "at least one batch", "an empty iterable")
+    with evaluating(model):
+        outside = uses_outside_calls({**linears, **tables}, lambda: call_model(model, first))
+    seen = Seen({name: RangeObserver(name) for name in linears}, {}, outside)
     with ExitStack() as stack, evaluating(model):
+        seen.scores = stack.enter_context(_observed_scores(attention or {}))
         for name, module in model.named_modules():
             whole = isinstance(module, nn.Sequential | LowRankLinear)
             if name in linears or name in tables or whole:
@@ -65,11 +87,8 @@ def calibrate(
                 hook = _observe(seen, name)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-        for batch in calibration:
+        for batch in itertools.chain((first,), batches):
             call_model(model, batch)
-            seen.n_batches += 1
-    if seen.n_batches == 0:
-        raise ArgumentError("calibration", "at least one batch", "an empty iterable")
     return seen
 
 
@@ -92,8 +111,8 @@ def _observe(seen: Seen, name: str) -> Any:
 
 
 @contextmanager
-def observed_scores(
-    attention: Mapping[str, WindowSparseAttention | Attention],
+def _observed_scores(
+    attention: Mapping[str, Attending],
 ) -> Iterator[dict[str, tuple[RangeObserver, ...]]]:
     """Watch q and k of each attention, and v where it will be rounded by a calibrated range:
     parts of what the projections return."""
@@ -121,18 +140,32 @@ def observed_scores(
         yield found
 
 
-def leave_uncalled(
+def leave_unfit(
     linears: dict[str, nn.Module], tables: dict[str, nn.Embedding], seen: Seen
 ) -> dict[str, str]:
-    """Drop what calibration never called: its weight is read some other way, or not at all."""
-    left = {}
+    """Drop the layers that the batches show to have no INT8 form, or say nothing of.
+
+    Returns:
+        name -> reason.
+
+    Raises:
+        ArgumentError: no layer is left.
+    """
+    left = dict(seen.outside)
+    for name in [*linears, *tables]:
+        observer = seen.observers.get(name)
+        if seen.calls[name] == 0:
+            left[name] = "never called as a module during calibration"
+        elif observer is not None and observer.is_empty:
+            left.setdefault(name, "its input was empty in every calibration batch")
+        elif observer is not None and observer.is_zero:
+            left.setdefault(name, "its input was 0 in every calibration batch")
     layers: dict[str, Any]
     for layers in (linears, tables):
-        for name in [n for n in layers if seen.calls[n] == 0]:
+        for name in layers.keys() & left.keys():
             del layers[name]
-            left[name] = "never called as a module during calibration"
     if not linears and not tables:
         raise ArgumentError(
-            "calibration", "batches that reach the selected layers", "none of them was called"
+            "calibration", "batches that reach the selected layers as calls", reasons(left)
         )
     return left

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError, DataError
+from fastrec.model_source import ModelArgument, find_model
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: Annotated[
-        Path, typer.Argument(help="Trained model: a saved folder, or the output of fastrec train.")
-    ],
+    model: ModelArgument,
     data: Annotated[Path, typer.Argument(help="Prepared data set (fastrec data prepare).")],
     out: Annotated[Path, typer.Argument(help="Folder for the variants, one sub-folder each.")],
     variants: Annotated[
@@ -62,7 +61,7 @@ def compress(
     plan = _recipe(recipe, sparsity, finetune_steps, qat_steps, distill_steps, seed)
     plan = _with_options(plan, sparsity, nm, replace or [], hidden, levels)
     names = VARIANTS if variants is None else tuple(v.strip() for v in variants.split(","))
-    baseline = load_trained(model)
+    baseline = find_model(model).announce().model()
     dataset = SequenceDataset.open(data)
     rows = _run(plan, baseline, dataset, out, names)
     _table(rows, stdout())
@@ -146,16 +145,6 @@ def _with_options(
     if hidden is not None:
         changes["distill"] = dataclasses.replace(plan.distill, hidden=hidden)
     return dataclasses.replace(plan, **changes)
-
-
-def load_trained(path: Path) -> nn.Module:
-    """A folder of ``fastrec.save``, or what ``fastrec train`` wrote."""
-    from fastrec.compress.artifact import MANIFEST, load
-    from fastrec.train import load_model
-
-    if not path.exists():
-        raise ArgumentError("MODEL", "a saved model", f"{path}, which does not exist")
-    return load(path) if (path / MANIFEST).is_file() else load_model(path)
 
 
 def _run(

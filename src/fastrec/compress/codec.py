@@ -33,7 +33,7 @@ from fastrec.errors import ArtifactError
 GROUPS = (4, 1)  # the first is what an entry without "group" has
 _MIN_ELEMENTS = 1024  # below, the entry in the manifest outweighs what is won
 _DEFLATE_AT_MOST = 1032  # bytes out of one in any deflate stream
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         torch.float64,
@@ -50,6 +50,15 @@ _DTYPES = {
 }
 
 Entry = dict[str, Any]
+
+
+def cannot_store(value: Tensor) -> str | None:
+    """Why :func:`decode` could not give ``value`` back, or None."""
+    if value.layout != torch.strided:
+        return f"layout {value.layout}"
+    if value.is_meta:
+        return "no values (device meta)"
+    return None if value.dtype in DTYPES.values() else f"dtype {value.dtype}"
 
 
 def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
@@ -93,7 +102,7 @@ def decode(stored: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[s
     for name, entry in entries.items():
         codec = entry.get("codec")
         shape = [int(size) for size in entry.get("shape", [])]
-        dtype = _DTYPES.get(str(entry.get("dtype")))
+        dtype = DTYPES.get(str(entry.get("dtype")))
         if dtype is None or any(size < 0 for size in shape):
             raise ArtifactError(f"tensor {name!r}: bad entry {entry}")
         parts = _Parts(stored, unread, name, entry.get("huffman", ()))

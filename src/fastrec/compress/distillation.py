@@ -26,6 +26,7 @@ from fastrec.models import record_attention
 from fastrec.nn.attention_map import AttentionMap
 from fastrec.train import TrainConfig, TrainReport, fit
 
+_MASKED = -1e30  # a score whose exponential is 0
 LossFn = Callable[[nn.Module, Any], Tensor]
 Map: TypeAlias = Tensor | AttentionMap
 
@@ -61,7 +62,8 @@ class DistillLoss(Protocol):
 class LogitKL:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) over the last dimension, batch mean.
 
-    T^2 keeps the gradient's size independent of T (Hinton et al. 2015, section 2).
+    T^2 keeps the gradient's size independent of T (Hinton et al. 2015, section 2). A candidate that
+    either model masks with -inf has no part in it.
     """
 
     temperature: float = 2.0
@@ -78,8 +80,14 @@ class LogitKL:
                 f"scores of the teacher's shape {list(teacher.scores.shape)}",
                 list(student.scores.shape),
             )
-        target = (teacher.scores.float() / self.temperature).log_softmax(-1).flatten(0, -2)
-        own = (student.scores.float() / self.temperature).log_softmax(-1).flatten(0, -2)
+        target = teacher.scores.float() / self.temperature
+        own = student.scores.float() / self.temperature
+        masked = target.isneginf() | own.isneginf()
+        if bool(masked.any()):
+            # finite, so that 0 times it is 0; a row that is masked throughout is alike in both
+            target, own = (scores.masked_fill(masked, _MASKED) for scores in (target, own))
+        target = target.log_softmax(-1).flatten(0, -2)
+        own = own.log_softmax(-1).flatten(0, -2)
         divergence = F.kl_div(own, target, reduction="batchmean", log_target=True)
         return divergence * self.temperature**2
 
@@ -273,7 +281,7 @@ def distillation_loss(
         losses: terms; default :class:`HardLabel` + :class:`LogitKL` + :class:`AttentionMapKL`.
         record: called with (term's class name, value) at every step.
     """
-    check_model(teacher)
+    teacher = check_model(teacher)
     terms = (HardLabel(), LogitKL(), AttentionMapKL()) if losses is None else tuple(losses)
     if not terms or not all(callable(term) and hasattr(term, "weight") for term in terms):
         raise DtypeError("losses", "LogitKL, AttentionMapKL, HardLabel, ...", repr(losses))

@@ -4,17 +4,19 @@ precision.
 The forward pass rounds as the INT8 modules do (paper, III-B: s = (max - min) / (2^b - 1),
 w_q = clip(round(w / s) s, min, max)); the backward pass lets gradients through unchanged inside the
 range and stops them outside (straight-through estimator). State-dict keys are those of the float
-modules plus ``x_min`` and ``x_max``. Weights that are zero when a twin is made stay zero: pruning
-survives.
+modules plus ``x_min`` and ``x_max``. Weights that are zero when a twin is made or loaded stay zero:
+pruning survives.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrec.compress.layers import as_dense, output_order, weight_of
+from fastrec.compress.layers import as_dense, output_order, weight_name, weight_of
 from fastrec.compress.observers import affine_u8
 from fastrec.compress.straight_through import round_input, round_weight
 from fastrec.errors import ArgumentError
@@ -33,16 +35,48 @@ def row_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
     return torch.where(peak > 0, peak / levels, torch.ones_like(peak))
 
 
-def zero_mask(weight: Tensor) -> Tensor | None:
-    """bool mask of the non-zero weights where some are exactly zero (pruned), else None.
+class PruningMask(nn.Module):
+    """What keeps pruned weights at zero: those that are exactly 0 when the twin is made or loaded.
 
-    A weight that is zero throughout was never trained rather than pruned: it gets no mask.
+    A state dict holds the zeros, and so the mask: a resumed run keeps them, and a dense checkpoint
+    has no mask. A weight that is zero throughout was never trained rather than pruned: no mask.
     """
-    kept = weight.detach() != 0
-    return None if bool(kept.all()) or not bool(kept.any()) else kept
+
+    dropped: Tensor | None  # bool, the weight's shape
+    _zeroed: tuple[int, int]  # the weight, and its version, whose pruned elements are zero
+
+    def _mask_zeros(self) -> None:
+        dropped = weight_of(self).detach() == 0
+        some = bool(dropped.any()) and not bool(dropped.all())
+        self.register_buffer("dropped", dropped if some else None, persistent=False)
+        self._zeroed = (0, 0)
+
+    def kept_weight(self) -> nn.Parameter:
+        """The weight, in which pruned elements are zero again whatever the optimiser left there.
+
+        In place and once a step: a product with the mask in each forward and backward pass costs
+        more than the rounding.
+        """
+        weight = weight_of(self)
+        now = (id(weight), weight._version)
+        if self.dropped is not None and now != self._zeroed:
+            weight.detach().data.masked_fill_(self.dropped, 0.0)
+            self._zeroed = now
+        return weight
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.kept_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}{weight_name(self)}" in state_dict:
+            self._mask_zeros()
 
 
-class FakeQuant(nn.Module):
+class FakeQuant(PruningMask):
     """What the twins of linear layers share: the input's range and the weight's rounding.
 
     In training mode the range follows the batches' minimum and maximum by a moving average; in
@@ -53,9 +87,7 @@ class FakeQuant(nn.Module):
     levels: int  # the largest code of a weight
     x_min: Tensor
     x_max: Tensor
-    dropped: Tensor | None
     bias: Tensor | None
-    _zeroed: tuple[int, int]  # the weight, and its version, whose pruned elements are zero
 
     def _adopt(self, layer: nn.Module, averaging: float) -> None:
         """Share the parameters of ``layer``, so that optimisers made before stay valid."""
@@ -65,9 +97,7 @@ class FakeQuant(nn.Module):
         weight = weight_of(self)
         self.register_buffer("x_min", torch.tensor(float("inf"), device=weight.device))
         self.register_buffer("x_max", torch.tensor(float("-inf"), device=weight.device))
-        kept = zero_mask(weight)
-        self.register_buffer("dropped", None if kept is None else ~kept, persistent=False)
-        self._zeroed = (0, 0)
+        self._mask_zeros()
         self.train(layer.training)
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -89,19 +119,6 @@ class FakeQuant(nn.Module):
             "finite learned ranges: train the prepared model, or pass calibration to 'prepare'",
             f"{seen} at the input of {name!r}",
         )
-
-    def kept_weight(self) -> nn.Parameter:
-        """The weight, in which pruned elements are zero again whatever the optimiser left there.
-
-        In place and once a step: a product with the mask in each forward and backward pass costs
-        more than the rounding.
-        """
-        weight = weight_of(self)
-        now = (id(weight), weight._version)
-        if self.dropped is not None and now != self._zeroed:
-            weight.detach().data.masked_fill_(self.dropped, 0.0)
-            self._zeroed = now
-        return weight
 
     def quantized_weight(self) -> tuple[Tensor, Tensor]:
         """The fake-quantised weight, in its shape, and the scales [N] of its rows of outputs."""
@@ -146,9 +163,9 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
         twin._adopt(linear, averaging)
         return twin
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        return F.linear(self.quantized_input(x), self.quantized_weight()[0], self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return F.linear(self.quantized_input(input), self.quantized_weight()[0], self.bias)
 
 
 class FakeQuantGroupedLinear(FakeQuant, GroupedLinear):
@@ -204,7 +221,7 @@ def fake_quant_twin(layer: nn.Module, averaging: float, levels: int = WEIGHT_LEV
     return twin
 
 
-class FakeQuantEmbedding(nn.Embedding):
+class FakeQuantEmbedding(PruningMask, nn.Embedding):
     """nn.Embedding whose looked-up rows are fake-quantised (s8, one scale a row).
 
     Only the rows of the batch are rounded, so the cost does not grow with the table.
@@ -213,7 +230,6 @@ class FakeQuantEmbedding(nn.Embedding):
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx, device="meta")
         self.levels = WEIGHT_LEVELS
-        self.register_buffer("kept", None, persistent=False)
 
     @classmethod
     def from_float(cls, table: nn.Embedding, levels: int = WEIGHT_LEVELS) -> FakeQuantEmbedding:
@@ -221,12 +237,9 @@ class FakeQuantEmbedding(nn.Embedding):
         twin = cls(table.num_embeddings, table.embedding_dim, table.padding_idx)
         twin.weight, twin.sparse = table.weight, table.sparse
         twin.scale_grad_by_freq = table.scale_grad_by_freq
-        twin.kept, twin.levels = zero_mask(table.weight), levels
+        twin.levels = levels
+        twin._mask_zeros()
         return twin.train(table.training)
-
-    def kept_weight(self) -> Tensor:
-        """The table [num, dim] with pruned elements zero."""
-        return self.weight if self.kept is None else self.weight * self.kept
 
     def as_float(self) -> nn.Embedding:
         """A float table with pruned elements zero."""
@@ -236,11 +249,11 @@ class FakeQuantEmbedding(nn.Embedding):
         table.weight = nn.Parameter(self.kept_weight().detach(), requires_grad=False)
         return table
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., dim]."""
-        rows = super().forward(ids)
-        if self.kept is not None:
-            rows = rows.masked_fill(~self.kept[ids], 0.0)
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids [...] -> rows [..., dim]."""
+        rows = super().forward(input)
+        if self.dropped is not None:
+            rows = rows.masked_fill(self.dropped[input], 0.0)
         peak = rows.detach().abs().amax(-1, keepdim=True)
         scale = torch.where(peak > 0, peak / self.levels, torch.ones_like(peak))
         rounded = (rows.detach() / scale).round() * scale

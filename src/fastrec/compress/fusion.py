@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import all_names
 from fastrec.nn import LowRankLinear
 
@@ -100,7 +101,7 @@ def _fuse(
         if name in linears:
             consumer = name if name in single else None
             return Fusion(activation, tuple(absorbed), consumer)
-        if name not in single:
+        if name not in single or swap_obstacle(module) is not None:
             break
         if isinstance(module, nn.Identity | nn.Dropout):
             absorbed.append(name)

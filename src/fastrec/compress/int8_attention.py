@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import set_module
 from fastrec.models.attention import MIDDLE, Attention, SelfAttention
 from fastrec.nn import SparseInt8Linear, WindowSparseAttention, WindowSparseInt8Attention
@@ -21,6 +22,8 @@ def can_attend_in_int8(module: nn.Module) -> bool:
 
 def why_not(module: Attending, int8_layers: Iterable[nn.Module]) -> str | None:
     """Why the scores of ``module`` stay floats, where ``int8_layers`` will become INT8."""
+    if (obstacle := swap_obstacle(module)) is not None:
+        return obstacle
     if not isinstance(module, Attention):
         return None
     if isinstance(module, SelfAttention) and module.qk_dim != module.head_dim:

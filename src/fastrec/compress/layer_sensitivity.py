@@ -172,7 +172,7 @@ def sensitivity(
         ArgumentError: neither ``prune`` nor ``quantize``, no calibration, no layer, or a loss that
             is not a finite number.
     """
-    check_model(model)
+    model = check_model(model)
     if not callable(evaluate):
         raise DtypeError("evaluate", "a callable model -> loss", type(evaluate).__name__)
     if prune is None and quantize is None:

@@ -38,6 +38,41 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
+def weight_obstacle(layer: nn.Module) -> str | None:
+    """Why the layer's weight cannot be changed in place, or trained by a fake-quantised twin."""
+    weight = layer._parameters.get(weight_name(layer))
+    if weight is None:
+        return (
+            "its weight is computed from other parameters (weight_norm, spectral_norm, orthogonal, "
+            "torch's prune): make it plain first, e.g. parametrize.remove_parametrizations"
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet: run a batch first"
+    if weight.is_inference():
+        return "its weight was made under torch.inference_mode, which forbids changes"
+    if any(
+        step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
+        return "elements of its weight share memory (expand): clone it first"
+    return None
+
+
+def swap_obstacle(module: nn.Module) -> str | None:
+    """Why no other module can take its place; the hooks that maintain a re-parametrised weight are
+    no obstacle."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, and another module would not have it"
+    hooks = (
+        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks,
+        module._backward_hooks,
+    )  # fmt: skip
+    for hook in [hook for kind in hooks for hook in kind.values()]:
+        made_in = getattr(hook, "__module__", None) or type(hook).__module__
+        if not made_in.startswith(("torch.nn.utils.", "fastrec.")):
+            return "it has hooks, which another module would not have"
+    return None
+
+
 def block_within_groups(weight: Tensor, block: tuple[int, int]) -> tuple[int, int]:
     """``block``, or the tallest of its divisors whose blocks never straddle two groups."""
     return (math.gcd(weight.shape[1], block[0]), block[1]) if weight.dim() == 3 else block

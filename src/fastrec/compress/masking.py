@@ -30,7 +30,7 @@ class Matrix:
 
     @property
     def rows(self) -> Tensor:
-        """The weight as [outputs, inputs], detached, in its own memory."""
+        """The weight as [outputs, inputs], detached; a copy where it is not contiguous."""
         return self.weight.detach().flatten(0, -2)
 
     def scores(self) -> BlockScores:
@@ -66,7 +66,7 @@ class Matrix:
     def apply(self) -> None:
         if self.mask is not None:
             # not a product: a negative weight would become -0.0, which is not all zero bits
-            self.rows.masked_fill_(~self.mask, 0.0)
+            self.weight.detach().masked_fill_(~self.mask.view(self.weight.shape), 0.0)
 
     def watch(self, gradient: Tensor) -> None:
         """Add a dense gradient to what is known of the blocks' pull."""

@@ -45,7 +45,6 @@ class RangeObserver:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.calls = 0
         self._low = torch.tensor(float("inf"))
         self._high = torch.tensor(float("-inf"))
         self._samples: list[Tensor] = []
@@ -57,7 +56,6 @@ class RangeObserver:
         Raises:
             ArgumentError: NaN or infinity among them.
         """
-        self.calls += 1
         if x.numel() == 0:
             return
         flat = x.detach().float().cpu().flatten()
@@ -73,6 +71,16 @@ class RangeObserver:
         while sum(len(s) for s in self._samples) > _MAX_SAMPLES:
             self._stride *= 2
             self._samples = [torch.cat(self._samples)[::2]]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no value was seen."""
+        return not self._samples
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every value seen was 0."""
+        return bool((self._low == 0) & (self._high == 0))
 
     def range(self, method: str, percentile: float) -> tuple[Tensor, Tensor]:
         """(low, high) f32 scalars by ``method``; (0, 0) where nothing was seen."""

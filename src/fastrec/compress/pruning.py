@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastrec.compress.blocks import Selection, select
-from fastrec.compress.layers import block_within_groups, computes_linear, weight_name, weight_of
+from fastrec.compress.layers import (
+    block_within_groups,
+    computes_linear,
+    weight_name,
+    weight_obstacle,
+    weight_of,
+)
 from fastrec.compress.masking import Matrix, NMMatrix, choose, masked_gradients
 from fastrec.compress.patterns import BlockPruning, NMPruning, Pruning
 from fastrec.compress.selection import (
@@ -23,6 +29,7 @@ from fastrec.compress.selection import (
     check_model,
     is_table,
     named_layers,
+    reasons,
 )
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 
@@ -55,12 +62,14 @@ class LayerReport:
 @dataclass(frozen=True)
 class PruneReport:
     """What :func:`prune_` did: per round the thresholds, per layer the share kept, and overall the
-    share of selected linear weights and of table weights that are pruned (None: none selected)."""
+    share of selected linear weights and of table weights that are pruned (None: none selected).
+    ``left`` names the selected layers that could not be pruned, with the reason."""
 
     rounds: list[RoundReport] = field(default_factory=list)
     layers: dict[str, LayerReport] = field(default_factory=dict)
     sparsity: float | None = None
     table_sparsity: float | None = None
+    left: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and numbers, ready for JSON."""
@@ -104,16 +113,20 @@ def prune_(
 
     Raises:
         ArgumentError: a name that no layer has, nothing selected, a block that does not divide a
-            layer chosen by name, a weight that is not finite, or a share that the per-layer cap
+            layer chosen by name, a layer chosen by name whose weight is re-parametrised, a weight
+            that is not finite, or a share that the per-layer cap
             forbids. The model is untouched then, and also where ``finetune`` raises.
     """
-    check_model(model)
+    given, model = model, check_model(model)
     by_name = filter_fn is not None and not callable(filter_fn)
     filter_fn = as_filter(model, filter_fn, lambda m: computes_linear(m) or is_table(m))
     config = BlockPruning() if config is None else config
     if not isinstance(config, BlockPruning | NMPruning):
         raise DtypeError("config", "a BlockPruning or an NMPruning", type(config).__name__)
-    matrices = _matrices(model, config, filter_fn or _default_filter(config))
+    matrices, left = _matrices(model, config, filter_fn or _default_filter(config))
+    if by_name and left:
+        name, why = next(iter(left.items()))
+        raise ArgumentError("filter_fn", "layers that can be pruned", f"{name!r}: {why}")
     if by_name or isinstance(config, NMPruning):
         _check_blocks(matrices)
     if isinstance(config, BlockPruning):
@@ -144,7 +157,7 @@ def prune_(
             }
             if finetune is not None:
                 with masked_gradients(matrices, watch=config.regrow > 0):
-                    finetune(model, round_)
+                    finetune(given, round_)
                 for matrix in matrices:
                     matrix.apply()
             rounds.append(_round_report(round_, config.share(round_), groups, results))
@@ -153,6 +166,7 @@ def prune_(
         layers={m.name: LayerReport(m.kind, tuple(m.weight.shape), _kept(m)) for m in matrices},
         sparsity=rounds[-1].linear_sparsity,
         table_sparsity=rounds[-1].table_sparsity,
+        left=left,
     )
 
 
@@ -181,6 +195,8 @@ def _default_filter(config: Pruning) -> FilterFn:
         if isinstance(module, nn.Embedding):
             return module.num_embeddings >= MIN_TABLE_ROWS
         weight = weight_of(module)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            return True
         rows, columns = weight.flatten(0, -2).shape
         if isinstance(config, NMPruning):
             return rows >= 32 and columns % config.m == 0
@@ -190,9 +206,21 @@ def _default_filter(config: Pruning) -> FilterFn:
     return selected
 
 
-def _matrices(model: nn.Module, config: Pruning, filter_fn: FilterFn) -> list[Matrix]:
+def _matrices(
+    model: nn.Module, config: Pruning, filter_fn: FilterFn
+) -> tuple[list[Matrix], dict[str, str]]:
+    """The weights to prune, and the layers whose weight cannot be, with the reason."""
     found: dict[int, Matrix] = {}  # a tied weight is pruned once, as what it is met as first
-    for name, module in named_layers(model, computes_linear, filter_fn):
+    left: dict[str, str] = {}
+
+    def prunable(module: nn.Module, name: str) -> bool:
+        chosen = filter_fn(module, name)
+        why = weight_obstacle(module) if chosen else None
+        if why is not None:
+            left[name] = why
+        return chosen and why is None
+
+    for name, module in named_layers(model, computes_linear, prunable):
         weight, full_name = weight_of(module), f"{name}.{weight_name(module)}"
         if isinstance(config, NMPruning):
             pattern = (1, config.m)
@@ -202,7 +230,7 @@ def _matrices(model: nn.Module, config: Pruning, filter_fn: FilterFn) -> list[Ma
             matrix = Matrix(full_name, "linear", weight, block)
         found.setdefault(id(weight), matrix)
     if isinstance(config, BlockPruning) and config.embedding_block is not None:
-        for name, module in named_layers(model, is_table, filter_fn):
+        for name, module in named_layers(model, is_table, prunable):
             weight = weight_of(module)
             found.setdefault(
                 id(weight), Matrix(f"{name}.weight", "table", weight, config.embedding_block)
@@ -212,12 +240,12 @@ def _matrices(model: nn.Module, config: Pruning, filter_fn: FilterFn) -> list[Ma
             "model",
             "linear layers (or tables) that filter_fn selects; by default those with at least a "
             f"block's outputs and {MIN_BLOCKS} blocks",
-            "none",
+            reasons(left) or "none",
         )
     for matrix in found.values():
         if not bool(torch.isfinite(matrix.weight).all()):
             raise ArgumentError(matrix.name, "finite weights", "NaN or infinity")
-    return list(found.values())
+    return list(found.values()), left
 
 
 def _check_blocks(matrices: Sequence[Matrix]) -> None:

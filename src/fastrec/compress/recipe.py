@@ -223,7 +223,7 @@ class Recipe:
         Raises:
             ArgumentError: an unknown variant, or a distilled one of a model without a student.
         """
-        check_model(model)
+        model = check_model(model)
         for name in variants:
             if name not in VARIANTS:
                 raise ArgumentError("variants", f"names among {VARIANTS}", repr(name))

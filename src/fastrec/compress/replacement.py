@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import (
     Layers,
     as_filter,
     bypassed_children,
     check_count,
     check_model,
+    reasons,
     set_module,
 )
 from fastrec.errors import ArgumentError, DtypeError
@@ -158,7 +159,7 @@ def replace_(
         ArgumentError: a name that no layer has, or nothing could be replaced (the message holds the
             reasons). The model is untouched then.
     """
-    check_model(model)
+    model = check_model(model)
     if not isinstance(config, LowRank | Grouped | WindowSparse):
         raise DtypeError("config", "a LowRank, a Grouped or a WindowSparse", type(config).__name__)
     chosen = as_filter(model, filter_fn, config.can)
@@ -173,6 +174,8 @@ def replace_(
         reason = config.obstacle(module)
         if not attention and id(module) in bypassed:
             reason = "its parent reads its weight without calling it"
+        if reason is None:
+            reason = swap_obstacle(module)
         if not name:
             reason = "it is the model itself: wrap it in nn.Sequential"
         if reason is None:
@@ -180,13 +183,11 @@ def replace_(
         else:
             left[name] = reason
     if not swaps:
-        raise ArgumentError("model", "layers that can be replaced", _reasons(left))
+        raise ArgumentError(
+            "model", "layers that can be replaced", reasons(left) or "none of the kind"
+        )
     for name, module in swaps.items():
         set_module(model, name, module)
     after = sum(p.numel() for p in model.parameters())
     kinds = {name: type(module).__name__ for name, module in swaps.items()}
     return ReplaceReport(kinds, left, (before, after))
-
-
-def _reasons(left: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "none of the kind"

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.nn import WindowSparseAttention
+from fastrec.train.checkpoint import unwrapped
 
 FilterFn = Callable[[nn.Module, str], bool]
 Names = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
@@ -24,10 +25,14 @@ _BYPASSING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def check_model(model: Any) -> nn.Module:
-    """``model`` itself, or DtypeError where it is no torch module."""
+    """``model`` without its wrappers (see :func:`unwrapped`).
+
+    Raises:
+        DtypeError: it is no torch module.
+    """
     if not isinstance(model, nn.Module):
         raise DtypeError("model", "a torch.nn.Module", type(model).__name__)
-    return model
+    return unwrapped(model)
 
 
 def as_filter(model: nn.Module, chosen: Any, can: Callable[[nn.Module], bool]) -> FilterFn | None:
@@ -105,6 +110,11 @@ def named_layers(
     for name, module in model.named_modules():
         if can(module) and filter_fn(module, name):
             yield name, module
+
+
+def reasons(left: Mapping[str, str]) -> str:
+    """Why layers are left as they are, as one line; empty for none."""
+    return "; ".join(f"{name}: {why}" for name, why in left.items())
 
 
 def set_module(model: nn.Module, name: str, new: nn.Module) -> None:

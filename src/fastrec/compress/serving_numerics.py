@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import set_module
 from fastrec.models import fuse_attention_
 from fastrec.nn.layer_norm import LayerNorm
@@ -20,7 +21,11 @@ def match_serving_numerics_(model: nn.Module) -> None:
 
     In place, for inference; training, other devices and other dtypes stay torch's.
     """
-    norms = [name for name, m in model.named_modules() if type(m) is nn.LayerNorm and name]
+    norms = [
+        name
+        for name, m in model.named_modules()
+        if type(m) is nn.LayerNorm and name and swap_obstacle(m) is None
+    ]
     for name in norms:
         norm = model.get_submodule(name)
         assert isinstance(norm, nn.LayerNorm)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrec.compress.layers import computes_linear
-from fastrec.compress.selection import bypassed_children, check_model
+from fastrec.compress.layers import computes_linear, weight_obstacle
+from fastrec.compress.selection import bypassed_children, check_model, named_layers
 from fastrec.compress.student_init import make_student, principal, vectors
 from fastrec.errors import ArgumentError
 from fastrec.models import Ranker, SASRec
@@ -53,9 +53,13 @@ def student(
         a new model of the same class, in eval mode.
 
     Raises:
-        ArgumentError: a share or number out of range, or nothing in the model that can shrink so.
+        ArgumentError: a share or number out of range, nothing in the model that can shrink so, or a
+            weight that is re-parametrised.
     """
-    check_model(model)
+    model = check_model(model)
+    for name, layer in named_layers(model, computes_linear, lambda module, name: True):
+        if (why := weight_obstacle(layer)) is not None:
+            raise ArgumentError("model", "plain weights", f"{name!r}: {why}")
     if isinstance(model, Ranker | SASRec):
         return _of_ours(model, depth, width, seed)
     new = copy.deepcopy(model).eval()

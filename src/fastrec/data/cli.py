@@ -10,16 +10,44 @@ from typing import Annotated, Any
 
 import typer
 
-from fastrec.terminal import JsonOption, progress, stdout, write_json
+from fastrec.terminal import JsonOption, progress, stderr, stdout, write_json
 
 app = typer.Typer(no_args_is_help=True)
 
 
-class LogFormat(str, Enum):
-    """Layouts that ``prepare`` reads."""
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROLE=NAME|N,...",
+        help="Columns of the log, where looking does not find them: user, item, category,"
+        " behaviour, time = a name, a number (from 1) or none.",
+    ),
+]
 
-    taobao = "taobao"
-    user_item = "user-item"
+
+class Container(str, Enum):
+    """What ``--container`` takes."""
+
+    delimited = "delimited"
+    json = "json"
+    parquet = "parquet"
+    user_lines = "user-lines"
+
+
+class TimeUnit(str, Enum):
+    """What ``--time-unit`` takes."""
+
+    s = "s"
+    ms = "ms"
+    us = "us"
+    ns = "ns"
+
+
+class IdKind(str, Enum):
+    """What ``--ids`` takes."""
+
+    integer = "integer"
+    text = "text"
 
 
 class PresetName(str, Enum):
@@ -35,7 +63,8 @@ _STAGES = {"read": "Reading rows", "sort": "Sorting users", "generate": "Generat
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def data_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that shows the stages of generating and preparing a log."""
     with progress() as tell:
         yield lambda stage, done, total: tell(_STAGES[stage], done, total)
 
@@ -55,17 +84,44 @@ def _table(title: str, rows: dict[str, Any]) -> None:
     stdout().print(table)
 
 
+def say(line: str) -> None:
+    """A line about the work, on standard error, as it is."""
+    stderr().print(line)
+
+
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="The log, e.g. UserBehavior.csv.")],
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...", help="The log: files, folders, patterns, or - for standard input."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    format: Annotated[LogFormat, typer.Option(help="Layout of the log.")] = LogFormat.taobao,
+    columns: ColumnsOption = None,
+    container: Annotated[
+        Container | None, typer.Option(help="Kind of log, instead of looking.")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help="Text between fields, instead of looking; ' ' is any space.")
+    ] = None,
+    header: Annotated[
+        bool | None,
+        typer.Option("--header/--no-header", help="Whether the first line holds names."),
+    ] = None,
+    time_unit: Annotated[
+        TimeUnit | None, typer.Option(help="Unit of times that are numbers.")
+    ] = None,
+    ids: Annotated[IdKind | None, typer.Option(help="How ids are taken.")] = None,
+    behaviours: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD=NAME,...", help="Names of behaviours, e.g. 1=pv,2=cart,3=fav,4=buy."
+        ),
+    ] = None,
     max_history: Annotated[int, typer.Option(help="Events of history kept for each user.")] = 100,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first bad row, naming its line.")
-    ] = False,
-    all_times: Annotated[
-        bool, typer.Option("--all-times", help="Take rows outside 2017-11-25..12-03 too.")
     ] = False,
     window: Annotated[
         tuple[int, int] | None,
@@ -76,27 +132,46 @@ def prepare(
     ] = False,
     json_out: JsonOption = None,
 ) -> None:
-    """Turn a log into memory-mapped per-user sequences with a train/valid/test split."""
-    from fastrec.data import TAOBAO_WINDOW
-    from fastrec.data import prepare as run
-    from fastrec.errors import ArgumentError
+    """Turn a log into memory-mapped per-user sequences with a train/valid/test split.
 
-    if all_times and window is not None:
-        raise ArgumentError("--window", "not together with --all-times", window)
-    with _progress() as tell:
+    Reads CSV, TSV, fields between :: or spaces, JSON lines, Parquet, RecBole's .inter and one line
+    a user, compressed or not; says how it reads them.
+    """
+    from fastrec.data import ReadOptions
+    from fastrec.data import prepare as run
+    from fastrec.data.layout import parse_columns, parse_pairs
+
+    options = ReadOptions(
+        columns=parse_columns(columns),
+        container=container and container.value,
+        delimiter=delimiter and delimiter.replace("\\t", "\t"),
+        header=header,
+        time_unit=time_unit and time_unit.value,
+        ids=ids and ids.value,
+        behaviours=parse_pairs("behaviours", behaviours),
+    )
+    with data_progress() as tell:
         report = run(
             source,
             out,
-            format=format.value,
+            options=options,
             max_history=max_history,
             strict=strict,
-            window=None if all_times else window or TAOBAO_WINDOW,
+            window=window,
             force=force,
             progress=tell,
+            tell=say,
         )
     rows = report.to_dict()
-    rejected = rows.pop("rejected")
-    _table("Prepared", {**rows, **{f"refused: {name}": n for name, n in rejected.items()}})
+    for name in ("rejected", "first_rejected", "notes", "behaviours", "read_as"):
+        del rows[name]
+    refused = {f"refused: {name}": n for name, n in report.rejected.items() if n}
+    stored = {f"behaviour {name}": n for name, n in report.behaviours.items() if n}
+    _table("Prepared", {**rows, **stored, **refused})
+    for line in report.first_rejected.values():
+        say(f"refused: {line}")
+    for line in report.notes:
+        say(f"note: {line}")
     write_json(json_out, report.to_dict())
 
 
@@ -116,7 +191,7 @@ def generate(
     """Write a synthetic log with the statistics of Taobao's."""
     from fastrec.data import generate as run
 
-    with _progress() as tell:
+    with data_progress() as tell:
         report = run(
             out,
             preset=preset.value,
@@ -133,15 +208,24 @@ def generate(
 
 @app.command()
 def stats(
-    source: Annotated[Path, typer.Argument(help="A five-column log or a prepared folder.")],
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="A log of any layout, or a prepared folder."),
+    ],
+    columns: ColumnsOption = None,
     max_users: Annotated[int, typer.Option(help="Look at this many users at most.")] = 5000,
     json_out: JsonOption = None,
 ) -> None:
     """Describe how users come back: lengths, sessions, repeats, long-range returns."""
-    from fastrec.data.dataset import SequenceDataset
+    from fastrec.data import ReadOptions, SequenceDataset
+    from fastrec.data.layout import parse_columns
     from fastrec.data.statistics import read_log, statistics
+    from fastrec.data.storage import is_prepared
 
-    log = SequenceDataset.open(source) if source.is_dir() else read_log(source)
-    values = statistics(log, max_users=max_users)
+    if len(source) == 1 and is_prepared(source[0]):
+        values = statistics(SequenceDataset.open(source[0]), max_users=max_users)
+    else:
+        options = ReadOptions(columns=parse_columns(columns))
+        values = statistics(read_log(source, options, say), max_users=max_users)
     _table("Statistics", values)
     write_json(json_out, values)

@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrec.data.batch import SequenceBatch
+from fastrec.data.behaviours import BEHAVIOURS
+from fastrec.data.idmap import MISSING_CATEGORY
+from fastrec.data.original_ids import OriginalIds
 from fastrec.data.sampling import NegativeSampler
 from fastrec.data.storage import read_manifest
 from fastrec.errors import ArgumentError, ArtifactError
@@ -19,8 +22,6 @@ from fastrec.errors import ArgumentError, ArtifactError
 Int64 = NDArray[np.int64]
 
 SPLITS = ("train", "valid", "test")
-N_BEHAVIOURS = 5
-"""Padding, pv, cart, fav, buy."""
 
 _MIN_EVENTS_FOR_TARGETS = 3
 _TARGETS = 2
@@ -37,6 +38,12 @@ _ARRAYS = {
     "item_category": np.int32,
     "item_count": np.int64,
     "category_ids": np.int64,
+}
+# Beside the ids where the log's are text.
+_TEXTS = {
+    f"{role}_{name}": dtype
+    for role in ("user", "item", "category")
+    for name, dtype in (("text", np.uint8), ("text_offsets", np.int64))
 }
 
 
@@ -60,7 +67,11 @@ class SequenceDataset:
         history_length: the longest history the folder was made for (L).
         item_category: int32 [n_items], dense category of each item.
         item_count: int64 [n_items], events of each item in the train part of the log.
-        user_ids, item_ids, category_ids: int64, dense id -> raw id; row 0 is padding.
+        behaviour_names: names of the behaviours 1, 2, ...
+        user_ids, item_ids, category_ids: int64, dense id -> integer of the log or key of its text;
+            row 0 is padding.
+        users, catalogue, categories: the same as :class:`OriginalIds`, which turn dense ids into
+            the log's and back, texts included.
         items, behaviours, times: int32, uint8, int64 [events]: all users' events, oldest first.
         offsets: int64 [n_users + 1]; events of user u (from 1) are offsets[u-1] .. offsets[u]-1.
         manifest: what prepare counted and was asked for.
@@ -80,8 +91,18 @@ class SequenceDataset:
         self.n_users = len(self.user_ids) - 1
         self.n_items = len(self.item_ids)
         self.n_categories = len(self.category_ids)
-        self.n_behaviours = N_BEHAVIOURS
+        self.behaviour_names: tuple[str, ...] = tuple(manifest.get("behaviours", BEHAVIOURS))
+        self.n_behaviours = len(self.behaviour_names) + 1
         self.history_length = int(manifest["history_length"])
+        self.users, self.catalogue, self.categories = (
+            OriginalIds(
+                arrays[f"{role}_ids"],
+                arrays.get(f"{role}_text"),
+                arrays.get(f"{role}_text_offsets"),
+                MISSING_CATEGORY if role == "category" else None,
+            )
+            for role in ("user", "item", "category")
+        )
         self._samplers: dict[str, NegativeSampler] = {}
 
     @classmethod
@@ -99,8 +120,10 @@ class SequenceDataset:
         """
         manifest = read_manifest(path, verify=verify)
         folder, arrays = Path(path), {}
-        for name, dtype in _ARRAYS.items():
+        for name, dtype in {**_ARRAYS, **_TEXTS}.items():
             file = folder / f"{name}.npy"
+            if name in _TEXTS and file.name not in manifest["files"]:
+                continue
             if file.name not in manifest["files"]:
                 raise ArtifactError(f"{folder}: its manifest does not list {file.name}")
             try:

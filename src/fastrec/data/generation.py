@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrec.data.parse import BEHAVIOURS, TAOBAO_WINDOW, polars
-from fastrec.data.preparation import Progress
-from fastrec.data.sessions import draw_sessions
+from fastrec.data.behaviours import BEHAVIOURS
+from fastrec.data.layout import require_polars
+from fastrec.data.reader import Progress
+from fastrec.data.sessions import TAOBAO_WINDOW, draw_sessions
 from fastrec.data.synthetic_behaviour import MAX_LENGTH, STRESS, Habits, Walk
 from fastrec.data.synthetic_catalogue import World
 from fastrec.errors import ArgumentError
@@ -102,7 +103,7 @@ def generate(
     Raises:
         ArgumentError: unknown preset or sizes out of range.
     """
-    polars()
+    require_polars()
     if preset not in PRESETS:
         raise ArgumentError("preset", " or ".join(map(repr, PRESETS)), repr(preset))
     if seed < 0:

@@ -14,12 +14,16 @@ _PENDING_ROWS = 2_000_000
 _DENSE_SPAN = 16_000_000
 _NO_CATEGORY = np.iinfo(np.int64).max
 
+MISSING_CATEGORY = -(1 << 63)
+"""Category id of items that have none."""
+
 
 class ItemTable:
     """Collects (item, category) pairs block by block.
 
-    Dense ids follow the order of the raw ids, so they do not depend on the order of the rows. An
-    item seen under several categories gets the smallest of their ids, and is counted.
+    Dense ids follow the order of the raw ids (of texts: of their keys), so they do not depend on
+    the order of the rows. An item seen under several categories gets the smallest of their ids, and
+    is counted; one seen under no category gets :data:`MISSING_CATEGORY`.
     """
 
     def __init__(self) -> None:
@@ -34,8 +38,9 @@ class ItemTable:
     def finish(self) -> ItemIndex:
         """The finished table; call once, after at least one :meth:`add`."""
         table = self._parts.collect().sort("item")
-        low = table["low"].to_numpy()
-        category_ids = table["low"].unique().sort().to_numpy()
+        low = table["low"].fill_null(MISSING_CATEGORY).to_numpy()
+        high = table["high"].fill_null(MISSING_CATEGORY).to_numpy()
+        category_ids = np.unique(low)
         category = np.zeros(table.height + 1, np.int32)
         category[1:] = np.searchsorted(category_ids, low) + 1
         return ItemIndex(
@@ -43,7 +48,7 @@ class ItemTable:
             category,
             with_padding(table["count"].to_numpy()),
             with_padding(category_ids),
-            int((low != table["high"].to_numpy()).sum()),
+            int((low != high).sum()),
         )
 
 
@@ -76,9 +81,12 @@ class _Direct:
 
     def add(self, frame: pl.DataFrame) -> None:
         slot = frame["item"].to_numpy() - self._first
-        category = frame["category"].to_numpy()
-        np.minimum.at(self._low, slot, category)
-        np.maximum.at(self._high, slot, category)
+        category = frame["category"]
+        for table, extreme, empty in (
+            (self._low, np.minimum, _NO_CATEGORY),
+            (self._high, np.maximum, ~_NO_CATEGORY),
+        ):
+            extreme.at(table, slot, category.fill_null(empty).to_numpy())
         np.add.at(self._count, slot, 1)
 
     def collect(self) -> pl.DataFrame:
@@ -86,8 +94,12 @@ class _Direct:
 
         used = np.flatnonzero(self._count)
         columns = {"low": self._low, "high": self._high, "count": self._count}
-        return pl.DataFrame(
+        table = pl.DataFrame(
             {"item": used + self._first, **{name: column[used] for name, column in columns.items()}}
+        )
+        none = pl.col("low") == _NO_CATEGORY
+        return table.with_columns(
+            pl.when(none).then(None).otherwise(name).alias(name) for name in ("low", "high")
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrec.data.parse import TAOBAO_WINDOW
+TAOBAO_WINDOW = (1511539200, 1512316799)
+"""2017-11-25 00:00:00 to 2017-12-03 23:59:59 in UTC+8, as seconds since 1970: the days that
+Taobao's published log covers. It also holds a few rows with negative and year-2037 times."""
 
 DAY = 86_400
 SESSION_GAP = 1_800

@@ -1,4 +1,5 @@
-"""What decides how hard a log is for a sequential model: lengths, sessions, returns, popularity.
+"""Lengths, sessions, returns and popularity of a log: what makes it easy or hard for a sequential
+model.
 
 The same table for a real log, a synthetic one and a prepared data set (of which only the stored
 events count: the latest ones of each user).
@@ -6,16 +7,18 @@ events count: the latest ones of each user).
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastrec.data.behaviours import BEHAVIOURS
 from fastrec.data.dataset import SequenceDataset
-from fastrec.data.parse import BEHAVIOURS, parse_block, polars, read_blocks
+from fastrec.data.idmap import MISSING_CATEGORY
+from fastrec.data.layout import ReadOptions
+from fastrec.data.reader import LogReader, Source
 from fastrec.data.sessions import SESSION_GAP
 from fastrec.errors import ArgumentError, DataError
 
@@ -28,33 +31,51 @@ _BACK = (8, 16, 32, 64, 100)
 _LONG = 100
 
 
-def read_log(path: str | os.PathLike[str]) -> pl.DataFrame:
-    """The good rows of a five-column log, whole, in memory; every time is taken.
+def read_log(
+    source: Source,
+    options: ReadOptions | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> pl.DataFrame:
+    """The good rows of a log of any layout, whole, in memory; every time is taken.
+
+    Args:
+        source: files, folders or patterns, as for :func:`fastrec.data.prepare`.
+        options: how to read the log, where that should not be found by looking.
+        tell: called with one line, how the log is read.
+
+    Returns:
+        Int64 user, item, category (of text ids: their keys) and time (seconds; the number of the
+        row where the log has none), and the name of the behaviour.
 
     Raises:
-        DataError: no such file, or no usable row.
+        DataError, ArgumentError: as for :func:`fastrec.data.prepare`.
     """
-    polars()
     import polars as pl
 
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"{file}: no such file")
-    frames = [parse_block(block, "taobao", None) for block in read_blocks(file, "taobao")]
-    if not any((frame["reason"] == 0).any() for frame in frames):
-        raise DataError(f"{file}: no usable row")
-    return pl.concat(frames).filter(pl.col("reason") == 0).drop("reason")
+    with LogReader(source, options) as reader:
+        if tell is not None:
+            tell(f"read as: {reader.layout.describe()}")
+        frame = pl.concat(list(reader.frames()))
+    names, table = reader.behaviours()
+    words = pl.Series(["", *names]).gather(table[frame["behaviour"].to_numpy()])
+    time = frame["time"] // reader.normaliser.ticks
+    if "time" not in reader.layout.columns:
+        time = pl.int_range(frame.height, dtype=pl.Int64, eager=True)
+    category = frame["category"].fill_null(MISSING_CATEGORY)
+    return frame.with_columns(category=category, behaviour=words, time=time)
 
 
 @dataclass(frozen=True)
 class _Events:
-    """Flat, user after user, oldest first; all int64 [N]. ``user`` counts from 0."""
+    """Flat, user after user, oldest first; all int64 [N]. ``user`` counts from 0; ``behaviour`` is
+    an index into ``names``."""
 
     user: Int64
     item: Int64
     category: Int64
     behaviour: Int64
     time: Int64
+    names: tuple[str, ...]
 
     @property
     def begins(self) -> Int64:
@@ -76,8 +97,9 @@ def _from_dataset(dataset: SequenceDataset, max_users: int) -> _Events:
         np.repeat(np.arange(len(lengths)), lengths),
         item,
         dataset.item_category[item].astype(np.int64),
-        dataset.behaviours[:end].astype(np.int64),
+        dataset.behaviours[:end].astype(np.int64) - 1,
         dataset.times[:end].astype(np.int64),
+        dataset.behaviour_names,
     )
 
 
@@ -90,12 +112,16 @@ def _from_frame(frame: pl.DataFrame, max_users: int) -> _Events:
     time = frame["time"].to_numpy().astype(np.int64)
     order = np.lexsort((time, user))
     order = order[user[order] < min(max_users, len(codes))]
+    found = frame["behaviour"].unique().sort().to_list()
+    names = (*BEHAVIOURS, *(name for name in found if name not in BEHAVIOURS))
+    behaviour = frame["behaviour"].replace_strict({name: i for i, name in enumerate(names)})
     return _Events(
         user[order],
         columns[1][order],
         columns[2][order],
-        frame["behaviour"].to_numpy().astype(np.int64)[order],
+        behaviour.to_numpy().astype(np.int64)[order],
         time[order],
+        names,
     )
 
 
@@ -105,8 +131,7 @@ def statistics(
     """The table.
 
     Args:
-        log: a data set, or rows with integer columns user, item, category, behaviour and time
-            (what :func:`read_log` gives), in any order.
+        log: a data set, or the rows of a log as :func:`read_log` gives them, in any order.
         max_users: look at the first so many users only.
 
     Returns:
@@ -278,8 +303,10 @@ def _popularity(events: _Events) -> dict[str, float | int]:
 
 def _behaviours(events: _Events, item_gap: Int64) -> dict[str, float | int]:
     values: dict[str, float | int] = {
-        f"behaviour_{name}": _share(events.behaviour == code) for name, code in BEHAVIOURS.items()
+        f"behaviour_{name}": _share(events.behaviour == code)
+        for code, name in enumerate(events.names)
     }
-    buys = events.behaviour == BEHAVIOURS["buy"]
-    values["buys_of_seen_items"] = _share(item_gap[buys] > 0)
+    if "buy" in events.names:
+        buys = events.behaviour == events.names.index("buy")
+        values["buys_of_seen_items"] = _share(item_gap[buys] > 0)
     return values

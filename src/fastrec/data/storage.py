@@ -150,6 +150,11 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 
 
+def is_prepared(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is a folder of a prepared data set (which may be damaged)."""
+    return (Path(path) / MANIFEST).is_file()
+
+
 def read_manifest(path: str | os.PathLike[str], *, verify: bool | None = None) -> dict[str, Any]:
     """The manifest of a finished folder after checking it.
 

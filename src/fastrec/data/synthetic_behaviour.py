@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrec.data.preparation import mix64
+from fastrec.data.hashing import mix64
 from fastrec.data.synthetic_catalogue import N_STYLES, N_SUCCESSORS, World
 
 MAX_LENGTH = 540

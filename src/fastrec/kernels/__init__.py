@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fastrec.kernels.int8_embedding import int8_embedding
     from fastrec.kernels.layer_norm_quantize import layer_norm_quantize
     from fastrec.kernels.padded_attention import padded_attention
+    from fastrec.kernels.pointwise_attention import pointwise_attention
     from fastrec.kernels.separable_projection import separable_projection
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
     from fastrec.kernels.window_sparse_attention import window_sparse_attention
@@ -42,6 +43,7 @@ OP_IDS = (
     "int8_embedding",
     "layer_norm_quantize",
     "padded_attention",
+    "pointwise_attention",
     "separable_projection",
     "sparse_int8_linear",
     "window_sparse_attention",
@@ -63,6 +65,7 @@ __all__ = [
     "layer_norm_quantize",
     "num_threads",
     "padded_attention",
+    "pointwise_attention",
     "registry",
     "separable_projection",
     "set_num_threads",

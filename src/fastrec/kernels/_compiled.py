@@ -7,7 +7,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -67,6 +67,20 @@ def cpu_can_run(signature: Signature) -> str | None:
     if signature.device != "cpu":
         return f"it runs on the CPU, the input is on {signature.device}"
     return reason_missing()
+
+
+def cpu_takes(*dtypes: str) -> Callable[[Signature], str | None]:
+    """``can_run`` of a compiled CPU backend that computes in these dtypes alone."""
+    *first, last = dtypes
+    named = f"{', '.join(first)} or {last}" if first else last
+
+    def can_run(signature: Signature) -> str | None:
+        dtype = signature.dtype.removeprefix("torch.")
+        if dtype not in dtypes:
+            return f"it computes in {named}, the input is {dtype}"
+        return cpu_can_run(signature)
+
+    return can_run
 
 
 def native() -> ModuleType:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastrec.errors import ArgumentError, DtypeError
-from fastrec.kernels.separable_projection.shapes import MAX_WIDTH
+from fastrec.kernels.separable_projection import MAX_WIDTH
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models.config import Config
 from fastrec.nn._projections import PROJECTIONS, Projection

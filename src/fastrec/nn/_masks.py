@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrec.errors import DeviceError, DtypeError, ShapeError
-from fastrec.kernels.separable_projection.shapes import check_lengths, check_values
+from fastrec.kernels._checks import check_length_values, check_lengths
 
 
 def bias_of_mask(name: str, mask: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
@@ -53,6 +53,6 @@ def bias_of_lengths(lengths: Tensor, x: Tensor) -> Tensor:
     """
     check_lengths(lengths, x)
     if not torch.compiler.is_compiling():
-        check_values(lengths, x.shape[1])
+        check_length_values(lengths, x.shape[1])
     positions = torch.arange(x.shape[1], device=x.device)
     return torch.where(positions < lengths[:, None], 0.0, -torch.inf)

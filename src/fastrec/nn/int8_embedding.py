@@ -55,12 +55,13 @@ class Int8Embedding(nn.Module):
         module.scale = scale
         return module
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """ids int64 [...] -> float32 [..., embedding_dim].
 
         Raises:
             IdRangeError (an IndexError): an id lies outside the table.
         """
+        ids = input
         if torch.compiler.is_compiling() or type(ids) is not torch.Tensor:
             return torch.ops.fastrec.int8_embedding(ids, self.weight, self.scale)
         if self._runs_compiled and ids.dtype is torch.int64 and ids.is_cpu and ids.is_contiguous():

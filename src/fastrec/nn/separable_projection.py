@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastrec.errors import ArgumentError, ShapeError
-from fastrec.kernels.separable_projection import separable_projection
+from fastrec.kernels.separable_projection import MAX_WIDTH, separable_projection
 from fastrec.kernels.separable_projection.reference import taps_before, valid_rows
-from fastrec.kernels.separable_projection.shapes import MAX_WIDTH
 from fastrec.nn._common import autocast, check_groups, check_linear, check_size, like
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,47 @@ _RESIZABLE = ("values", "group_index", *_OPTIONAL)
 _BUFFERS = (*_RESIZABLE, "panel_start", "w_scale", "x_scale", "x_zero_point")
 # Others (fake tensors, functional wrappers) have no memory for a kernel to read.
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+_SOURCE = "_fastrec_source"  # on bytes: the float tensor with a gradient that they came of
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What can be asked of an INT8 layer's weight: its values are not those of a float tensor."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, int]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Hands ``y`` on as a result of ``x``, through which no gradient can flow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ArgumentError(
+            "model",
+            "fake-quantised layers for training: quantize_(model, QAT('prepare')), train, then "
+            "QAT('convert'); or torch.no_grad() and .detach() where nothing before is trained",
+            "a gradient that would have to pass through a static INT8 layer",
+        )
+
+
+def _without_gradient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``y``, of which a backward pass that should reach ``x`` raises.
+
+    Bytes have no gradient: in a chain of layers they carry the tensor that the first one was given.
+    """
+    source = x if x.requires_grad else getattr(x, _SOURCE, None)
+    if source is None:
+        return y
+    if y.is_floating_point():
+        return _NoBackward.apply(source, y)
+    setattr(y, _SOURCE, source)
+    return y
 
 
 class SparseInt8Linear(nn.Module):
@@ -175,13 +217,20 @@ class SparseInt8Linear(nn.Module):
         """The real weight float32 [N, K] that the kernel computes with."""
         return self.packed.unpack().float() * self.w_scale[:, None]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x uint8, float32 or bfloat16 [..., K] -> float32, bfloat16 or uint8 [..., N].
+    @property
+    def weight(self) -> WeightFacts:
+        """Dtype, device and shape of the float layer's weight, for parents that ask for them."""
+        return WeightFacts(torch.float32, self.values.device, (self.out_features, self.in_features))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """uint8, float32 or bfloat16 [..., K] -> float32, bfloat16 or uint8 [..., N].
 
         Raises:
             ShapeError, DtypeError, DeviceError: wrong last dimension, dtype or device.
-            ArgumentError: a NaN in a float input; a broken weight or scale after a bad load.
+            ArgumentError: a NaN in a float input; a broken weight or scale after a bad load; in the
+                backward pass, a gradient that should reach the input.
         """
+        x = input
         if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
             return self._traced(x)
         run = self._run
@@ -193,8 +242,10 @@ class SparseInt8Linear(nn.Module):
         ):
             check_input(x, self.in_features, self.values.device)
         if run is _elsewhere:
-            return self._run_elsewhere(x)
-        return _cpu.call(run, x, self.out_features, self._out_dtype)
+            y = self._run_elsewhere(x)
+        else:
+            y = _cpu.call(run, x, self.out_features, self._out_dtype)
+        return _without_gradient(x, y) if torch.is_grad_enabled() else y
 
     def _epilogue(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from fastrec.data.cli import ColumnsOption
 from fastrec.errors import ArgumentError
+from fastrec.model_source import ExampleOption
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 
@@ -53,10 +55,12 @@ def table1(
         PresetName, typer.Option(help="Size of the generated log, where there is no --data.")
     ] = PresetName.demo,
     data: Annotated[
-        Path | None, typer.Option(help="A log (UserBehavior.csv) or a prepared folder.")
+        Path | None, typer.Option(help="A log (file or folder of parts) or a prepared folder.")
     ] = None,
+    columns: ColumnsOption = None,
     model: Annotated[
-        Path | None, typer.Option(help="Trained before: a saved model or folder of variants.")
+        Path | None,
+        typer.Option(help="A checkpoint, or a folder of train or compress."),
     ] = None,
     config: Annotated[
         ConfigName, typer.Option(help="demo: tables sized to the data; canonical: 32 M parameters.")
@@ -91,6 +95,7 @@ def table1(
     settings = Table1Settings.make(
         preset.value,
         data=data,
+        columns=columns,
         model=model,
         config=config.value,
         epochs=epochs,
@@ -116,9 +121,13 @@ def table1(
 
 def bench(
     model: Annotated[
-        Path | None,
-        typer.Argument(help="What fastrec.save wrote; default: random canonical weights."),
+        str | None,
+        typer.Argument(
+            help="A checkpoint, an engine, a folder of train, compress or autotune, or "
+            "module:attribute; default: the canonical ranker with random weights."
+        ),
     ] = None,
+    example: ExampleOption = None,
     engines: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +168,7 @@ def bench(
     with progress() as tell:
         report = run(
             model,
+            example=example,
             engines=names,
             batches=sizes,
             precision=precision,

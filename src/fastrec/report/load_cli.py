@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.model_source import find_model
 from fastrec.terminal import JsonOption, stderr, stdout, write_json
+
+_ADDRESS = re.compile(r".+:\d+")
 
 if TYPE_CHECKING:
     from fastrec.serving.load import LoadPlan, Mix, Stage
@@ -19,7 +23,9 @@ if TYPE_CHECKING:
 def loadtest(
     target: Annotated[
         str,
-        typer.Argument(help="HOST:PORT of a gRPC server, or an engine file to run right here."),
+        typer.Argument(
+            metavar="HOST:PORT|MODEL", help="A gRPC server, or a model to run right here."
+        ),
     ],
     model: Annotated[str, typer.Option(help="Its name on the server.")] = "",
     plan: Annotated[Path | None, typer.Option(help="All of the load, as JSON.")] = None,
@@ -83,7 +89,13 @@ def loadtest(
     def note(rate: float, reached: float) -> None:
         console.print(f"{rate:8.1f} /s: {reached:.2%} in time")
 
-    result = run_precisely(_measure(target, model, made, capacity, request, token, config, note))
+    engine = None
+    if Path(target).exists() or not _ADDRESS.fullmatch(target):
+        source = find_model(target).announce()
+        model, engine = model or source.name, source.engine_path()
+    result = run_precisely(
+        _measure(target, model, engine, made, capacity, request, token, config, note)
+    )
     print_result(result, stdout())
     write_json(json_out, result)
     if out is not None:
@@ -93,6 +105,7 @@ def loadtest(
 async def _measure(
     target: str,
     model: str,
+    engine: Path | None,
     plan: LoadPlan,
     capacity: bool,
     request: Path | None,
@@ -109,21 +122,18 @@ async def _measure(
         requests_of,
     )
 
-    if Path(target).is_file():
-        name = model or Path(target).stem
+    if engine is not None:
         core = InferenceCore(ServingConfig() if config is None else ServingConfig.load(config))
         try:
-            info = await core.load(name, target)
+            info = await core.load(model, engine)
             requests = (
                 requests_of(info.spec, plan.sizes) if request is None else requests_in(request)
             )
-            result = await _run(plan, CoreTarget(core, name, requests), capacity, note)
+            result = await _run(plan, CoreTarget(core, model, requests), capacity, note)
         finally:
             await core.close()
-        return {"target": f"{Path(target).name}, in this process", **result,
+        return {"target": f"{model}, in this process", **result,
                 "machine": machine_card()}  # fmt: skip
-    if ":" not in target:
-        raise ArgumentError("target", "HOST:PORT, or an engine file that is there", target)
     if not model:
         raise ArgumentError("--model", "the model's name on the server", None)
     async with GrpcTarget(

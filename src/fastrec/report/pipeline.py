@@ -14,13 +14,17 @@ from torch import nn
 from fastrec.compress import Recipe, load, save
 from fastrec.compress.artifact import MANIFEST
 from fastrec.compress.recipe import FineTune
-from fastrec.data import SequenceDataset, generate, prepare
+from fastrec.data import ReadOptions, SequenceDataset, generate, prepare
+from fastrec.data.layout import parse_columns
+from fastrec.data.opening import log_identity
+from fastrec.data.storage import is_prepared
 from fastrec.errors import ArgumentError, ArtifactError, DataError
+from fastrec.model_source import find_model
 from fastrec.models import Ranker, RankerConfig
 from fastrec.report.schema import VARIANTS
 from fastrec.report.settings import Progress, Table1Settings
 from fastrec.report.store import Store, fingerprint
-from fastrec.train import TrainConfig, fit, load_model
+from fastrec.train import TrainConfig, fit
 
 
 def dataset_of(
@@ -28,14 +32,14 @@ def dataset_of(
 ) -> tuple[SequenceDataset, dict[str, Any]]:
     """The data set (opened) and what the report says about it."""
     source = settings.data
-    if source is not None and source.is_dir():
+    if source is not None and is_prepared(source):
         return _opened(source, {"source": source.name, "generated": False})
     folder = store.out / "data"
+    options = ReadOptions(columns=parse_columns(settings.columns))
     if source is None:
         key = fingerprint("generated", settings.preset, settings.seed)
     else:
-        stat = source.stat()
-        key = fingerprint("log", str(source.resolve()), stat.st_size, stat.st_mtime_ns)
+        key = fingerprint("log", str(source.resolve()), log_identity(source, options))
 
     def make() -> dict[str, Any]:
         def tell(stage: str, done: int, total: int) -> None:
@@ -50,8 +54,10 @@ def dataset_of(
             about |= {"generated_events": report.events}
         else:
             about |= {"source": log.name}
-        read = prepare(log, folder, force=True, progress=tell)
-        return about | {"rows": read.rows, "rows_kept": read.kept, "rejected": read.rejected}
+        read = prepare(log, folder, options=options, force=True, progress=tell)
+        rejected = {reason: rows for reason, rows in read.rejected.items() if rows}
+        about |= {"read_as": read.read_as, "rows": read.rows, "rows_kept": read.kept}
+        return about | {"rejected": rejected}
 
     kept = store.read("data", key)
     if kept is not None:
@@ -89,6 +95,7 @@ def model_config(settings: Table1Settings, dataset: SequenceDataset) -> RankerCo
             canonical,
             n_items=dataset.n_items,
             n_categories=dataset.n_categories,
+            n_behaviours=max(canonical.n_behaviours, dataset.n_behaviours - 1),
             history_length=dataset.history_length,
         )
     _check_fits(canonical, dataset, "config")
@@ -96,11 +103,16 @@ def model_config(settings: Table1Settings, dataset: SequenceDataset) -> RankerCo
 
 
 def _check_fits(config: RankerConfig, dataset: SequenceDataset, argument: str) -> None:
-    for name in ("n_items", "n_categories", "history_length"):
-        if getattr(config, name) < getattr(dataset, name):
+    for name, needed in (
+        ("n_items", dataset.n_items),
+        ("n_categories", dataset.n_categories),
+        ("n_behaviours", dataset.n_behaviours - 1),
+        ("history_length", dataset.history_length),
+    ):
+        if getattr(config, name) < needed:
             raise ArgumentError(
                 argument,
-                f"a model with {name} of at least {getattr(dataset, name)}, as the data has",
+                f"a model with {name} of at least {needed}, as the data has",
                 getattr(config, name),
             )
 
@@ -212,12 +224,8 @@ def _given(path: Path) -> Any:
     Raises:
         ArgumentError: it holds no ranker.
     """
-    for folder in (path, path / "baseline"):
-        if (folder / MANIFEST).is_file():
-            model = load(folder)
-            break
-    else:
-        model = load_model(path).eval()
+    inner = path / "baseline"
+    model = find_model(inner if (inner / MANIFEST).is_file() else path).model()
     if not isinstance(model, Ranker) or any(True for _ in model.buffers()):
         raise ArgumentError("model", "a float fastrec.models.Ranker", type(model).__name__)
     return model

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrec.data.storage import is_prepared
 from fastrec.errors import ArgumentError
 from fastrec.report.schema import ENGINES, KNOWN_ENGINES
 
@@ -31,7 +32,8 @@ class Table1Settings:
     Args:
         preset: size of the generated log (see :func:`fastrec.data.generate`) where ``data`` is
             None; "demo" also means short budgets everywhere.
-        data: a log in Taobao's format, or a folder of ``fastrec data prepare``.
+        data: a log of any layout, or a folder of ``fastrec data prepare``.
+        columns: the log's columns, where looking does not find them: ``user=..,item=..``.
         model: trained weights instead of training: what ``fastrec.save`` or ``fastrec train``
             wrote, or a folder of variants from ``fastrec compress``.
         config: "demo" = the canonical ranker's compute with tables as large as the data needs;
@@ -54,6 +56,7 @@ class Table1Settings:
 
     preset: str = "demo"
     data: Path | None = None
+    columns: str | None = None
     model: Path | None = None
     config: str = "demo"
     epochs: int | None = None
@@ -122,6 +125,8 @@ class Table1Settings:
                 raise ArgumentError(name, "a positive integer or None", value)
         if self.seed < 0:
             raise ArgumentError("seed", ">= 0", self.seed)
+        if self.columns is not None and (self.data is None or is_prepared(self.data)):
+            raise ArgumentError("columns", "none without a log (data)", self.columns)
 
     @property
     def quick(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError, DataError
+from fastrec.model_source import ModelArgument, calibration_batches, find_model
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def autotune(
-    model: Annotated[
-        Path, typer.Argument(help="Trained model: a saved folder, or the output of fastrec train.")
-    ],
+    model: ModelArgument,
     data: Annotated[Path, typer.Argument(help="Prepared data set (fastrec data prepare).")],
     out: Annotated[
         Path,
@@ -56,7 +55,6 @@ def autotune(
     The best model is saved to OUT/best. It is judged on validation events while searching, and on
     test events at the end.
     """
-    from fastrec.compress.cli import load_trained
     from fastrec.data import SequenceDataset
     from fastrec.measure.machine import machine_card
     from fastrec.runtime.compiler import cpus
@@ -68,14 +66,14 @@ def autotune(
     if plot is not None and plot.suffix != ".png":
         raise ArgumentError("--plot", "a file that ends in .png", plot)
     found_space = _space(space)
-    network, dataset = load_trained(model), SequenceDataset.open(data)
+    network, dataset = find_model(model).announce().model(), SequenceDataset.open(data)
     console = stdout()
     with progress() as tell:
         result = search(
             network,
             budget,
             evaluate=quality(dataset, metric, users, seed),
-            calibration=calibration(network, dataset, seed),
+            calibration=calibration_batches(network, data, seed=seed),
             finetune=finetuning(dataset, finetune_steps, lr, seed) if finetune_steps else None,
             space=found_space,
             trials=trials,
@@ -135,17 +133,6 @@ def finetuning(dataset: Any, steps: int, lr: float, seed: int) -> Callable[[nn.M
         fit(model, dataset, config, progress=False)
 
     return train
-
-
-def calibration(model: nn.Module, dataset: Any, seed: int, examples: int = 256) -> list[Any]:
-    """Batches of training examples, as the model takes them."""
-    from fastrec.models import SASRec
-
-    batches = list(dataset.batches("train", batch_size=32, seed=seed, limit=examples))
-    if not isinstance(model, SASRec):
-        return batches
-    size = model.config.max_length
-    return [(b.item[:, :size], b.length.clip(max=size)) for b in batches]
 
 
 def _tests(

@@ -446,10 +446,6 @@ def _inputs(
     first = as_tensors("calibration", batch if isinstance(batch, tuple | list) else (batch,))
     spec = spec_of(model, first)
     if "L" in spec.limits:  # one of fastrec.models: full histories
-        drawn = spec.sample({"B": rows, "m": CANDIDATES})
-        return tuple(
-            np.full_like(values, spec.limits[f.rows][1]) if isinstance(f.rows, str) else values
-            for f, values in zip(spec.fields, drawn, strict=True)
-        )
+        return spec.sample({"B": rows, "m": CANDIDATES}, full=True)
     take = np.arange(rows) % len(first[0])
     return tuple(t.numpy()[take] for t in first)

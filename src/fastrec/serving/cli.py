@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.files import atomic_write
+from fastrec.model_source import ExampleOption, served_path
 from fastrec.terminal import stderr, stdout
 
 if TYPE_CHECKING:
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
 
 def serve(
     path: Annotated[
-        Path | None,
-        typer.Argument(help="An engine file, a model folder, or a folder of either."),
+        str | None,
+        typer.Argument(
+            help="An engine's file, a checkpoint, a folder of several models; the output of train "
+            "or autotune, or module:attribute, is compiled first."
+        ),
     ] = None,
+    example: ExampleOption = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(help="0: a free one; -1: no gRPC.")] = 8001,
     http_port: Annotated[
@@ -121,9 +127,10 @@ def serve(
         if server.http_port is not None:
             console.print(f"  HTTP  {scheme}://{host}:{server.http_port}/")
         if ready_file is not None:
-            ready_file.write_text(json.dumps(ports) + "\n")
+            with atomic_write(ready_file, sync=False) as draft:
+                draft.write_text(json.dumps(ports) + "\n")
 
-    server = Server(path, ServingConfig.from_dict(settings), options)
+    server = Server(served_path(path, example), ServingConfig.from_dict(settings), options)
     with contextlib.suppress(KeyboardInterrupt):
         run(server.run(started))
     if provider is not None:

@@ -3,8 +3,9 @@
     PATH                     one model: a native engine's file, or a folder that ``engine.save`` or
                              ``fastrec.save`` wrote; served under the file's or folder's name
     PATH/NAME                several models
-    PATH/NAME/VERSION        versions of one, VERSION a number; the highest serves requests that
-                             name none
+    PATH/NAME/VERSION        versions of one, VERSION a number; the highest is served (Triton's
+                             default policy), the others wait on disk
+    PATH/NAME/VERSION/model.fastrec    the same in Triton's layout
 
 A checkpoint of ``fastrec.save`` has to be compiled, which takes torch: a process of its own does
 that once and leaves an engine file in the cache. The serving process imports no torch.
@@ -32,7 +33,7 @@ from fastrec.serving.core.request import Kind, Rejected
 log = logging.getLogger("fastrec.serving")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _COMPILE_TIMEOUT_S = 600.0
 
 
@@ -70,24 +71,31 @@ class ModelRepository:
         self._cache = cache or Path.home() / ".cache" / "fastrec" / "engines"
         self._loaded: dict[tuple[str, str], Found] = {}
         self._reasons: dict[tuple[str, str], str] = {}
+        self._left_out: set[tuple[Path, str]] = set()
         self._changing = asyncio.Lock()
 
     def scan(self) -> dict[str, dict[str, Found]]:
-        """Model -> version -> what is there now. What is no model is left out; why is logged."""
-        single = _kind(self._root)
+        """Model -> version -> files there now. Models that are left out are logged, once each."""
+        single = _model_at(self._root.resolve())
         if single is not None:
             root = self._root.resolve()
             name = root.stem if root.is_file() else root.name
             if not _NAME.fullmatch(name):
-                raise ArtifactError(f"{root}: its name is no model's name ({_NAME.pattern})")
-            return {name: {"1": Found(root, single, _stamp(root))}}
+                raise ArtifactError(f"{root}: {name!r} is no model's name ({_NAME.pattern})")
+            return {name: {"1": single}}
         models: dict[str, dict[str, Found]] = {}
         for child in sorted(self._root.iterdir()):
             if child.name.startswith("."):
                 continue
-            versions = self._versions(child)
             name = child.stem if child.is_file() else child.name
-            if versions and _NAME.fullmatch(name):
+            versions = self._versions(child)
+            if not versions:
+                continue
+            if not _NAME.fullmatch(name):
+                self._leave_out(child, f"{name!r} is no model's name ({_NAME.pattern})")
+            elif name in models:
+                self._leave_out(child, f"there is another model named {name!r}")
+            else:
                 models[name] = versions
         return models
 
@@ -98,14 +106,19 @@ class ModelRepository:
         for info in self._core.models():
             seen.add((info.name, info.version))
             state = "READY" if info.state == "READY" else "LOADING"
-            rows.append({"name": info.name, "version": info.version, "state": state, "reason": ""})
+            reason = self._reasons.get((info.name, info.version), "")
+            row = {"name": info.name, "version": info.version, "state": state, "reason": reason}
+            rows.append(row)
         for name, versions in self.scan().items():
+            latest = max(versions, key=int)
             for version in versions:
-                if (name, version) not in seen:
-                    reason = self._reasons.get((name, version), "not loaded")
-                    rows.append(
-                        {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
-                    )
+                if (name, version) in seen:
+                    continue
+                usual = "not loaded" if version == latest else f"version {latest} is the latest"
+                reason = self._reasons.get((name, version), usual)
+                rows.append(
+                    {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
+                )
         return rows
 
     async def load_all(self) -> None:
@@ -124,34 +137,30 @@ class ModelRepository:
             await self.load(name)
 
     async def load(self, name: str) -> None:
-        """Load what is new of a model, reload what has changed, unload what is gone.
+        """Serve the latest version of a model as it is on disk now.
 
-        A version whose files changed is unloaded before its successor is loaded; to go on serving
-        meanwhile, put the successor beside it as a new version.
+        Until that is loaded and warm, what was served before goes on, and it goes on where the new
+        one cannot be loaded.
 
         Raises:
             Rejected: NOT_FOUND: the repository has no such model.
-            FastrecError: a version cannot be loaded; the others are.
+            FastrecError: the latest version cannot be loaded.
         """
         async with self._changing:
             versions = self.scan().get(name) if _NAME.fullmatch(name) else None
             if not versions:
                 raise Rejected(Kind.NOT_FOUND, f"the repository has no model {name[:128]!r}")
-            for key, found in list(self._loaded.items()):
-                if key[0] == name and versions.get(key[1]) != found:
-                    await self._core.unload(*key)
-                    del self._loaded[key]
-            failed: FastrecError | None = None
-            # The highest first: it takes the requests that name no version.
-            for version in sorted(versions, key=int, reverse=True):
-                if (name, version) not in self._loaded:
-                    try:
-                        await self._load(name, version, versions[version])
-                    except FastrecError as error:
-                        self._reasons[name, version] = str(error)
-                        failed = failed or error
-            if failed is not None:
-                raise failed
+            latest = max(versions, key=int)
+            if self._loaded.get((name, latest)) != versions[latest]:
+                try:
+                    await self._load(name, latest, versions[latest])
+                except FastrecError as error:
+                    self._reasons[name, latest] = str(error)
+                    log.warning("%s version %s: not loaded: %s", name, latest, error)
+                    raise
+            for key in [key for key in self._loaded if key[0] == name and key[1] != latest]:
+                await self._core.unload(*key)
+                del self._loaded[key]
 
     async def unload(self, name: str) -> None:
         """Drain and unload all versions of a model.
@@ -168,31 +177,40 @@ class ModelRepository:
         path = found.path
         if found.kind == "checkpoint":
             path = await compiled(path, self._cache)
-        await self._core.load(name, path, version=version)
+        replace = (name, version) in self._loaded
+        await self._core.load(name, path, version=version, weight=1.0, replace=replace)
         self._loaded[name, version] = found
         self._reasons.pop((name, version), None)
         log.info("%s version %s: loaded from %s", name, version, found.path)
 
     def _versions(self, child: Path) -> dict[str, Found]:
-        kind = self._inside(child)
-        if kind is not None:
-            return {"1": Found(child.resolve(), kind, _stamp(child))}
-        if not child.is_dir():
-            return {}
+        single = self._inside(child)
+        if single is not None:
+            return {"1": single}
         found = {}
-        for grandchild in child.iterdir():
-            if _VERSION.fullmatch(grandchild.name):
-                kind = self._inside(grandchild)
-                if kind is not None:
-                    found[grandchild.name] = Found(grandchild.resolve(), kind, _stamp(grandchild))
+        for grandchild in child.iterdir() if child.is_dir() else ():
+            version = self._inside(grandchild)
+            if version is not None and _VERSION.fullmatch(grandchild.name):
+                found[grandchild.name] = version
+            elif version is not None:
+                self._leave_out(grandchild, "a version's name is a whole number from 1")
         return found
 
-    def _inside(self, path: Path) -> str | None:
-        """The kind of model at a path, None for one that a link takes out of the repository."""
-        if not path.resolve().is_relative_to(self._root.resolve()):
-            log.warning("%s leads out of the model repository and is left out", path)
+    def _inside(self, path: Path) -> Found | None:
+        """The model at a path, None for one that a link takes out of the repository."""
+        root = self._root.resolve()
+        found = _model_at(path.resolve()) if path.resolve().is_relative_to(root) else None
+        if found is None and path.is_symlink():
+            self._leave_out(path, "it leads out of the repository, or to no model")
+        elif found is not None and not found.path.resolve().is_relative_to(root):
+            self._leave_out(path, "its file is out of the repository")
             return None
-        return _kind(path)
+        return found
+
+    def _leave_out(self, path: Path, reason: str) -> None:
+        if (path, reason) not in self._left_out:
+            self._left_out.add((path, reason))
+            log.warning("%s is left out of the model repository: %s", path, reason)
 
 
 async def compiled(checkpoint: Path, cache: Path) -> Path:
@@ -216,42 +234,47 @@ async def compiled(checkpoint: Path, cache: Path) -> Path:
     except OSError:
         path = Path(tempfile.mkdtemp(prefix="fastrec-")) / path.name
     log.info("%s: compiling (torch runs in a process of its own)", checkpoint)
-    await asyncio.to_thread(_compile, checkpoint, path)
+    await _compile(checkpoint, path)
     return path
 
 
-def _compile(checkpoint: Path, engine: Path) -> None:
+async def _compile(checkpoint: Path, engine: Path) -> None:
+    """Compile in a process of its own, which is killed if this task is cancelled."""
     command = [sys.executable, "-m", "fastrec.serving.compile", str(checkpoint), str(engine)]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=_COMPILE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        _, stderr = await asyncio.wait_for(process.communicate(), _COMPILE_TIMEOUT_S)
+    except asyncio.TimeoutError:
         raise ArtifactError(
             f"{checkpoint}: not compiled within {_COMPILE_TIMEOUT_S:.0f} s"
         ) from None
-    if done.returncode != 0:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        lines = stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
         raise ArtifactError(f"{checkpoint}: cannot be compiled: {lines[-1]}")
 
 
-def _kind(path: Path) -> str | None:
-    if path.is_file():
-        return "engine" if is_engine_file(path) else None
-    if (path / "engine.json").is_file():
-        return "engine"
-    return "checkpoint" if (path / "model.json").is_file() else None
+def _model_at(path: Path) -> Found | None:
+    """The model that a file or folder is."""
+    if path.is_dir():
+        for name, kind in (("engine.json", "engine"), ("model.json", "checkpoint")):
+            if (path / name).is_file():
+                return Found(path, kind, _stamp(path / name))
+        files = [file for file in path.glob("model.*") if file.is_file()]
+        if len(files) != 1:
+            return None
+        path = files[0]
+    return Found(path, "engine", _stamp(path)) if is_engine_file(path) else None
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    file = path
-    for name in ("engine.json", "model.json"):
-        if (path / name).is_file():
-            file = path / name
+def _stamp(file: Path) -> tuple[int, ...]:
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns

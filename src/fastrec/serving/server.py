@@ -51,6 +51,8 @@ _LAG_PERIOD_S = 0.25
 # An engine's thread waits so long at most for the GIL that the event loop holds. Python's own 5 ms
 # are several calls of a small model.
 _SWITCH_S = 5e-4
+# Longest wait for a part of the server to close; then it is left behind.
+_CLOSE_S = 5.0
 _T = TypeVar("_T")
 PAGE = Path(__file__).parent / "observe" / "page.html"
 
@@ -118,6 +120,7 @@ class Server:
         self._tasks: list[asyncio.Task[None]] = []
         self._grpc: GrpcServer | None = None
         self._http: HttpServer | None = None
+        self._begun = False
 
     @property
     def grpc_port(self) -> int | None:
@@ -137,9 +140,11 @@ class Server:
             ArtifactError, FastrecError: a model cannot be loaded.
         """
         options = self.options
+        self._begun = True
         self._switch_s = sys.getswitchinterval()
         sys.setswitchinterval(min(_SWITCH_S, self._switch_s))
         self.core = InferenceCore(self.config)
+        self.core.loading = self._path is not None
         self.recorder = Recorder(self.config)
         self.core.subscribe(self.recorder)
         self.repository = (
@@ -184,6 +189,7 @@ class Server:
         self._tasks.append(asyncio.create_task(self._watch_lag()))
         if self.repository is not None:
             await self.repository.load_all()
+        self.core.loading = False
         if self._grpc is not None:
             self._grpc.health.changed()
         # What is alive now lives as long as the process: no collection needs to look at it again.
@@ -191,35 +197,49 @@ class Server:
         gc.freeze()
 
     async def stop(self) -> None:
-        """Say NOT_SERVING, answer what was accepted, close."""
+        """Say NOT_SERVING, answer what was accepted, close. Takes ``linger_s``, ``drain_s`` and a
+        few seconds at most."""
+        if not self._begun:
+            return
+        started = not self.core.loading
+        self.core.ending = True
         if self._grpc is not None:
             self._grpc.health.close()
-        if self.options.linger_s:
+        if started and self.options.linger_s:
             await asyncio.sleep(self.options.linger_s)
+        if self._http is not None:
+            self._http.close_after_answers()
         if not await self.core.drain(self.options.drain_s):
             log.warning("requests were still running after %.0f s", self.options.drain_s)
         for task in self._tasks:
             task.cancel()
         if self._grpc is not None:
-            await self._grpc.stop(1.0)
+            await _within(_CLOSE_S, self._grpc.stop(1.0), "gRPC")
         if self._http is not None:
-            await self._http.stop()
-        await self.core.close()
+            await self._http.stop(1.0)
+        await _within(_CLOSE_S, self.core.close(), "engines")
         sys.setswitchinterval(self._switch_s)
         gc.unfreeze()
 
     async def run(self, on_start: Callable[[Server], None] | None = None) -> None:
-        """Start, serve until SIGTERM or SIGINT, stop."""
+        """Start, serve until SIGTERM or SIGINT, stop; a signal also ends a start under way."""
         loop = asyncio.get_running_loop()
         end = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end.set)
+        starting = asyncio.ensure_future(self.start())
+        told = asyncio.ensure_future(end.wait())
         try:
-            await self.start()
-            if on_start is not None:
-                on_start(self)
-            await end.wait()
+            await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                if on_start is not None:
+                    on_start(self)
+                await told
         finally:
+            told.cancel()
+            starting.cancel()
+            await asyncio.wait({starting, told}, timeout=_CLOSE_S)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             await self.stop()
@@ -273,6 +293,17 @@ def run(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run(work)
     result: _T = uvloop.run(work)
     return result
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, None], name: str) -> None:
+    """Wait for ``work``, but no longer than ``seconds``."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    if done:
+        await task
+    else:
+        task.cancel()
+        log.warning("%s did not close within %.0f s", name, seconds)
 
 
 class _Changes:

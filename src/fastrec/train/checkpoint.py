@@ -75,7 +75,8 @@ def save_checkpoint(
 
     Weights, optimiser state, torch's random state, and ``state``.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state_dict = unwrapped(model).state_dict()
+    tensors = {f"model.{name}": tensor for name, tensor in state_dict.items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in slots.items()}
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -97,7 +98,7 @@ def load_checkpoint(
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
-    _fill(model, parts["model"], path)
+    _fill(unwrapped(model), parts["model"], path)
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in parts["optimizer"].items():
         index, _, slot = name.partition(".")
@@ -117,8 +118,23 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
         raise ArtifactError(f"{path}: does not fit this model ({error})") from error
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    These wrappers put a prefix before every name.
+    """
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
 def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
     """Write a trained model's weights, with its name and config where it is one of ours."""
+    model = unwrapped(model)
     meta: dict[str, Any] = {"model": None, "config": None}
     for name, (cls, _) in MODELS.items():
         if type(model) is cls:
@@ -149,5 +165,5 @@ def load_model(path: str | os.PathLike[str], model: nn.Module | None = None) -> 
         except (ArgumentError, TypeError) as error:
             raise ArtifactError(f"{path}: bad config ({error})") from error
         model.eval()
-    _fill(model, tensors, path)
+    _fill(unwrapped(model), tensors, path)
     return model

@@ -1,4 +1,4 @@
-"""``fastrec train``: a prepared data folder in, a trained model and its test metrics out."""
+"""``fastrec train``: a log or data set in, a trained model and its test metrics out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastrec.data.cli import ColumnsOption, data_progress, say
 from fastrec.terminal import JsonOption, stderr, stdout, write_json
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ class NegativesName(str, Enum):
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="Folder written by `fastrec data prepare`.")],
+    data: Annotated[str, typer.Argument(help="A log, or a folder of `fastrec data prepare`.")],
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint and the trained model.")],
     model: Annotated[ModelName, typer.Option(help="What to train.")] = ModelName.ranker,
+    columns: ColumnsOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the users.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Users a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -65,7 +67,8 @@ def train(
     """Train a model, keep its best weights, and test them on the held-out last events."""
     import torch
 
-    from fastrec.data import SequenceDataset
+    from fastrec.data import ReadOptions, open_or_prepare
+    from fastrec.data.layout import parse_columns
     from fastrec.train.config import TrainConfig
     from fastrec.train.evaluation import evaluate
     from fastrec.train.loop import fit
@@ -73,7 +76,9 @@ def train(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    dataset = SequenceDataset.open(data)
+    with data_progress() as tell:
+        options = ReadOptions(columns=parse_columns(columns))
+        dataset = open_or_prepare(data, out / "data", options=options, progress=tell, tell=say)
     given: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,

@@ -20,6 +20,7 @@ from fastrec.models import Ranker
 from fastrec.train.metrics import Evaluation, ranks_from_scores
 
 Score = Callable[[Tensor, Tensor], Tensor]  # candidate ids, categories [B, n] -> scores [B, n]
+CANDIDATES = 50
 FULL_CHUNK = 512  # candidates a call in the full protocol: bounds memory at [B, 512, tower]
 
 
@@ -54,6 +55,12 @@ def parse_protocol(protocol: str, n_candidates: int) -> int | None:
     if size < 2:
         raise ArgumentError("n_candidates", "two or more", size)
     return size
+
+
+def default_candidates(dataset: Any) -> int:
+    """Candidates of a user where no number is asked for: 50, or all of a smaller catalogue."""
+    counts = getattr(dataset, "item_count", None)
+    return CANDIDATES if counts is None else min(CANDIDATES, int(np.count_nonzero(counts)))
 
 
 def _scorer(model: Any, history: tuple[Tensor, ...]) -> Score:
@@ -114,7 +121,7 @@ def evaluate(
     *,
     protocol: str = "candidates",
     split: str = "test",
-    n_candidates: int = 50,
+    n_candidates: int | None = None,
     negatives: str = "popularity",
     limit: int | None = None,
     seed: int = 0,
@@ -135,6 +142,8 @@ def evaluate(
             (the same with N candidates), or "full" (every item of the catalogue). HitRate@50 means
             top-50 retrieval under "full"; on 50 candidates it is 1 by construction and left out.
         split: "valid" or "test".
+        n_candidates: of the protocol "candidates"; by default 50, or all that can be drawn where
+            the catalogue holds fewer.
         negatives: "popularity" or "uniform", how the negatives of a sampled protocol are drawn.
         limit: evaluate the first ``limit`` users only.
         seed: seed of negatives and bootstrap; the same seed gives every model the same candidates.
@@ -152,6 +161,8 @@ def evaluate(
         ArgumentError: unknown protocol, or the split has no users.
         ShapeError: the model returned scores of another shape than its candidates.
     """
+    if n_candidates is None:
+        n_candidates = default_candidates(dataset)
     size = parse_protocol(protocol, n_candidates)
     batches = dataset.batches(
         split,

@@ -7,26 +7,26 @@ GELU is the exact one (Hendrycks & Gimpel, arXiv:1606.08415), its erf within 4.3
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.kernels._checks import check_like, check_output_quantisation
-from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._compiled import Signature, cpu_takes
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels._torch_op import define_op
 from fastrec.kernels.activation_quantize.reference import activation_quantize_reference
 from fastrec.kernels.activation_quantize.samples import compare, samples
 
 __all__ = ["SPEC", "activation_quantize"]
 
 
-def _cpu_can_run(signature: Signature) -> str | None:
-    if signature.dtype in ("float64", "torch.float64"):
-        return "it computes in float32, the input is float64"
-    return cpu_can_run(signature)
-
-
-BACKENDS = Backends("activation_quantize", {"cpu": _cpu_can_run, "reference": always})
+BACKENDS = Backends(
+    "activation_quantize",
+    {"cpu": cpu_takes("float32", "bfloat16", "int32"), "reference": always},
+)
 
 # The orders of the enums in activation_quantize.h.
 INPUT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
@@ -36,12 +36,12 @@ OUTPUTS = {"uint8": (0, torch.uint8), "bfloat16": (1, torch.bfloat16), None: (2,
 
 def _check(
     x: torch.Tensor,
-    activation: str | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: str | None,
-    out_scale: float | None,
-    out_zero_point: int,
+    activation: str | None = None,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
 ) -> None:
     if x.dtype not in INPUT_CODES and x.dtype is not torch.float64:
         raise DtypeError("x", "float32, bfloat16 or int32 (float64 on the reference)", x.dtype)
@@ -113,12 +113,12 @@ def activation_quantize(
 
 def _run(
     x: torch.Tensor,
-    activation: str | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: str | None,
-    out_scale: float | None,
-    out_zero_point: int,
+    activation: str | None = None,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out: str | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
     dtype = x.dtype
@@ -158,25 +158,10 @@ def _run(
     return y
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "activation_quantize(Tensor x, str? activation=None, Tensor? scale=None, Tensor? bias=None, "
-    "str? out=None, float? out_scale=None, int out_zero_point=0) -> Tensor"
-)
-
-
-def _op(
-    x: torch.Tensor,
-    activation: str | None = None,
-    scale: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    out: str | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
-) -> torch.Tensor:
-    _check(x, activation, scale, bias, out, out_scale, out_zero_point)
+def _op(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _check(x, *rest)
     with torch.no_grad():
-        y = _run(x, activation, scale, bias, out, out_scale, out_zero_point)
+        y = _run(x, *rest)
     return y.clone() if y is x else y
 
 
@@ -186,19 +171,18 @@ def _fake(
     scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out: str | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int = 0,
+    *rest: Any,
 ) -> torch.Tensor:
     dtype = x.dtype if out is None and x.dtype is torch.float64 else OUTPUTS[out][1]
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.activation = inputs[1]
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     (x,) = ctx.saved_tensors
     if not x.is_floating_point():
         return (None,) * 7
@@ -212,10 +196,14 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad.to(x.dtype), None, None, None, None, None, None
 
 
-_LIBRARY.impl("activation_quantize", _op, "CPU")
-torch.library.register_fake("fastrec::activation_quantize", _fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastrec::activation_quantize", _backward, setup_context=_setup_context, lib=_LIBRARY
+define_op(
+    "activation_quantize(Tensor x, str? activation=None, Tensor? scale=None, Tensor? bias=None, "
+    "str? out=None, float? out_scale=None, int out_zero_point=0) -> Tensor",
+    _op,
+    _fake,
+    backward=_backward,
+    save=_save,
+    devices=("CPU",),
 )
 
 SPEC = OpSpec(

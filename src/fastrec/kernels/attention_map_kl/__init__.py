@@ -3,24 +3,24 @@
 The student attends by an ``AttentionPattern``, the teacher to every valid key. Outside its pattern
 the student's probability is 0 and the divergence from a dense teacher infinite; so the teacher's
 map is restricted to the student's keys and renormalised. Then only scores of pattern keys matter:
-O(L (w + log L) D) work, and never an L x L map. What the restriction leaves out is
-:func:`teacher_mass_outside`.
+O(L (w + log L) D) work, and never an L x L map.
 
 Source: attention-map distillation of the paper, L = KL(S_teacher || S_student).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from fastrec.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
-from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._checks import check_length_values, check_lengths, check_scale, length_error
+from fastrec.kernels._compiled import Signature, cpu_takes
 from fastrec.kernels._registry import Backends, OpSpec, always
-from fastrec.kernels.attention_map_kl.outside import teacher_mass_outside
+from fastrec.kernels._torch_op import FLOAT_NAMES, define_op
+from fastrec.kernels._views import row_view
 from fastrec.kernels.attention_map_kl.reference import (
     attention_map_kl_reference,
     divergence_and_gradients,
@@ -30,26 +30,18 @@ from fastrec.kernels.attention_map_kl.samples import compare, samples
 from fastrec.kernels.pattern_tables import check_pattern, decoded, encoded, far_table
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 
-__all__ = ["SPEC", "attention_map_kl", "teacher_mass_outside"]
+__all__ = ["SPEC", "attention_map_kl"]
 
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-def _can_run(signature: Signature) -> str | None:
-    if signature.dtype == "float64":
-        return "it computes in float32, the input is float64"
-    return cpu_can_run(signature)
-
-
-BACKENDS = Backends("attention_map_kl", {"cpu": _can_run, "reference": always})
+BACKENDS = Backends("attention_map_kl", {"cpu": cpu_takes("float32"), "reference": always})
 
 
 def _check(maps: Maps, lengths: torch.Tensor | None) -> None:
     names = ("teacher_q", "teacher_k", "student_q", "student_k")
     student = maps[2]
     for name, tensor in zip(names, maps, strict=True):
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOAT_NAMES:
             raise DtypeError(name, "float32, bfloat16, float16 or float64", tensor.dtype)
         if tensor.dim() != 4:
             raise ShapeError(name, "shape [B, H, L, D]", list(tensor.shape))
@@ -62,13 +54,7 @@ def _check(maps: Maps, lengths: torch.Tensor | None) -> None:
             raise ShapeError(name, f"shape {expected}", list(tensor.shape))
         if heads == 0 or tensor.shape[3] == 0:
             raise ShapeError(name, "at least one head and one dimension", list(tensor.shape))
-    if lengths is not None:
-        if lengths.dtype is not torch.int64:
-            raise DtypeError("lengths", "int64", lengths.dtype)
-        if lengths.shape != (batch,):
-            raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
-        if lengths.device != student.device:
-            raise DeviceError("lengths", f"student_q's device {student.device}", lengths.device)
+    check_lengths(lengths, student, "student_q")
 
 
 def attention_map_kl(
@@ -139,47 +125,36 @@ def attention_map_kl(
             backend,
         )
     else:
-        scales = (teacher_scale, student_scale)
-        sums, _, _ = _run(maps, pattern, False, lengths, scales, teacher_causal, backend)
+        sums, _, _ = _run(
+            *maps, pattern, False, lengths, teacher_scale, student_scale, teacher_causal, backend
+        )
     rows = batch * length if lengths is None else lengths.sum()
     return reduce(sums, rows, reduction)
 
 
-def _length_error(lengths: torch.Tensor, position: int, length: int) -> ArgumentError:
-    return ArgumentError("lengths", f"values in [0, {length}]", int(lengths[position]))
-
-
-def _strided(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int, int]]:
-    """The tensor, copied where the dimensions of a row do not follow each other; its address."""
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    batch, head, row, _ = x.stride()
-    return x, (x.data_ptr(), batch, head, row, x.shape[3])
-
-
 def _run(
-    maps: Maps,
+    teacher_q: torch.Tensor,
+    teacher_k: torch.Tensor,
+    student_q: torch.Tensor,
+    student_k: torch.Tensor,
     pattern: AttentionPattern,
     gradients: bool,
-    lengths: torch.Tensor | None,
-    scales: tuple[float | None, float | None],
-    teacher_causal: bool,
-    backend: str | None,
+    lengths: torch.Tensor | None = None,
+    teacher_scale: float | None = None,
+    student_scale: float | None = None,
+    teacher_causal: bool = False,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums [B, H] and the student's gradients (empty where not asked for)."""
-    student = maps[2]
-    batch, heads, length, dims = student.shape
-    t_scale = maps[0].shape[3] ** -0.5 if scales[0] is None else scales[0]
-    s_scale = dims**-0.5 if scales[1] is None else scales[1]
-    for name, scale in (("teacher_scale", t_scale), ("student_scale", s_scale)):
-        if not math.isfinite(scale):
-            raise ArgumentError(name, "a finite number", scale)
-    signature = Signature(student.device.type, str(student.dtype).removeprefix("torch."))
+    maps = (teacher_q, teacher_k, student_q, student_k)
+    batch, heads, length, dims = student_q.shape
+    t_scale = teacher_q.shape[3] ** -0.5 if teacher_scale is None else teacher_scale
+    s_scale = dims**-0.5 if student_scale is None else student_scale
+    check_scale(t_scale, "teacher_scale")
+    check_scale(s_scale, "student_scale")
+    signature = Signature(student_q.device.type, FLOAT_NAMES[student_q.dtype])
     if BACKENDS.choose(signature, backend) == "reference":
-        if lengths is not None:
-            outside = ((lengths < 0) | (lengths > length)).nonzero()
-            if len(outside):
-                raise _length_error(lengths, int(outside[0]), length)
+        check_length_values(lengths, length)
         with torch.no_grad():
             sums, dq, dk = divergence_and_gradients(
                 *maps,
@@ -190,14 +165,15 @@ def _run(
                 teacher_causal=teacher_causal,
             )
         return (sums, dq, dk) if gradients else (sums, sums.new_empty(0), sums.new_empty(0))
-    strided = [_strided(x) for x in maps]
+    # The tensors are held until the kernel is done with their addresses.
+    views = [row_view(x) for x in maps]
     lengths = None if lengths is None else lengths.contiguous()
     table = far_table(pattern, length, heads)
     sums = torch.empty(batch, heads)
-    shape = student.shape if gradients else (0,)
+    shape = student_q.shape if gradients else (0,)
     dq, dk = torch.empty(shape), torch.empty(shape)
     bad = _compiled.native().attention_map_kl.run(
-        *(address for _, address in strided),
+        *((*view, x.shape[3]) for x, view in views),
         t_scale,
         s_scale,
         teacher_causal,
@@ -214,39 +190,19 @@ def _run(
         length,
     )
     if bad >= 0:
-        assert lengths is not None
-        raise _length_error(lengths, bad, length)
+        raise length_error(lengths, bad, length)
     return sums, dq, dk
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "attention_map_kl(Tensor teacher_q, Tensor teacher_k, Tensor student_q, Tensor student_k, "
-    "str pattern, bool gradients, Tensor? lengths=None, float? teacher_scale=None, "
-    "float? student_scale=None, bool teacher_causal=False, str? backend=None) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
-
-def _torch_op(
+def _op(
     teacher_q: torch.Tensor,
     teacher_k: torch.Tensor,
     student_q: torch.Tensor,
     student_k: torch.Tensor,
     pattern: str,
-    gradients: bool,
-    lengths: torch.Tensor | None = None,
-    teacher_scale: float | None = None,
-    student_scale: float | None = None,
-    teacher_causal: bool = False,
-    backend: str | None = None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    maps = (teacher_q, teacher_k, student_q, student_k)
-    scales = (teacher_scale, student_scale)
-    return _run(maps, decoded(pattern), gradients, lengths, scales, teacher_causal, backend)
-
-
-_LIBRARY.impl("attention_map_kl", _torch_op, "CompositeExplicitAutograd")
+    return _run(teacher_q, teacher_k, student_q, student_k, decoded(pattern), *rest)
 
 
 def _fake(
@@ -263,7 +219,7 @@ def _fake(
     return sums, student_q.new_empty(shape), student_q.new_empty(shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.gradients = inputs[5]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -281,9 +237,15 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *unused: torch.Tensor | None)
     return None, None, factor * dq, factor * dk, *(None,) * 7
 
 
-torch.library.register_fake("fastrec::attention_map_kl", _fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastrec::attention_map_kl", _backward, setup_context=_setup_context, lib=_LIBRARY
+define_op(
+    "attention_map_kl(Tensor teacher_q, Tensor teacher_k, Tensor student_q, Tensor student_k, "
+    "str pattern, bool gradients, Tensor? lengths=None, float? teacher_scale=None, "
+    "float? student_scale=None, bool teacher_causal=False, str? backend=None) "
+    "-> (Tensor, Tensor, Tensor)",
+    _op,
+    _fake,
+    backward=_backward,
+    save=_save,
 )
 
 SPEC = OpSpec(

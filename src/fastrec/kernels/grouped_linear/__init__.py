@@ -16,33 +16,20 @@ import torch
 
 from fastrec.errors import DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
-from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._compiled import Signature, cpu_takes
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels._torch_op import FLOAT_NAMES, define_op, is_plain
 from fastrec.kernels.dlpack import takes_arrays
-from fastrec.kernels.grouped_linear.int8 import pack_grouped_int8
 from fastrec.kernels.grouped_linear.reference import (
     grouped_linear_backward_reference,
     grouped_linear_reference,
 )
+from fastrec.kernels.grouped_linear.samples import compare, samples
 
-__all__ = ["SPEC", "grouped_linear", "pack_grouped_int8"]
+__all__ = ["SPEC", "grouped_linear"]
 
-DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
-
-
-def floats_can_run(signature: Signature) -> str | None:
-    """``can_run`` of compiled kernels in float32 and bfloat16."""
-    if signature.dtype not in ("float32", "bfloat16"):
-        return f"it computes in float32 or bfloat16, the input is {signature.dtype}"
-    return cpu_can_run(signature)
-
-
+floats_can_run = cpu_takes("float32", "bfloat16")
 BACKENDS = Backends(
     "grouped_linear", {"cpu": floats_can_run, "triton": triton_can_run, "reference": always}
 )
@@ -53,7 +40,7 @@ def chosen(backends: Backends, x: torch.Tensor, backend: str | None) -> str:
     compiled = x.dtype is torch.float32 or x.dtype is torch.bfloat16
     if backend is None and compiled and x.device.type == "cpu" and backends.cpu_is_compiled:
         return "cpu"
-    return backends.choose(Signature(x.device.type, DTYPES[x.dtype]), backend)
+    return backends.choose(Signature(x.device.type, FLOAT_NAMES[x.dtype]), backend)
 
 
 def _usual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -84,7 +71,7 @@ def _usual(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def check_projection(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raises unless x, weight [G, O, I] and bias [G * O] agree but for x's shape."""
-    if x.dtype not in DTYPES:
+    if x.dtype not in FLOAT_NAMES:
         raise DtypeError("x", "a floating-point dtype", x.dtype)
     if weight.dim() != 3 or 0 in weight.shape:
         raise ShapeError("weight", "shape [G, O, I], all > 0", list(weight.shape))
@@ -116,24 +103,6 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def bypasses_dispatcher(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call may go straight to the kernel: plain tensors, nobody watches or derives."""
-    return _is_plain(*tensors) and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
-
-
-def _is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody but autograd could have a say in a call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if not (tensor is None or kind is torch.Tensor or kind is torch.nn.Parameter):
-            return False
-    return not torch._C._functorch.maybe_current_level()
-
-
 @takes_arrays
 def grouped_linear(
     x: torch.Tensor,
@@ -162,7 +131,7 @@ def grouped_linear(
         ShapeError, DtypeError, DeviceError: a bad argument.
         BackendError: the backend asked for can't run.
     """
-    if _is_plain(x, weight, bias):
+    if is_plain(x, weight, bias):
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -174,9 +143,9 @@ def grouped_linear(
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shuffle: bool,
-    backend: str | None,
+    bias: torch.Tensor | None = None,
+    shuffle: bool = False,
+    backend: str | None = None,
 ) -> torch.Tensor:
     if backend is None and _usual(x, weight, bias) and BACKENDS.cpu_is_compiled:
         return _run(x, weight, bias, shuffle)
@@ -286,33 +255,8 @@ def _backward(
     return dx, dweight if wants_weight else x.new_empty(0), dbias
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "grouped_linear(Tensor x, Tensor weight, Tensor? bias=None, bool shuffle=False, "
-    "str? backend=None) -> Tensor"
-)
-_LIBRARY.define(
-    "grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, bool shuffle, bool wants_x, "
-    "bool wants_weight, bool wants_bias, str? backend=None) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _op(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    shuffle: bool = False,
-    backend: str | None = None,
-) -> torch.Tensor:
-    return _forward(x, weight, bias, shuffle, backend)
-
-
 def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    shuffle: bool = False,
-    backend: str | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *rest: Any
 ) -> torch.Tensor:
     _check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0] * weight.shape[1]))
@@ -336,7 +280,7 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, _, ctx.shuffle, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
@@ -349,7 +293,7 @@ def _derive(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A gradient that will be derived again: torch derives the reference.
         grads = grouped_linear_backward_reference(dy, x, weight, shuffle=ctx.shuffle)
     else:
-        backward = _backward if _is_plain(dy, x, weight) else _OPS.grouped_linear_backward
+        backward = _backward if is_plain(dy, x, weight) else _OPS.grouped_linear_backward
         grads = backward(dy, x, weight, ctx.shuffle, wants[0], wants[1], wants[2], ctx.backend)
     chosen = [grad if want else None for grad, want in zip(grads, wants, strict=True)]
     return (*chosen, None, None)
@@ -372,27 +316,28 @@ class _Eager(torch.autograd.Function):
 
 
 _OPS = torch.ops.fastrec
-_LIBRARY.impl("grouped_linear", _op, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrec::grouped_linear", _fake, lib=_LIBRARY)
-torch.library.register_fake("fastrec::grouped_linear_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastrec::grouped_linear", _derive, setup_context=_setup_context, lib=_LIBRARY
+define_op(
+    "grouped_linear(Tensor x, Tensor weight, Tensor? bias=None, bool shuffle=False, "
+    "str? backend=None) -> Tensor",
+    _forward,
+    _fake,
+    backward=_derive,
+    save=_save,
+)
+define_op(
+    "grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, bool shuffle, bool wants_x, "
+    "bool wants_weight, bool wants_bias, str? backend=None) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
 )
 
 
-def _spec() -> OpSpec:
-    from fastrec.kernels.grouped_linear import samples
-
-    return OpSpec(
-        op_id="grouped_linear",
-        summary="block-diagonal projection, optional channel shuffle; forward and backward",
-        function=grouped_linear,
-        reference=grouped_linear_reference,
-        backends=BACKENDS,
-        samples=samples.samples,
-        compare=samples.compare,
-    )
-
-
-SPEC = _spec()
+SPEC = OpSpec(
+    op_id="grouped_linear",
+    summary="block-diagonal projection, optional channel shuffle; forward and backward",
+    function=grouped_linear,
+    reference=grouped_linear_reference,
+    backends=BACKENDS,
+    samples=samples,
+    compare=compare,
+)

@@ -14,6 +14,7 @@ from fastrec.errors import DeviceError, DtypeError, IdRangeError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Sample, always
+from fastrec.kernels._torch_op import define_op
 from fastrec.kernels.int8_embedding.reference import int8_embedding_reference
 
 __all__ = ["SPEC", "int8_embedding"]
@@ -85,16 +86,16 @@ def int8_embedding(
     return gather(ids.contiguous(), table.contiguous(), scale.contiguous())
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define("int8_embedding(Tensor ids, Tensor table, Tensor scale) -> Tensor")
-_LIBRARY.impl("int8_embedding", int8_embedding, "CPU")
-
-
 def _fake(ids: torch.Tensor, table: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return scale.new_empty((*ids.shape, table.shape[1]))
 
 
-torch.library.register_fake("fastrec::int8_embedding", _fake, lib=_LIBRARY)
+define_op(
+    "int8_embedding(Tensor ids, Tensor table, Tensor scale) -> Tensor",
+    int8_embedding,
+    _fake,
+    devices=("CPU",),
+)
 
 
 def sample(name: str, shape: tuple[int, ...], rows: int, dims: int, bench: bool = False) -> Sample:

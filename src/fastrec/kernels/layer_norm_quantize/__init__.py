@@ -8,26 +8,23 @@ an INT8 layer takes as uint8: fused, the row is read from memory once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
 from fastrec.kernels._checks import check_like, check_output_quantisation
-from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._compiled import Signature, cpu_takes
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels._torch_op import define_op
 from fastrec.kernels.layer_norm_quantize.reference import layer_norm_quantize_reference
 from fastrec.kernels.layer_norm_quantize.samples import compare, samples
 
 __all__ = ["SPEC", "layer_norm_quantize"]
 
 
-def _cpu_can_run(signature: Signature) -> str | None:
-    if signature.dtype not in ("float32", "torch.float32"):
-        return f"it computes in float32, the input is {signature.dtype}"
-    return cpu_can_run(signature)
-
-
-BACKENDS = Backends("layer_norm_quantize", {"cpu": _cpu_can_run, "reference": always})
+BACKENDS = Backends("layer_norm_quantize", {"cpu": cpu_takes("float32"), "reference": always})
 
 
 def _check(
@@ -110,6 +107,23 @@ def layer_norm_quantize(
         if sum_out is not None:
             total = sum_out.copy_(total)
         return (y, total) if with_sum else y
+    return _compute(
+        x, weight, bias, residual, eps, out_scale, out_zero_point, with_sum, sum_out, backend
+    )
+
+
+def _compute(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    out_scale: float | None,
+    out_zero_point: int,
+    with_sum: bool,
+    sum_out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     decided = backend is None and x.is_cpu and x.dtype is torch.float32 and BACKENDS.cpu_is_compiled
     if decided or BACKENDS.choose(Signature(x.device.type, str(x.dtype)), backend) == "cpu":
         if with_sum and sum_out is None:
@@ -123,7 +137,7 @@ def layer_norm_quantize(
         eps=eps,
         out_scale=out_scale,
         out_zero_point=out_zero_point,
-        return_sum=return_sum,
+        return_sum=with_sum,
         sum_out=sum_out,
     )
 
@@ -176,14 +190,6 @@ def _run(
     return y if sum_out is None else (y, sum_out)
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "layer_norm_quantize(Tensor x, Tensor? weight=None, Tensor? bias=None, "
-    "Tensor? residual=None, float eps=1e-5, float? out_scale=None, int out_zero_point=0, "
-    "bool return_sum=False) -> (Tensor, Tensor)"
-)
-
-
 def _op(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -195,22 +201,8 @@ def _op(
     return_sum: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, weight, bias, residual, eps, None)
-    name = BACKENDS.choose(Signature(x.device.type, str(x.dtype)))
     with torch.no_grad():
-        if name == "cpu":
-            total = torch.empty(x.shape) if return_sum else None
-            y = _run(x, weight, bias, residual, eps, out_scale, out_zero_point, total)
-        else:
-            y = layer_norm_quantize_reference(
-                x,
-                weight,
-                bias,
-                residual=residual,
-                eps=eps,
-                out_scale=out_scale,
-                out_zero_point=out_zero_point,
-                return_sum=return_sum,
-            )
+        y = _compute(x, weight, bias, residual, eps, out_scale, out_zero_point, return_sum)
     return y if isinstance(y, tuple) else (y, x.new_empty(0))
 
 
@@ -228,13 +220,13 @@ def _fake(
     return y, x.new_empty(x.shape if return_sum else (0,))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, bias, residual, ctx.eps, out_scale, _, ctx.return_sum = inputs
     ctx.save_for_backward(x, residual, weight)
     ctx.has_bias, ctx.quantised = bias is not None, out_scale is not None
 
 
-def _backward(ctx, grad_y, grad_sum):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_y: torch.Tensor, grad_sum: torch.Tensor) -> Any:
     x, residual, weight = ctx.saved_tensors
     total = x if residual is None else x + residual
     grad = grad_sum if ctx.return_sum else None
@@ -255,10 +247,15 @@ def _backward(ctx, grad_y, grad_sum):  # type: ignore[no-untyped-def]
     return grad, grad_weight, grad_bias, grad_residual, None, None, None, None
 
 
-_LIBRARY.impl("layer_norm_quantize", _op, "CPU")
-torch.library.register_fake("fastrec::layer_norm_quantize", _fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastrec::layer_norm_quantize", _backward, setup_context=_setup_context, lib=_LIBRARY
+define_op(
+    "layer_norm_quantize(Tensor x, Tensor? weight=None, Tensor? bias=None, "
+    "Tensor? residual=None, float eps=1e-5, float? out_scale=None, int out_zero_point=0, "
+    "bool return_sum=False) -> (Tensor, Tensor)",
+    _op,
+    _fake,
+    backward=_backward,
+    save=_save,
+    devices=("CPU",),
 )
 
 SPEC = OpSpec(

@@ -16,8 +16,11 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
+from fastrec.kernels._checks import check_length_values, check_lengths, length_error
 from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Sample, always
+from fastrec.kernels._torch_op import define_op
+from fastrec.kernels._views import row_view
 from fastrec.kernels.padded_attention.reference import padded_attention_reference
 
 __all__ = ["SPEC", "padded_attention"]
@@ -47,25 +50,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Ten
     if v_shape != expected:
         raise ShapeError("v", f"shape {list(expected)}", list(v_shape))
     if lengths is not None:
-        if lengths.dtype is not torch.int64:
-            raise DtypeError("lengths", "int64", lengths.dtype)
-        if lengths.shape != (batch,):
-            raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
-        if lengths.device != device:
-            raise DeviceError("lengths", f"q's device {device}", lengths.device)
-
-
-def _length_error(lengths: torch.Tensor, position: int, keys: int) -> ArgumentError:
-    return ArgumentError("lengths", f"values in [0, {keys}]", int(lengths[position]))
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The tensor, copied if need be, whose rows are contiguous, and its strides."""
-    strides = x.stride()
-    if strides[3] == 1:
-        return x, strides
-    x = x.contiguous()
-    return x, x.stride()
+        check_lengths(lengths, q, "q")
 
 
 def _run(
@@ -79,25 +64,14 @@ def _run(
 ) -> torch.Tensor:
     """The compiled kernel on checked arguments, q of ``shape`` [B, H, Lq, D]."""
     batch, heads, queries, dims = shape
-    q, (q_batch, q_head, q_row, _) = _rows(q)
-    k, (k_batch, k_head, k_row, _) = _rows(k)
-    v, (v_batch, v_head, v_row, _) = _rows(v)
+    (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
     if lengths is not None:
         lengths = lengths.contiguous()
     out = torch.empty((batch, queries, heads, dims))
     bad = _compiled.native().padded_attention.run(
-        q.data_ptr(),
-        q_batch,
-        q_head,
-        q_row,
-        k.data_ptr(),
-        k_batch,
-        k_head,
-        k_row,
-        v.data_ptr(),
-        v_batch,
-        v_head,
-        v_row,
+        *q_rows,
+        *k_rows,
+        *v_rows,
         out.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
         batch,
@@ -108,8 +82,7 @@ def _run(
         scale,
     )
     if bad >= 0:
-        assert lengths is not None
-        raise _length_error(lengths, bad, keys)
+        raise length_error(lengths, bad, keys)
     return out.transpose(1, 2)
 
 
@@ -147,34 +120,22 @@ def padded_attention(
     if backend is None and q.is_cpu and BACKENDS.cpu_is_compiled:
         return _run(q, k, v, lengths, scale, shape, keys)
     if BACKENDS.choose(Signature(q.device.type), backend) == "reference":
-        if lengths is not None:
-            outside = ((lengths < 0) | (lengths > keys)).nonzero()
-            if len(outside):
-                raise _length_error(lengths, int(outside[0]), keys)
+        check_length_values(lengths, keys)
         return padded_attention_reference(q, k, v, lengths=lengths, scale=scale)
     return _run(q, k, v, lengths, scale, shape, keys)
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "padded_attention(Tensor q, Tensor k, Tensor v, *, Tensor? lengths=None, float? scale=None) "
-    "-> Tensor"
-)
-_LIBRARY.impl("padded_attention", padded_attention, "CPU")
-
-
-def _fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    lengths: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
+def _fake(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3])).transpose(1, 2)
 
 
-torch.library.register_fake("fastrec::padded_attention", _fake, lib=_LIBRARY)
+define_op(
+    "padded_attention(Tensor q, Tensor k, Tensor v, *, Tensor? lengths=None, float? scale=None) "
+    "-> Tensor",
+    padded_attention,
+    _fake,
+    devices=("CPU",),
+)
 
 
 def sample(

@@ -16,31 +16,24 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
+from fastrec.kernels._checks import check_length_values, check_lengths, length_error
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels._torch_op import define_op, is_plain, wants_gradient
 from fastrec.kernels.dlpack import takes_arrays
-from fastrec.kernels.grouped_linear import (
-    bypasses_dispatcher,
-    check_projection,
-    chosen,
-    floats_can_run,
-)
-from fastrec.kernels.separable_projection.int8 import separable_projection_int8
+from fastrec.kernels.grouped_linear import check_projection, chosen, floats_can_run
 from fastrec.kernels.separable_projection.reference import (
     separable_projection_backward_reference,
     separable_projection_reference,
     taps_before,
     valid_rows,
 )
-from fastrec.kernels.separable_projection.shapes import (
-    channels_last,
-    check_lengths,
-    check_values,
-    check_width,
-    length_error,
-)
+from fastrec.kernels.separable_projection.samples import compare, samples
 
-__all__ = ["SPEC", "separable_projection", "separable_projection_int8"]
+__all__ = ["SPEC", "separable_projection"]
+
+# Taps of one channel at most, as in separable_projection.h.
+MAX_WIDTH = 31
 
 BACKENDS = Backends(
     "separable_projection", {"cpu": floats_can_run, "triton": triton_can_run, "reference": always}
@@ -71,8 +64,18 @@ def _check(
         raise DtypeError("depthwise", f"x's dtype {x.dtype}", depthwise.dtype)
     if depthwise.device != x.device:
         raise DeviceError("depthwise", f"x's device {x.device}", depthwise.device)
-    check_width(depthwise, channels, causal)
+    if depthwise.dim() != 2 or depthwise.shape[0] != channels:
+        raise ShapeError("depthwise", f"shape [{channels}, W]", list(depthwise.shape))
+    width = depthwise.shape[1]
+    if not 0 < width <= MAX_WIDTH or (width % 2 == 0 and not causal):
+        expected = f"1 <= W <= {MAX_WIDTH}" + ("" if causal else ", odd")
+        raise ShapeError("depthwise", expected, f"W = {width}")
     check_lengths(lengths, x)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where its channels are not contiguous."""
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 @takes_arrays
@@ -111,7 +114,8 @@ def separable_projection(
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.
         BackendError: the backend asked for can't run.
     """
-    if bypasses_dispatcher(x, depthwise, pointwise, bias, lengths):
+    tensors = (x, depthwise, pointwise, bias, lengths)
+    if is_plain(*tensors) and not wants_gradient(*tensors):
         return _forward(x, depthwise, pointwise, bias, lengths, causal, backend)
     return torch.ops.fastrec.separable_projection(
         x, depthwise, pointwise, bias, lengths, causal, backend
@@ -130,14 +134,14 @@ def _forward(
     _check(x, depthwise, pointwise, bias, lengths, causal)
     kind = chosen(BACKENDS, x, backend)
     if kind == "reference":
-        check_values(lengths, x.shape[1])
+        check_length_values(lengths, x.shape[1])
         return separable_projection_reference(
             x, depthwise, pointwise, bias, lengths=lengths, causal=causal
         )
     groups, outputs, _ = pointwise.shape
     batch, length, channels = x.shape
     width = depthwise.shape[1]
-    x, depthwise, pointwise = channels_last(x), depthwise.contiguous(), pointwise.contiguous()
+    x, depthwise, pointwise = _channels_last(x), depthwise.contiguous(), pointwise.contiguous()
     bias = None if bias is None else bias.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     y = x.new_empty((batch, length, groups * outputs))
@@ -145,7 +149,7 @@ def _forward(
         from fastrec.kernels.separable_projection import _triton
 
         if x.is_cpu:
-            check_values(lengths, length)
+            check_length_values(lengths, length)
         _triton.forward(x, depthwise, pointwise, bias, lengths, y, taps_before(width, causal))
         return y
     bad = _compiled.native().separable_projection.forward(
@@ -195,7 +199,7 @@ def _backward(
     batch, length, channels = x.shape
     width = depthwise.shape[1]
     dy = valid_rows(dy, lengths).contiguous()
-    x, depthwise, pointwise = channels_last(x), depthwise.contiguous(), pointwise.contiguous()
+    x, depthwise, pointwise = _channels_last(x), depthwise.contiguous(), pointwise.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     # The bias' gradient comes with the projection's.
     sums = wants[2] or wants[3]
@@ -241,18 +245,6 @@ def _backward(
     return dx, ddepthwise, dpointwise if wants[2] else x.new_empty(0), dbias
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "separable_projection(Tensor x, Tensor depthwise, Tensor pointwise, Tensor? bias=None, "
-    "Tensor? lengths=None, bool causal=False, str? backend=None) -> Tensor"
-)
-_LIBRARY.define(
-    "separable_projection_backward(Tensor dy, Tensor x, Tensor depthwise, Tensor pointwise, "
-    "Tensor? lengths, bool causal, bool[] wants, str? backend=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
 def _fake(
     x: torch.Tensor,
     depthwise: torch.Tensor,
@@ -260,7 +252,7 @@ def _fake(
     bias: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     causal: bool = False,
-    backend: str | None = None,
+    *rest: Any,
 ) -> torch.Tensor:
     _check(x, depthwise, pointwise, bias, lengths, causal)
     return x.new_empty((*x.shape[:-1], pointwise.shape[0] * pointwise.shape[1]))
@@ -274,7 +266,7 @@ def _fake_backward(
     lengths: torch.Tensor | None,
     causal: bool,
     wants: list[bool],
-    backend: str | None = None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     shapes = (x.shape, depthwise.shape, pointwise.shape, (dy.shape[-1],))
     return tuple(
@@ -282,7 +274,7 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, depthwise, pointwise, _, lengths, ctx.causal, ctx.backend = inputs
     ctx.save_for_backward(x, depthwise, pointwise, lengths)
 
@@ -304,27 +296,29 @@ def _derive(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (*chosen, None, None, None)
 
 
-_LIBRARY.impl("separable_projection", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("separable_projection_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fastrec::separable_projection", _fake, lib=_LIBRARY)
-torch.library.register_fake("fastrec::separable_projection_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastrec::separable_projection", _derive, setup_context=_setup_context, lib=_LIBRARY
+define_op(
+    "separable_projection(Tensor x, Tensor depthwise, Tensor pointwise, Tensor? bias=None, "
+    "Tensor? lengths=None, bool causal=False, str? backend=None) -> Tensor",
+    _forward,
+    _fake,
+    backward=_derive,
+    save=_save,
+)
+define_op(
+    "separable_projection_backward(Tensor dy, Tensor x, Tensor depthwise, Tensor pointwise, "
+    "Tensor? lengths, bool causal, bool[] wants, str? backend=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
 )
 
 
-def _spec() -> OpSpec:
-    from fastrec.kernels.separable_projection import samples
-
-    return OpSpec(
-        op_id="separable_projection",
-        summary="depthwise convolution along the sequence, then a grouped projection, in one pass",
-        function=separable_projection,
-        reference=separable_projection_reference,
-        backends=BACKENDS,
-        samples=samples.samples,
-        compare=samples.compare,
-    )
-
-
-SPEC = _spec()
+SPEC = OpSpec(
+    op_id="separable_projection",
+    summary="depthwise convolution along the sequence, then a grouped projection, in one pass",
+    function=separable_projection,
+    reference=separable_projection_reference,
+    backends=BACKENDS,
+    samples=samples,
+    compare=compare,
+)

@@ -20,10 +20,12 @@ from fastrec.kernels import _gpu as gpus
 from fastrec.kernels._compiled import cpu_can_run
 from fastrec.kernels._cuda import cuda_can_run
 from fastrec.kernels._registry import Backends, OpSpec, Signature, always
+from fastrec.kernels._torch_op import define_op
 from fastrec.kernels.dlpack import takes_arrays
 from fastrec.kernels.sparse_int8_linear import _cpu, _gpu
 from fastrec.kernels.sparse_int8_linear.packed import PackedWeight, check_vector
 from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_reference
+from fastrec.kernels.sparse_int8_linear.samples import compare, samples
 
 __all__ = ["SPEC", "PackedWeight", "sparse_int8_linear"]
 
@@ -218,17 +220,6 @@ def _traced(x: torch.Tensor, packed: PackedWeight, epilogue: dict[str, Any]) -> 
     return result
 
 
-# The torch op, which torch.compile and torch.export see. Eager callers bypass it (SparseInt8Linear
-# calls a prepared handle), because the dispatcher costs more than a small layer. The scales are 0-d
-# tensors, because a traced module holds buffers, not numbers.
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "sparse_int8_linear(Tensor x, Tensor values, Tensor group_index, Tensor panel_start, "
-    "Tensor w_scale, Tensor? bias, Tensor x_scale, Tensor x_zero_point, str? activation, "
-    "Tensor? out_scale, Tensor? out_zero_point, *, str? out=None) -> Tensor"
-)
-
-
 def _op(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -301,23 +292,25 @@ def _op_fake(
     return x.new_empty((*x.shape[:-1], w_scale.shape[0]), dtype=dtype)
 
 
-_LIBRARY.impl("sparse_int8_linear", _op, "CPU")
-_LIBRARY.impl("sparse_int8_linear", _op, "CUDA")
-torch.library.register_fake("fastrec::sparse_int8_linear", _op_fake, lib=_LIBRARY)
+# The torch op, which torch.compile and torch.export see. Eager callers bypass it (SparseInt8Linear
+# calls a prepared handle), because the dispatcher costs more than a small layer. The scales are 0-d
+# tensors, because a traced module holds buffers, not numbers.
+define_op(
+    "sparse_int8_linear(Tensor x, Tensor values, Tensor group_index, Tensor panel_start, "
+    "Tensor w_scale, Tensor? bias, Tensor x_scale, Tensor x_zero_point, str? activation, "
+    "Tensor? out_scale, Tensor? out_zero_point, *, str? out=None) -> Tensor",
+    _op,
+    _op_fake,
+    devices=("CPU", "CUDA"),
+)
 
 
-def _spec() -> OpSpec:
-    from fastrec.kernels.sparse_int8_linear import samples
-
-    return OpSpec(
-        op_id="sparse_int8_linear",
-        summary="u8 activations x block-sparse s8 weights, fused bias, activation and requantise",
-        function=sparse_int8_linear,
-        reference=sparse_int8_linear_reference,
-        backends=BACKENDS,
-        samples=samples.samples,
-        compare=samples.compare,
-    )
-
-
-SPEC = _spec()
+SPEC = OpSpec(
+    op_id="sparse_int8_linear",
+    summary="u8 activations x block-sparse s8 weights, fused bias, activation and requantise",
+    function=sparse_int8_linear,
+    reference=sparse_int8_linear_reference,
+    backends=BACKENDS,
+    samples=samples,
+    compare=compare,
+)

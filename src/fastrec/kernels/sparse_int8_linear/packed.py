@@ -180,11 +180,6 @@ class PackedWeight:
         total = (len(self.panel_start) - 1) * ceil_div(self.inputs, GROUP_INPUTS)
         return len(self.group_index) / total
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the packed parts, scales included."""
-        return sum(part.numel() * part.element_size() for part in self.parts())
-
 
 def check_inputs(inputs: int) -> None:
     if not 0 < inputs <= MAX_INPUTS:

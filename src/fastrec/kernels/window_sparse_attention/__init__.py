@@ -8,13 +8,14 @@ local + sparse attention.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from fastrec.kernels._checks import check_lengths, check_scale, check_starts
 from fastrec.kernels._registry import OpSpec
+from fastrec.kernels._torch_op import FLOAT_NAMES
 from fastrec.kernels.dlpack import takes_arrays
 from fastrec.kernels.window_sparse_attention import _torch_op
 from fastrec.kernels.window_sparse_attention._spec import encode, encode_cached
@@ -35,7 +36,7 @@ def _check(
     shape = q.shape
     if len(shape) != rank:
         raise ShapeError("q", f"shape {layout}", list(shape))
-    if q.dtype not in _torch_op.DTYPE_NAMES:
+    if q.dtype not in FLOAT_NAMES:
         raise DtypeError("q", "float32, bfloat16, float16 or float64", q.dtype)
     for name, x in (("k", k), ("v", v)):
         if x.shape != shape:
@@ -51,20 +52,6 @@ def _check(
         raise DtypeError("pattern", "an AttentionPattern", type(pattern).__name__)
     if pattern.per_head and pattern.heads not in (None, heads):
         raise ShapeError("pattern", f"offsets for q's {heads} heads", f"{pattern.heads} lists")
-
-
-def _check_index(name: str, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """``lengths`` or ``cu_seqlens`` as the kernels want it."""
-    int32 = name == "cu_seqlens" and x.dtype == torch.int32
-    if x.dtype != torch.int64 and not int32:
-        raise DtypeError(name, "int64 or int32" if name == "cu_seqlens" else "int64", x.dtype)
-    if name == "lengths" and x.shape != q.shape[:1]:
-        raise ShapeError(name, f"shape [{q.shape[0]}]", list(x.shape))
-    if name == "cu_seqlens" and (x.dim() != 1 or x.shape[0] == 0):
-        raise ShapeError(name, "shape [B + 1]", list(x.shape))
-    if x.device != q.device:
-        raise DeviceError(name, f"q's device {q.device}", x.device)
-    return x.to(torch.int64).contiguous()
 
 
 @overload
@@ -135,13 +122,15 @@ def window_sparse_attention(
     if lengths is not None:
         if cu_seqlens is not None:
             raise ArgumentError("lengths", "None where cu_seqlens is given", "both")
-        lengths = _check_index("lengths", lengths, q)
+        check_lengths(lengths, q, "q")
+        lengths = lengths.contiguous()
     if cu_seqlens is not None:
-        cu_seqlens = _check_index("cu_seqlens", cu_seqlens, q)
+        check_starts(cu_seqlens, q, "q")
+        cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ArgumentError("scale", "a finite number", scale)
+    else:
+        check_scale(scale)
     compiling = torch.compiler.is_compiling()
     offsets = encode(pattern) if compiling else encode_cached(pattern)
     args = (q, k, v, pattern.window, offsets, pattern.causal, lengths, cu_seqlens, scale, backend)

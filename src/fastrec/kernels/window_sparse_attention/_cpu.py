@@ -9,6 +9,8 @@ import torch
 
 from fastrec.errors import ArgumentError
 from fastrec.kernels import _compiled
+from fastrec.kernels._checks import length_error, start_error
+from fastrec.kernels._views import row_view
 from fastrec.kernels.window_sparse_attention._spec import decode
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,19 +26,6 @@ def _pattern(window: int, offsets: str, causal: bool, heads: int, length: int) -
     # Nothing lies further away than the sequence is long, and sums of positions stay in range.
     near = min(window, length)
     return _compiled.native().window_sparse_attention.Pattern(near, causal, lists)
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _view(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of batch, head and row; [B, H, L, ...] or jagged [T, H, ...]."""
-    if x.dim() == 4:
-        batch, head, row, _ = x.stride()
-        return x.data_ptr(), batch, head, row
-    row, head, _ = x.stride()
-    return x.data_ptr(), 0, head, row
 
 
 def _scalar_view(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -67,15 +56,12 @@ def empty_like_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided((batch, heads, rows, dims), strides, dtype=x.dtype, device=x.device)
 
 
-def bad_entry(
+def _entry_error(
     bad: int, q: torch.Tensor, lengths: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> ArgumentError:
-    """The error for an entry of ``lengths`` or ``cu_seqlens`` that is out of order."""
     if cu_seqlens is not None:
-        expected = f"values rising from 0 to T = {len(q)}"
-        return ArgumentError("cu_seqlens", expected, f"{int(cu_seqlens[bad])} at {bad}")
-    assert lengths is not None
-    return ArgumentError("lengths", f"values in [0, {q.shape[2]}]", int(lengths[bad]))
+        return start_error(cu_seqlens, bad, len(q))
+    return length_error(lengths, bad, q.shape[2])
 
 
 def forward(
@@ -91,21 +77,21 @@ def forward(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Checked arguments; ``lengths`` and ``cu_seqlens`` are contiguous int64."""
-    q, k, v = _readable(q), _readable(k), _readable(v)
     shape = _shape(q, lengths, cu_seqlens)
+    (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
     out = empty_like_rows(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if with_lse else None
     bad = _pattern(window, offsets, causal, shape[2], shape[3]).forward(
         scale,
         shape,
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(out),
+        q_rows,
+        k_rows,
+        v_rows,
+        row_view(out)[1],
         _NOTHING if lse is None else _scalar_view(lse),
     )
     if bad >= 0:
-        raise bad_entry(bad, q, lengths, cu_seqlens)
+        raise _entry_error(bad, q, lengths, cu_seqlens)
     return out, lse
 
 
@@ -125,25 +111,22 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv; recomputes the weights from lse."""
-    q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
     shape = _shape(q, lengths, cu_seqlens)
+    # The tensors are held until the kernel is done with their addresses.
+    tensors, inputs = zip(*(row_view(x) for x in (q, k, v, out, d_out)), strict=True)
+    q, k, v, *_ = tensors
     dq, dk, dv = empty_like_rows(q), empty_like_rows(k), empty_like_rows(v)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     bad = _pattern(window, offsets, causal, shape[2], shape[3]).backward(
         scale,
         shape,
-        _view(q),
-        _view(k),
-        _view(v),
-        _view(out),
+        *inputs[:4],
         _scalar_view(lse),
-        _view(d_out),
+        inputs[4],
         _NOTHING if d_lse is None else _scalar_view(d_lse),
-        _view(dq),
-        _view(dk),
-        _view(dv),
+        *(row_view(x)[1] for x in (dq, dk, dv)),
         _scalar_view(delta),
     )
     if bad >= 0:
-        raise bad_entry(bad, q, lengths, cu_seqlens)
+        raise _entry_error(bad, q, lengths, cu_seqlens)
     return dq, dk, dv

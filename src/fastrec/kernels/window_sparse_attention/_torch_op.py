@@ -6,44 +6,22 @@ from typing import Any
 
 import torch
 
-from fastrec.errors import ArgumentError
-from fastrec.kernels._compiled import Signature, cpu_can_run
+from fastrec.kernels._checks import check_length_values, check_start_values
+from fastrec.kernels._compiled import Signature, cpu_takes
 from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, always
+from fastrec.kernels._torch_op import FLOAT_NAMES, define_op
 from fastrec.kernels.window_sparse_attention import _cpu, _reference_backward
 from fastrec.kernels.window_sparse_attention._spec import decode
 from fastrec.kernels.window_sparse_attention.reference import window_sparse_attention_reference
 
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
-
-
-def _cpu_can_run(signature: Signature) -> str | None:
-    if signature.dtype == "float64":
-        return "it computes in float32, the input is float64"
-    return cpu_can_run(signature)
-
-
 BACKENDS = Backends(
     "window_sparse_attention",
-    {"cpu": _cpu_can_run, "triton": triton_can_run, "reference": always},
-)
-
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_PATTERN = (
-    "int window, str offsets, bool causal, Tensor? lengths, Tensor? cu_seqlens, float scale, "
-    "str? backend=None"
-)
-_LIBRARY.define(
-    f"window_sparse_attention(Tensor q, Tensor k, Tensor v, {_PATTERN}) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "window_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor out, Tensor lse, {_PATTERN}) -> (Tensor, Tensor, Tensor)"
+    {
+        "cpu": cpu_takes("float32", "bfloat16", "float16"),
+        "triton": triton_can_run,
+        "reference": always,
+    },
 )
 
 
@@ -51,32 +29,17 @@ def choose(q: torch.Tensor, backend: str | None) -> str:
     """The backend for this tensor."""
     if backend is None and q.is_cpu and q.dtype in _cpu.DTYPES and BACKENDS.cpu_is_compiled:
         return "cpu"
-    return BACKENDS.choose(Signature(q.device.type, DTYPE_NAMES[q.dtype]), backend)
+    return BACKENDS.choose(Signature(q.device.type, FLOAT_NAMES[q.dtype]), backend)
 
 
 def _check_values(
     q: torch.Tensor, lengths: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> None:
     """What the compiled kernel checks itself, for the reference."""
-    error: ArgumentError | None = None
     if cu_seqlens is not None:
-        values = cu_seqlens.tolist()
-        limits = [0, *(max(value, 0) for value in values[:-1])]
-        wrong = [
-            n
-            for n, value in enumerate(values)
-            if not limits[n] <= value <= len(q)
-            or (n == 0 and value != 0)
-            or (n == len(values) - 1 and value != len(q))
-        ]
-        if wrong:
-            error = _cpu.bad_entry(wrong[0], q, None, cu_seqlens)
+        check_start_values(cu_seqlens, len(q))
     elif lengths is not None:
-        outside = ((lengths < 0) | (lengths > q.shape[2])).nonzero()
-        if len(outside):
-            error = _cpu.bad_entry(int(outside[0]), q, lengths, None)
-    if error:
-        raise error
+        check_length_values(lengths, q.shape[2])
 
 
 def forward(
@@ -156,10 +119,6 @@ def _backward(
     return dq, dk, dv
 
 
-_LIBRARY.impl("window_sparse_attention", forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("window_sparse_attention_backward", _backward, "CompositeExplicitAutograd")
-
-
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Any:
     return _cpu.empty_like_rows(q), q.new_empty(q.shape[:-1], dtype=_lse_dtype(q))
 
@@ -168,12 +127,6 @@ def _fake_backward(
     d_out: torch.Tensor, d_lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
 ) -> Any:
     return _cpu.empty_like_rows(q), _cpu.empty_like_rows(k), _cpu.empty_like_rows(v)
-
-
-torch.library.register_fake("fastrec::window_sparse_attention", _fake, lib=_LIBRARY)
-torch.library.register_fake(
-    "fastrec::window_sparse_attention_backward", _fake_backward, lib=_LIBRARY
-)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -215,9 +168,21 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError("window_sparse_attention: second derivatives are not implemented")
 
 
-torch.library.register_autograd(
-    "fastrec::window_sparse_attention", _gradients, setup_context=_save, lib=_LIBRARY
+_CALL = (
+    "int window, str offsets, bool causal, Tensor? lengths, Tensor? cu_seqlens, float scale, "
+    "str? backend=None"
 )
-torch.library.register_autograd(
-    "fastrec::window_sparse_attention_backward", _no_second_derivative, lib=_LIBRARY
+define_op(
+    f"window_sparse_attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)",
+    forward,
+    _fake,
+    backward=_gradients,
+    save=_save,
+)
+define_op(
+    "window_sparse_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, "
+    f"Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    backward=_no_second_derivative,
 )

@@ -15,8 +15,19 @@ import torch
 
 from fastrec.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from fastrec.kernels import _compiled
+from fastrec.kernels._checks import (
+    check_length_values,
+    check_lengths,
+    check_like,
+    check_start_values,
+    check_starts,
+    length_error,
+    start_error,
+)
 from fastrec.kernels._compiled import Signature, cpu_can_run
 from fastrec.kernels._registry import Backends, OpSpec, always
+from fastrec.kernels._torch_op import define_op
+from fastrec.kernels._views import row_view
 from fastrec.kernels.pattern_tables import check_pattern, decoded, encoded, far_table
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.kernels.window_sparse_attention_int8.reference import (
@@ -43,8 +54,7 @@ def _check_tensors(
     lengths: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     v_scale: float | torch.Tensor | None,
-) -> int:
-    """The number of sequences."""
+) -> None:
     if lengths is not None and cu_seqlens is not None:
         raise ArgumentError("lengths", "None where cu_seqlens is given", "both")
     rank, layout = (4, "[B, H, L, D]") if cu_seqlens is None else (3, "[T, H, D]")
@@ -64,36 +74,19 @@ def _check_tensors(
     batch, heads, dims = q.shape[0], q.shape[1], q.shape[-1]
     if heads == 0 or not 1 <= dims <= MAX_DIMS:
         raise ShapeError("q", f"at least one head and 1 to {MAX_DIMS} dimensions", list(q.shape))
-    if lengths is not None:
-        if lengths.dtype is not torch.int64:
-            raise DtypeError("lengths", "int64", lengths.dtype)
-        if lengths.shape != (batch,):
-            raise ShapeError("lengths", f"shape [{batch}]", list(lengths.shape))
-        if lengths.device != q.device:
-            raise DeviceError("lengths", f"q's device {q.device}", lengths.device)
+    check_lengths(lengths, q, "q")
     if cu_seqlens is not None:
-        if cu_seqlens.dtype not in (torch.int64, torch.int32):
-            raise DtypeError("cu_seqlens", "int64 or int32", cu_seqlens.dtype)
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-            raise ShapeError("cu_seqlens", "shape [B + 1]", list(cu_seqlens.shape))
-        if cu_seqlens.device != q.device:
-            raise DeviceError("cu_seqlens", f"q's device {q.device}", cu_seqlens.device)
+        check_starts(cu_seqlens, q, "q")
         batch = len(cu_seqlens) - 1
     if v.dtype is torch.float32:
         if v_scale is not None:
             raise ArgumentError("v_scale", "None with a float v, which brings its own", "a scale")
     elif isinstance(v_scale, torch.Tensor):
-        if v_scale.dtype is not torch.float32:
-            raise DtypeError("v_scale", "float32", v_scale.dtype)
-        if v_scale.shape != (batch, heads):
-            raise ShapeError("v_scale", f"shape [{batch}, {heads}]", list(v_scale.shape))
-        if v_scale.device != q.device:
-            raise DeviceError("v_scale", f"q's device {q.device}", v_scale.device)
+        check_like("v_scale", v_scale, torch.float32, (batch, heads), q, "q")
     elif v_scale is None:
         raise ArgumentError("v_scale", "a number or float32 [B, H] with v in bytes", None)
     else:
         _check_value_scale(v_scale)
-    return batch
 
 
 def _check_value_scale(scale: float) -> None:
@@ -217,120 +210,26 @@ def window_sparse_attention_int8(
             out_zero_point=out_zero_point,
             value_scale=value_scale,
         )
-    compiled = backend is None and q.is_cpu and BACKENDS.cpu_is_compiled
-    if not compiled:
-        compiled = BACKENDS.choose(Signature(q.device.type), backend) == "cpu"
-    call = _run if compiled else _reference
-    return call(
-        q, k, v, pattern, q_scale, k_scale, q_zero_point or 0, v_scale, lengths, cu_seqlens, scale,
-        out_scale, out_zero_point, value_scale,
-    )  # fmt: skip
-
-
-def _entry_error(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    position: int,
-) -> ArgumentError:
-    """For an entry of ``lengths`` or ``cu_seqlens`` that is out of order."""
-    if cu_seqlens is not None:
-        got = f"{int(cu_seqlens[position])} at {position}"
-        return ArgumentError("cu_seqlens", f"values rising from 0 to T = {len(q)}", got)
-    assert lengths is not None
-    expected = f"values in [0, {k.shape[2]}]"
-    return ArgumentError("lengths", expected, int(lengths[position]))
-
-
-def _keys_error(keys: int) -> ArgumentError:
-    return ArgumentError("pattern", f"at most {MAX_KEYS} keys a query", keys)
-
-
-def _values_error() -> ArgumentError:
-    return ArgumentError("v", "finite numbers", "NaN or infinity")
-
-
-def _scales_error() -> ArgumentError:
-    return ArgumentError("v_scale", "finite numbers >= 0", "another")
-
-
-def _reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: AttentionPattern,
-    q_scale: float,
-    k_scale: float,
-    q_zero_point: int,
-    v_scale: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float | None,
-    out_scale: float | None,
-    out_zero_point: int | None,
-    value_scale: float | None,
-) -> torch.Tensor:
-    _check_zero_points(q_zero_point, out_scale, out_zero_point)
-    _exponent_scale(q_scale, k_scale, scale, q.shape[-1])
-    length = _longest(q, k, cu_seqlens)
-    if lengths is not None:
-        outside = ((lengths < 0) | (lengths > k.shape[2])).nonzero()
-        if len(outside):
-            raise _entry_error(q, k, lengths, None, int(outside[0]))
-    if cu_seqlens is not None:
-        starts, last = cu_seqlens.tolist(), len(cu_seqlens) - 1
-        for b, start in enumerate(starts):
-            low = starts[b - 1] if b else 0
-            if not low <= start <= (len(q) if b else 0) or (b == last and start != len(q)):
-                raise _entry_error(q, k, None, cu_seqlens, b)
-    keys = far_table(pattern, length, q.shape[1]).keys
-    if keys > MAX_KEYS:
-        raise _keys_error(keys)
-    if v_scale is not None and not bool((v_scale.isfinite() & (v_scale >= 0)).all()):
-        raise _scales_error()
-    if v.dtype is torch.float32:
-        for b in range(len(v)):
-            valid = v[b] if lengths is None else v[b, :, : int(lengths[b])]
-            if not bool(valid.isfinite().all()):
-                raise _values_error()
-    return window_sparse_attention_int8_reference(
+    return _compute(
         q,
         k,
         v,
         pattern,
-        q_scale=q_scale,
-        k_scale=k_scale,
-        scale=scale,
-        q_zero_point=q_zero_point,
-        v_scale=value_scale if v_scale is None else v_scale,
+        q_scale,
+        k_scale,
+        q_zero_point or 0,
+        v_scale=v_scale,
         lengths=lengths,
         cu_seqlens=cu_seqlens,
-        out=None if out_scale is None else "uint8",
+        scale=scale,
         out_scale=out_scale,
         out_zero_point=out_zero_point,
+        value_scale=value_scale,
+        backend=backend,
     )
 
 
-def _longest(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    """Rows of the longest sequence, of queries or keys, at most those that there are."""
-    if cu_seqlens is None:
-        return max(q.shape[2], k.shape[2])
-    if len(cu_seqlens) == 1:
-        return 0
-    return min(max(int(cu_seqlens.diff().max()), 0), len(q))
-
-
-def _strides(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Address and strides of batch, head and row."""
-    if x.dim() == 4:
-        batch, head, row, _ = x.stride()
-        return x.data_ptr(), batch, head, row
-    row, head, _ = x.stride()
-    return x.data_ptr(), 0, head, row
-
-
-def _run(
+def _compute(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -338,25 +237,44 @@ def _run(
     q_scale: float,
     k_scale: float,
     q_zero_point: int,
-    v_scale: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float | None,
-    out_scale: float | None,
-    out_zero_point: int | None,
-    value_scale: float | None,
+    *,
+    v_scale: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float | None = None,
+    out_scale: float | None = None,
+    out_zero_point: int | None = None,
+    value_scale: float | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
+    """The kernel or the reference, after the checks that they share."""
     heads, dims = q.shape[1], q.shape[-1]
-    length = _longest(q, k, cu_seqlens)
     _check_zero_points(q_zero_point, out_scale, out_zero_point)
     exponent_scale = _exponent_scale(q_scale, k_scale, scale, dims)
+    length = _longest(q, k, cu_seqlens)
     table = far_table(pattern, length, heads)
     if table.keys > MAX_KEYS:
-        raise _keys_error(table.keys)
-    # Copied where the dimensions of a row do not follow each other.
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k = k if k.stride(-1) == 1 else k.contiguous()
-    v = v if v.stride(-1) == 1 else v.contiguous()
+        raise ArgumentError("pattern", f"at most {MAX_KEYS} keys a query", table.keys)
+    compiled = backend is None and q.is_cpu and BACKENDS.cpu_is_compiled
+    if not compiled and BACKENDS.choose(Signature(q.device.type), backend) == "reference":
+        _check_values(q, k, v, v_scale, lengths, cu_seqlens)
+        return window_sparse_attention_int8_reference(
+            q,
+            k,
+            v,
+            pattern,
+            q_scale=q_scale,
+            k_scale=k_scale,
+            scale=scale,
+            q_zero_point=q_zero_point,
+            v_scale=value_scale if v_scale is None else v_scale,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            out=None if out_scale is None else "uint8",
+            out_scale=out_scale,
+            out_zero_point=out_zero_point,
+        )
+    (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
     v_scale = None if v_scale is None else v_scale.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     batch, rows, key_rows = q.shape[0], q.shape[-2], k.shape[-2]
@@ -367,16 +285,16 @@ def _run(
     result = torch.empty(*q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
     native = _compiled.native().window_sparse_attention_int8
     status = native.run(
-        _strides(q),
+        q_rows,
         q.dtype is torch.uint8,
         q_zero_point,
-        _strides(k),
-        _strides(v),
+        k_rows,
+        v_rows,
         v.dtype is torch.float32,
         0 if v_scale is None else v_scale.data_ptr(),
         value_scale or 0.0,
         exponent_scale,
-        _strides(result),
+        row_view(result)[1],
         out_scale is not None,
         1.0 if out_scale is None else out_scale,
         out_zero_point or 0,
@@ -398,52 +316,71 @@ def _run(
         raise _values_error()
     if status == native.BAD_SCALE:
         raise _scales_error()
+    if status >= 0 and cu_seqlens is not None:
+        raise start_error(cu_seqlens, status, len(q))
     if status >= 0:
-        raise _entry_error(q, k, lengths, cu_seqlens, status)
+        raise length_error(lengths, status, k.shape[2])
     return result
 
 
-_LIBRARY = torch.library.Library("fastrec", "FRAGMENT")
-_LIBRARY.define(
-    "window_sparse_attention_int8(Tensor q, Tensor k, Tensor v, str pattern, float q_scale, "
-    "float k_scale, int q_zero_point, *, Tensor? v_scale=None, Tensor? lengths=None, "
-    "Tensor? cu_seqlens=None, float? scale=None, float? out_scale=None, "
-    "int? out_zero_point=None, float? value_scale=None) -> Tensor"
-)
-
-
-def _torch_op(
+def _check_values(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    pattern: str,
-    q_scale: float,
-    k_scale: float,
-    q_zero_point: int,
-    *,
-    v_scale: torch.Tensor | None = None,
-    lengths: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    scale: float | None = None,
-    out_scale: float | None = None,
-    out_zero_point: int | None = None,
-    value_scale: float | None = None,
+    v_scale: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Raises what the kernel would, for the reference."""
+    if cu_seqlens is not None:
+        check_start_values(cu_seqlens, len(q))
+    else:
+        check_length_values(lengths, k.shape[2])
+    if v_scale is not None and not bool((v_scale.isfinite() & (v_scale >= 0)).all()):
+        raise _scales_error()
+    if v.dtype is torch.float32:
+        for b in range(len(v)):
+            valid = v[b] if lengths is None else v[b, :, : int(lengths[b])]
+            if not bool(valid.isfinite().all()):
+                raise _values_error()
+
+
+def _values_error() -> ArgumentError:
+    return ArgumentError("v", "finite numbers", "NaN or infinity")
+
+
+def _scales_error() -> ArgumentError:
+    return ArgumentError("v_scale", "finite numbers >= 0", "another")
+
+
+def _longest(q: torch.Tensor, k: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    """Rows of the longest sequence, of queries or keys, at most those that there are."""
+    if cu_seqlens is None:
+        return max(q.shape[2], k.shape[2])
+    if len(cu_seqlens) == 1:
+        return 0
+    return min(max(int(cu_seqlens.diff().max()), 0), len(q))
+
+
+def _op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: str, *rest: Any, **options: Any
 ) -> torch.Tensor:
-    call = _run if BACKENDS.choose(Signature(q.device.type)) == "cpu" else _reference
-    return call(
-        q, k, v, decoded(pattern), q_scale, k_scale, q_zero_point, v_scale, lengths,
-        cu_seqlens, scale, out_scale, out_zero_point, value_scale,
-    )  # fmt: skip
-
-
-_LIBRARY.impl("window_sparse_attention_int8", _torch_op, "CPU")
+    return _compute(q, k, v, decoded(pattern), *rest, **options)
 
 
 def _fake(q: torch.Tensor, *args: Any, out_scale: float | None = None, **kwargs: Any) -> Any:
     return q.new_empty(q.shape, dtype=torch.float32 if out_scale is None else torch.uint8)
 
 
-torch.library.register_fake("fastrec::window_sparse_attention_int8", _fake, lib=_LIBRARY)
+define_op(
+    "window_sparse_attention_int8(Tensor q, Tensor k, Tensor v, str pattern, float q_scale, "
+    "float k_scale, int q_zero_point, *, Tensor? v_scale=None, Tensor? lengths=None, "
+    "Tensor? cu_seqlens=None, float? scale=None, float? out_scale=None, "
+    "int? out_zero_point=None, float? value_scale=None) -> Tensor",
+    _op,
+    _fake,
+    devices=("CPU",),
+)
 
 SPEC = OpSpec(
     op_id="window_sparse_attention_int8",

@@ -71,7 +71,7 @@ class _Matcher:
         return step
 
     def ranker(self) -> RankerStages:
-        """All of it, from the scores back."""
+        """All stages, from the scores back."""
         score, below = self.dense(self.program.output, "the tower's last linear layer")
         if score.outputs != 1 or score.activation:
             raise BackendError("the cuda engine needs a linear layer of one score at the end")
@@ -118,7 +118,7 @@ class _Matcher:
 
     @staticmethod
     def check_linked(first: Dense, second: Dense) -> None:
-        """uint8 means the same to the layer that hands it on and to the one that takes it."""
+        """Refuse layers that quantise the uint8 between them differently."""
         of, to = first.quantised, second.quantised
         if of is None or of.out_scale is None:
             return
@@ -193,8 +193,10 @@ class _Matcher:
         return heads
 
     def block(self, x: View) -> tuple[Block, Projection, View] | None:
-        """The encoder block that makes x, what feeds its attention, and its input; None where x is
-        a sum of lookups."""
+        """The encoder block that makes x, the projection before it, and its input.
+
+        None where x is a sum of lookups.
+        """
         step = self.writer(x, "an encoder block or a sum of lookups")
         if not step.computes(_SUM):
             return None
@@ -226,7 +228,7 @@ class _Matcher:
         return block, before, source
 
     def cross(self, z: View) -> tuple[Cross, View]:
-        """What makes [candidate, context, candidate * context], and the view of the keys."""
+        """The cross attention behind [candidate, context, candidate * context], and its keys."""
         parts = sorted(self.writers.get(z.buffer, []), key=lambda step: step.y.offset)
         programs: list[tuple[Instruction, ...]] = [(), (), (_PRODUCT,)]
         fits = len(parts) == 3 and all(s.computes(*p) for s, p in zip(parts, programs, strict=True))
@@ -295,7 +297,7 @@ class _Matcher:
         return Term(None, rows, scale)
 
     def counts(self, positions: View) -> bool:
-        """Whether a view holds 1, 2, .. L along its last dimension."""
+        """Whether a view holds 1, 2, ... L along its last dimension."""
         if positions.constant is not None:
             row = positions.constant.reshape(-1, positions.constant.shape[-1])[0]
             return bool(np.array_equal(row, np.arange(1, len(row) + 1)))

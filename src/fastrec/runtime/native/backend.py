@@ -44,7 +44,7 @@ PLAN = "one plan"
 
 
 def can_run() -> str | None:
-    """None, or why not."""
+    """None, or the reason why the native backend cannot run here."""
     return reason_no_torch()
 
 
@@ -57,8 +57,18 @@ def versions() -> dict[str, str]:
 def build(
     model: nn.Module, example_inputs: tuple[torch.Tensor, ...], options: BuildOptions
 ) -> Engine:
-    """The model as it is; settings: ``executor`` (``plan`` or ``torch``), ``torch_threads``, and
-    ``max_batch``: larger ones are refused before memory is asked for (no limit by default).
+    """Compile the model.
+
+    Args:
+        model: as it is: float, 16 bits or quantised.
+        example_inputs: as the options' spec says.
+        options: settings are ``executor`` (``plan``: one native call; ``torch``: op by op; by
+            default the faster), ``torch_threads`` and ``max_batch`` (larger batches are refused; by
+            default there is no limit).
+
+    Raises:
+        ArgumentError: an unknown or bad setting.
+        BackendError: the executor or the precision asked for cannot run this model.
     """
     options.allow("executor", "torch_threads", "max_batch")
     largest = _largest_batch(options)
@@ -109,10 +119,10 @@ def build(
 
 
 def _precision(model: nn.Module, wanted: str | None) -> str:
-    """What the model is.
+    """The model's precision.
 
     Raises:
-        BackendError: something else is asked for.
+        BackendError: another precision is asked for.
     """
     quantised = quantised_module(model)
     if quantised is not None:
@@ -142,7 +152,7 @@ def _largest_batch(options: BuildOptions) -> int | None:
 
 
 def _up_to(spec: InputSpec, batch: int | None) -> InputSpec:
-    """The spec, with a largest batch. The plan is made without it: exporting would use it."""
+    """The spec with a largest batch. (The export does not see it: it would specialise on it.)"""
     if batch is None or "B" not in spec.limits:
         return spec
     return InputSpec(spec.fields, {**spec.limits, "B": (spec.limits["B"][0], batch)})
@@ -154,7 +164,7 @@ def _planned(
     options: BuildOptions,
     largest: int | None,
 ) -> tuple[PlanEngine | None, BackendError | None]:
-    """The model as one plan, or why it can't be."""
+    """The engine that runs the model in one native call, or the reason why there is none."""
     if (reason := reason_missing()) is not None:
         return None, BackendError(reason)
     precision = _precision(model, options.precision)

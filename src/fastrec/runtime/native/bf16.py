@@ -30,7 +30,7 @@ def widened(model: nn.Module) -> nn.Module:
 
 
 def multiply_bf16(program: Program) -> None:
-    """Float linear layers become ``linear_bf16``; those of few outputs are dot products anyway."""
+    """Float linear layers become ``linear_bf16``; those of few outputs stay dot products."""
     for position, step in enumerate(program.steps):
         if step.kind == "linear" and step.weight.shape[0].coefficient > FEW_OUTPUTS:
             made = Step("linear_bf16", step.operands, step.fields, step.module)

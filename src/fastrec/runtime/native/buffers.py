@@ -39,7 +39,7 @@ class Extent:
         )
 
     def at(self, sizes: dict[str, int]) -> int:
-        """Its value, given the symbols'."""
+        """Its value for the given values of the symbols."""
         value = self.coefficient
         for symbol in self.symbols:
             value *= sizes[symbol]
@@ -65,7 +65,7 @@ Shape = tuple[Extent, ...]
 
 
 def product(extents: Sequence[Extent]) -> Extent:
-    """The product of all, 1 for none."""
+    """The product of all; 1 if there are none."""
     result = ONE
     for extent in extents:
         result = result * extent
@@ -80,8 +80,14 @@ def contiguous_strides(shape: Shape) -> Shape:
 
 @dataclass(eq=False)
 class Buffer:
-    """Contiguous memory of one of the SPACES; ``data`` where it is a constant, ``index`` where it
-    is an input."""
+    """Contiguous memory.
+
+    Attributes:
+        dtype, shape: of its elements.
+        space: one of SPACES.
+        index: which input or output it is.
+        data: a constant's values.
+    """
 
     dtype: str
     shape: Shape
@@ -90,7 +96,7 @@ class Buffer:
     data: np.ndarray | None = None
 
     def view(self) -> View:
-        """All of it."""
+        """The whole buffer as a view."""
         return View(self, self.shape, contiguous_strides(self.shape))
 
 
@@ -110,7 +116,7 @@ class View:
 
     @property
     def constant(self) -> np.ndarray | None:
-        """The values where the buffer is a constant."""
+        """The values of a constant; None for other buffers."""
         data = self.buffer.data
         if data is None:
             return None
@@ -121,7 +127,7 @@ class View:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is its buffer, dimension by dimension."""
+        """Whether it is its whole buffer, with the buffer's own dimensions."""
         same = self.offset == 0 and self.shape == self.buffer.shape
         return same and self.is_contiguous
 
@@ -140,7 +146,7 @@ class View:
         return View(self.buffer, shape, tuple(self.strides[d] for d in order), self.offset)
 
     def selected(self, dim: int, index: int) -> View | None:
-        """One index of a dimension, which goes away; None where its stride is not a number."""
+        """One index of a dimension, which is dropped; None where its stride depends on a symbol."""
         stride = self.strides[dim].number
         if stride is None and index != 0:
             return None

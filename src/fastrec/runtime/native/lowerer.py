@@ -28,15 +28,20 @@ def _is_in_place(node: torch.fx.Node) -> bool:
 
 
 def _nearest(op: str) -> str:
-    """Names of supported ops like one that is not."""
+    """Supported ops with names similar to an unsupported one's."""
     known = [str(target) for target in LOWERINGS]
     close = difflib.get_close_matches(op, known, n=3, cutoff=0.6)
     return f"the nearest supported: {', '.join(close) or 'see docs/runtime.md'}"
 
 
 class Lowerer:
-    """Walks the graph once; ``env`` holds what each node became: a View, a list of them, or a
-    Python value."""
+    """Walks the graph once.
+
+    Attributes:
+        steps: the program's steps so far.
+        inputs: the model's inputs.
+        env: node -> its lowered value: a View, a list of them, or a Python value.
+    """
 
     def __init__(
         self, exported: torch.export.ExportedProgram, symbols: tuple[str, ...], spec: InputSpec
@@ -104,7 +109,7 @@ class Lowerer:
         return result
 
     def _require_fresh(self, node: torch.fx.Node) -> None:
-        """An in-place op is one that returns where nobody else has seen what it changes."""
+        """Refuse an in-place op on a tensor that another node has read already."""
         changed = node.args[0]
         others = [u for u in changed.users if u is not node and u in self.env]
         made = str(changed.target).split(".")[1:2]
@@ -119,7 +124,7 @@ class Lowerer:
         return argument
 
     def _folded(self, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """The result where all operands are constants and no size is free."""
+        """The result as a constant where all operands are constants and no size is free."""
         result = node.meta.get("val")
         if not isinstance(result, torch.Tensor) or not is_static(result.shape):
             return None
@@ -227,7 +232,11 @@ class Lowerer:
         return x if x.strides[-1] == ONE or x.shape[-1] == ONE else self.copied(x)
 
     def at_most(self, node: torch.fx.Node, size: Extent) -> int:
-        """The largest value of a size; BackendError where a symbol of it has no upper limit."""
+        """The largest value of a size.
+
+        Raises:
+            BackendError: a symbol of it has no upper limit.
+        """
         sizes: dict[str, int] = {}
         for symbol in size.symbols:
             high = self.spec.limits.get(symbol, (1, None))[1]

@@ -45,9 +45,7 @@ def profile_rows(
     return rows
 
 
-def _limit(
-    step: Mapping[str, Any], us: float, resident: int, ceilings: Ceilings
-) -> dict[str, Any]:
+def _limit(step: Mapping[str, Any], us: float, resident: int, ceilings: Ceilings) -> dict[str, Any]:
     """The time that the machine allows at best, and by what."""
     precision, macs = step["peak"], step["macs"]
     peak = ceilings.peaks.get(precision, 0.0) if precision else 0.0

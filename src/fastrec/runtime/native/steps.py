@@ -2,9 +2,8 @@
 
 ``steps.linear(x=..., weight=..., y=..., activation="none")`` makes a step of the kind ``linear``; a
 name that the kind does not have, or that is left out, raises. Operands and fields are attributes of
-the step: ``step.x``, ``step.activation``. The kinds, their operands
-and fields are those of the compiled engine (csrc/cpu/engine/steps); passes ask
-:attr:`Step.kind_info`.
+the step: ``step.x``, ``step.activation``. The kinds, their operands and
+fields are the compiled engine's (csrc/cpu/engine/steps); passes ask :attr:`Step.kind_info`.
 """
 
 from __future__ import annotations
@@ -73,6 +72,15 @@ class KindInfo:
     fields: tuple[FieldInfo, ...]
 
 
+def kind_info(kind: str) -> KindInfo:
+    """Operands and fields of a kind.
+
+    Raises:
+        KeyError: an unknown kind.
+    """
+    return _kinds()[kind]
+
+
 @functools.cache
 def _kinds() -> dict[str, KindInfo]:
     return {
@@ -115,7 +123,7 @@ class Step:
         fields: Mapping[str, Any],
         module: str = "",
     ) -> None:
-        info = _kinds()[kind]
+        info = kind_info(kind)
         self.__dict__.update(kind=kind, operands={}, fields={}, module=module)
         for operand in info.operands:
             self.operands[operand.name] = _operand(kind, operand, operands.get(operand.name))
@@ -130,8 +138,8 @@ class Step:
 
     @property
     def kind_info(self) -> KindInfo:
-        """Operands, fields and traits of its kind."""
-        return _kinds()[self.kind]
+        """Operands and fields of its kind."""
+        return kind_info(self.kind)
 
     def __getattr__(self, name: str) -> Any:
         for values in (self.__dict__.get("operands", {}), self.__dict__.get("fields", {})):
@@ -262,4 +270,5 @@ def _field(kind: str, field: FieldInfo, value: Any) -> Any:
     if field.type == "program" and isinstance(value, list | tuple):
         return [tuple(instruction) for instruction in value]
     choices = f" of {', '.join(field.choices)}" if field.choices else ""
-    raise TypeError(f"{kind}: {field.name} takes a {field.type}{choices}, not {value!r}")
+    article = "an" if field.type == "integer" else "a"
+    raise TypeError(f"{kind}: {field.name} takes {article} {field.type}{choices}, not {value!r}")

@@ -132,7 +132,8 @@ class Parts:
         arrays, from_torch = _checked(self._with_sizes(state), candidates)
         for f, array in zip(self._candidates.fields, arrays, strict=True):
             for d, size in enumerate(f.dims):
-                if isinstance(size, str) and state.sizes.get(size, array.shape[d]) != array.shape[d]:
+                given = array.shape[d]
+                if isinstance(size, str) and state.sizes.get(size, given) != given:
                     raise ShapeError(
                         f.name,
                         f"{size} = {state.sizes[size]} at dimension {d}, as in the state",

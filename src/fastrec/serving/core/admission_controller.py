@@ -96,15 +96,29 @@ class AdmissionController:
     def _check_deadline(self, pending: PendingRequest, now: float) -> None:
         pending.expected = self.expected_finish(pending, now)
         admission = self.config.admission
-        if admission.check_deadlines and pending.policy.rejects:
-            slack = max(self.slack[pending.tier].value, 0.0)
-            late = pending.expected + admission.margin * slack
-            if late > pending.deadline and (
-                self.queues.count or pending.expected > pending.deadline
-            ):
-                raise Rejected(
-                    Kind.DEADLINE_INFEASIBLE, TIMED_OUT, max(late - pending.deadline, 1e-3)
-                )
+        if not admission.check_deadlines or not pending.policy.rejects:
+            return
+        slack = max(self.slack[pending.tier].value, 0.0)
+        late = pending.expected + admission.margin * slack
+        waiting = self.queues.count > 0
+        if late <= pending.deadline or not (waiting or pending.expected > pending.deadline):
+            return
+        if not waiting and self.router.idle() and not pending.own_deadline:
+            # It can start at once, and only the server's own goal says that it takes too long.
+            pending.guaranteed = True
+            return
+        raise Rejected(
+            Kind.DEADLINE_INFEASIBLE,
+            self.timed_out(pending),
+            max(late - pending.deadline, 1e-3),
+        )
+
+    def timed_out(self, pending: PendingRequest) -> str:
+        """Triton's text, with the time that has passed where the request names none."""
+        if pending.own_deadline:
+            return TIMED_OUT
+        limit_ms = 1e3 * pending.policy.timeout_s
+        return f"{TIMED_OUT}: {limit_ms:g} ms, the limit of tier '{pending.tier}', as it names none"
 
     def _check_room(self, pending: PendingRequest) -> None:
         """The queue's own bounds; an empty one always has room."""

@@ -13,6 +13,8 @@ from fastrec.serving.core.queues import PendingRequest, Queues, SubRequest
 from fastrec.serving.core.signature import ModelSignature
 
 _MOST_USERS = 64
+# Cutting a request may take this multiple of its engine time uncut, so that others wait less.
+_CHEAP = 1.1
 
 
 class Batch:
@@ -62,21 +64,22 @@ class Batcher:
         return sizes[i] if i < len(sizes) else candidates
 
     def split(
-        self, pending: PendingRequest, arrays: tuple[np.ndarray, ...], model: LatencyModel
+        self,
+        pending: PendingRequest,
+        arrays: tuple[np.ndarray, ...],
+        model: LatencyModel,
+        engines: int,
     ) -> None:
-        """Split a request so that each sub-request fits one call, where it can be split."""
+        """Make a request's sub-requests: one, unless it must be cut or pieces finish sooner.
+
+        Args:
+            pending: the request; its ``subs`` are filled in.
+            arrays: its inputs.
+            model: predicted times of calls; each piece pays a call, and its users, again.
+            engines: idle engines that the pieces can run on at once.
+        """
         users, candidates = pending.users, pending.candidates
-        if (
-            pending.cost_s <= self.batch_s
-            and pending.rows <= self.config.max_rows
-            and users <= self.most_users
-            and (candidates <= self._most_width or self.signature.keep)
-        ):
-            pending.subs.append([self._sub_request(pending, arrays, users, candidates, model)])
-            pending.open_subs = pending.sub_count = 1
-            return
-        width = self._most_candidates(candidates, model)
-        height = self._most_users(min(width, candidates), users, model)
+        height, width = self._shape(pending, model, max(engines, 1))
         whole = height >= users and width >= candidates
         for top in range(0, users, height):
             bottom = min(top + height, users)
@@ -91,6 +94,41 @@ class Batcher:
             pending.subs.append(chunk)
         pending.open_subs = pending.sub_count = sum([len(chunk) for chunk in pending.subs])
 
+    def _shape(self, pending: PendingRequest, model: LatencyModel, engines: int) -> tuple[int, int]:
+        """Users and candidates of each sub-request."""
+        users, candidates = pending.users, max(pending.candidates, 1)
+        fits = pending.rows <= self.config.max_rows and users <= self.most_users
+        if fits and (candidates <= self._most_width or self.signature.keep):
+            if pending.cost_s <= self.batch_s:
+                return users, candidates
+            uncut = users, candidates
+        else:
+            uncut = self._within(users, candidates, model, float("inf"))
+        usual_s, alone_s = self._times(pending, uncut, model, engines)
+        # Calls within the cap, so that others wait less, or a piece for each idle engine.
+        for limit_s in (self.batch_s, alone_s / engines + model.beta + model.gamma * users):
+            shape = self._within(users, candidates, model, limit_s)
+            work_s, finish_s = self._times(pending, shape, model, engines)
+            if finish_s < alone_s or work_s <= _CHEAP * usual_s:
+                return shape
+        return uncut
+
+    def _times(
+        self, pending: PendingRequest, shape: tuple[int, int], model: LatencyModel, engines: int
+    ) -> tuple[float, float]:
+        """Engine seconds of all pieces of a shape, and until the last is done."""
+        height, width = shape
+        count = -(-pending.users // height) * -(-max(pending.candidates, 1) // width)
+        each_s = model.predict(height, height * self.signature.deep(width))
+        return count * each_s, -(-count // engines) * each_s
+
+    def _within(
+        self, users: int, candidates: int, model: LatencyModel, limit_s: float
+    ) -> tuple[int, int]:
+        """The largest users and candidates of a call that takes no longer than ``limit_s``."""
+        width = max(self._most_candidates(candidates, model, limit_s), 1)
+        return self._most_users_of(min(width, candidates), users, model, limit_s), width
+
     def _sub_request(
         self,
         pending: PendingRequest,
@@ -104,14 +142,14 @@ class Batcher:
         cost = model.predict(users, users * self.signature.deep(padded))
         return SubRequest(pending, arrays, users, candidates, key, cost)
 
-    def _most_candidates(self, candidates: int, model: LatencyModel) -> int:
+    def _most_candidates(self, candidates: int, model: LatencyModel, limit_s: float) -> int:
         """Candidates of one user in one call."""
         if not self.signature.separable or candidates > self.signature.deep(candidates):
             # Pieces would each be screened for themselves, and more be kept.
             return candidates
         most = self._most_width
-        room = self.batch_s - model.beta - model.gamma
-        if model.alpha > 0:
+        room = limit_s - model.beta - model.gamma
+        if model.alpha > 0 and limit_s < float("inf"):
             # Where users alone take the time, cutting candidates would only repeat that.
             most = min(most, max(int(room / model.alpha), candidates // 8, 1))
         if most >= candidates:
@@ -119,15 +157,17 @@ class Batcher:
         sub_count = -(-candidates // most)
         return -(-candidates // sub_count)
 
-    def _most_users(self, candidates: int, users: int, model: LatencyModel) -> int:
+    def _most_users_of(
+        self, candidates: int, users: int, model: LatencyModel, limit_s: float
+    ) -> int:
         """Users of one request in one call."""
         if not self.signature.joins:
             return users
         candidates = self.signature.deep(candidates)
         most = min(self.most_users, max(self.config.max_rows // max(candidates, 1), 1))
         each = model.gamma + model.alpha * candidates
-        if each > 0:
-            most = min(most, max(int((self.batch_s - model.beta) / each), 1))
+        if each > 0 and limit_s < float("inf"):
+            most = min(most, max(int((limit_s - model.beta) / each), 1))
         if most >= users:
             return users
         sub_count = -(-users // most)

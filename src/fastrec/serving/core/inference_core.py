@@ -99,6 +99,10 @@ class InferenceCore:
 
     Everything but the engines runs in the thread of one event loop, in which it must be made.
 
+    Attributes:
+        loading: the server is starting: not ready as a whole, even if single models are.
+        ending: the server was told to end: nothing is ready, requests are still answered.
+
     Args:
         config: see :class:`ServingConfig`; its defaults where None.
         clock: the loop's where None.
@@ -119,7 +123,7 @@ class InferenceCore:
         self._rollouts: dict[str, Rollout] = {}
         self._quotas = quotas_of(self.config)
         self.guard = Guard(self.config.admission, self.clock, guard_probe)
-        self._draining = False
+        self.loading = self.ending = self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def subscribe(self, observer: Observer) -> Callable[[], None]:
@@ -136,23 +140,28 @@ class InferenceCore:
         weight: float | None = None,
         engines: int | None = None,
         kind: str | None = None,
+        replace: bool = False,
     ) -> ModelInfo:
         """Load a version, warm it, and let it take requests; returns once it is READY.
 
         Args:
             model: its name.
             source: a path that ``load_engine`` reads, an :class:`EntryPoint`, or a factory.
-            version: must be new.
+            version: must be new, unless ``replace``.
             weight: its share of the requests that name no version, against the other versions'
                 weights; None = all of it for the first version, 0 for others.
             engines, kind: instead of the configured ones.
+            replace: take the place of a loaded version of this name, which answers requests until
+                the new one is warm and is then drained. Both are in memory meanwhile.
 
         Raises:
             ArgumentError: the version is there already.
-            FastrecError: it cannot be loaded or warmed; nothing of it is left.
+            FastrecError: it cannot be loaded or warmed; nothing of it is left, and what it was to
+                replace goes on.
         """
         versions = self._models.setdefault(model, {})
-        if version in versions:
+        before = versions.get(version)
+        if before is not None and not replace:
             raise ArgumentError("version", "a new one", version)
         share = (0.0 if versions else 1.0) if weight is None else weight
 
@@ -180,15 +189,22 @@ class InferenceCore:
             engines=engines,
             kind=kind,
         )
-        entry = versions[version] = _Version(pool, 0.0)
+        entry = _Version(pool, 0.0)
+        if before is None:
+            versions[version] = entry
         try:
             await pool.start()
         except BaseException:
-            versions.pop(version, None)
+            if before is None:
+                versions.pop(version, None)
             if not versions:
                 self._models.pop(model, None)
             raise
         entry.weight = share
+        if before is not None:
+            entry.weight = before.weight
+            versions[version] = entry
+            await before.pool.drain()
         return entry.info()
 
     async def release(
@@ -340,8 +356,11 @@ class InferenceCore:
         return best
 
     def ready(self, model: str = "", version: str = "") -> bool:
-        """Whether requests of the model ("" = of every model, and there is one) can run."""
-        if self._draining:
+        """Whether the server ("" = all its models, at least one) or a model is ready.
+
+        All probes tell this: gRPC's health service, ServerReady, ModelReady, HTTP, metrics, page.
+        """
+        if self.ending or self._draining or (self.loading and not model):
             return False
         names = [model] if model else list(self._models)
         return bool(names) and all(
@@ -363,7 +382,7 @@ class InferenceCore:
             Rejected: NOT_FOUND.
         """
         chosen = self._find(model, version)
-        if self._draining or chosen.scheduler is None or not chosen.ready():
+        if self.ending or chosen.scheduler is None or not chosen.ready():
             return LoadReport(False, 0)
         return chosen.scheduler.load(users, rows)
 
@@ -408,7 +427,7 @@ class InferenceCore:
 
     async def drain(self, timeout_s: float = 30.0) -> bool:
         """Take no more requests and wait for those accepted; whether all were answered in time."""
-        self._draining = True
+        self.ending = self._draining = True
         end = self.clock.now() + timeout_s
         while self.clock.now() < end:
             if not any(
@@ -422,7 +441,7 @@ class InferenceCore:
 
     async def close(self) -> None:
         """Free the engines; requests still there are CANCELLED. Closing twice is harmless."""
-        self._draining = True
+        self.ending = self._draining = True
         self.guard.close()
         for rollout in list(self._rollouts.values()):
             rollout.cancel("closed")

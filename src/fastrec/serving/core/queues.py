@@ -38,9 +38,11 @@ class PendingRequest:
         "engine",
         "error",
         "expected",
+        "guaranteed",
         "open_subs",
         "order",
         "outputs",
+        "own_deadline",
         "policy",
         "priority",
         "queue",
@@ -63,6 +65,7 @@ class PendingRequest:
     rows: int
     arrival: float
     deadline: float
+    own_deadline: bool
     order: float
     cost_s: float
 
@@ -80,6 +83,8 @@ class PendingRequest:
         self.queue = STANDARD
         self.tries = 1
         self.delayed = False  # timed out under the DELAY policy
+        # Admitted on an idle server: runs, even if the server's own goal passes meanwhile.
+        self.guaranteed = False
         self.started = self.compute_s = self.expected = 0.0
         self.batch_rows = 0
         self.engine = ""

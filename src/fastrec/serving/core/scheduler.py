@@ -29,7 +29,7 @@ from fastrec.serving.core.queues import (
     SubRequest,
 )
 from fastrec.serving.core.rate_limits import Gcra, quotas_of
-from fastrec.serving.core.request import TIMED_OUT, Kind, LoadReport, Rejected, Request
+from fastrec.serving.core.request import Kind, LoadReport, Rejected, Request
 from fastrec.serving.core.request_policy import RequestPolicies
 from fastrec.serving.core.router import Router, Slot
 from fastrec.serving.core.signature import ModelSignature
@@ -116,12 +116,12 @@ class Scheduler:
         self._admit(pending, self.signature.size(arrays), now)
         self.admission.enter(pending, now)
         self.open[id(pending)] = pending
-        self.batcher.split(pending, arrays, self.router.model)
+        self.batcher.split(pending, arrays, self.router.model, self._usable())
         if self._start_at_once(pending, now):
             return
         self.queues.enter(pending)
         self.dispatch()
-        if pending.state == QUEUED:
+        if pending.state == QUEUED and not pending.guaranteed:
             self._expiries.add(pending)
 
     def shedding(self) -> bool:
@@ -167,6 +167,7 @@ class Scheduler:
         pending.rows = users * self.signature.deep(candidates)
         pending.cost_s = self.router.model.predict(users, pending.rows)
         deadline = request.deadline if policy.own_deadline else None
+        pending.own_deadline = deadline is not None
         pending.deadline = now + policy.timeout_s if deadline is None else deadline
         pending.order = min(pending.deadline, now + self._age_s) + policy.later_s
         if (
@@ -228,7 +229,7 @@ class Scheduler:
     def _timed_out(self, pending: PendingRequest) -> bool:
         """Whether it left the queue (under DELAY it moves behind all others instead)."""
         if pending.policy.rejects:
-            self._finish(pending, Rejected(Kind.EXPIRED, TIMED_OUT))
+            self._finish(pending, Rejected(Kind.EXPIRED, self.admission.timed_out(pending)))
             return True
         if not pending.delayed:
             pending.delayed = True
@@ -289,7 +290,7 @@ class Scheduler:
             queues.take(sub)
             self._start([sub], EXPRESS, slot, now)
             return True
-        if not self._unreserved():
+        if self._usable() <= 0:
             return False
         tier = queues.tier_next(now - self._age_s)
         seed = tier.head() if tier is not None else None
@@ -315,17 +316,17 @@ class Scheduler:
         idle = router.idle()
         if sub.pending.queue == EXPRESS:
             return router.fastest(idle, sub.avoid) if idle else None
-        if not self._unreserved():
+        if self._usable() <= 0:
             return None
         return router.pick(idle, sub, self.queues, self.admission.gain, now)
 
-    def _unreserved(self) -> bool:
-        """Whether an engine is idle that is not kept for express requests."""
+    def _usable(self) -> int:
+        """Idle engines that are not reserved for express requests."""
         slots, idle = len(self.router.slots), len(self.router.idle())
         reserved = self.config.lanes.reserved_slots
         if reserved is None:
             reserved = 1 if self._uses_express else 0
-        return idle > min(reserved, max(slots - 1, 0))
+        return idle - min(reserved, max(slots - 1, 0))
 
     def _wake_at(self, when: float) -> None:
         if self._delay_timer is not None:
@@ -340,6 +341,7 @@ class Scheduler:
             and admission.enabled
             and admission.check_deadlines
             and not pending.delayed
+            and not pending.guaranteed
         )
 
     def _too_late(self, sub: SubRequest, now: float) -> bool:

@@ -12,13 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError
+from fastrec.model_source import ENGINE, find_model
 from fastrec.terminal import JsonOption, stderr, stdout, write_json
 
 
 def simulate(
-    engine: Annotated[
-        Path | None, typer.Argument(help="An engine's file, measured here before.")
-    ] = None,
+    engine: Annotated[str | None, ENGINE] = None,
     profile: Annotated[
         Path | None, typer.Option(help="A measured profile (JSON), instead of an engine.")
     ] = None,
@@ -127,17 +126,16 @@ def _tell(progress: Any, task: Any, share: float) -> None:
     progress.update(task, completed=share)
 
 
-def _profile(engine: Path | None, profile: Path | None, candidates: int) -> Any:
+def _profile(engine: str | None, profile: Path | None, candidates: int) -> Any:
     from fastrec.serving.simulate.profile import EngineProfile
 
     if profile is not None:
         return EngineProfile.load(profile)
     assert engine is not None
-    from fastrec.runtime.artifact import load_engine
-
-    opened = load_engine(engine, threads=1)
+    opened = find_model(engine).announce().engine(threads=1)
+    source = f"{Path(engine).name}, one thread"
     try:
         sizes = sorted({max(candidates // 2, 1), candidates})
-        return EngineProfile.measure(opened, candidates=sizes, source=f"{engine.name}, one thread")
+        return EngineProfile.measure(opened, candidates=sizes, source=source)
     finally:
         opened.close()

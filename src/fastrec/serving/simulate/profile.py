@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import ArtifactError
+from fastrec.files import atomic_write
 from fastrec.serving.core.latency import LatencyModel
 
 _QUANTILES = 200
@@ -112,7 +113,8 @@ class EngineProfile:
 
     def save(self, path: str | Path) -> None:
         """As JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+        with atomic_write(path) as draft:
+            draft.write_text(json.dumps(dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EngineProfile:

@@ -75,6 +75,9 @@ class HttpServer:
         self.port = int(port)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        # Connections whose request is being answered.
+        self._busy: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def start(self) -> None:
         """Listen.
@@ -96,13 +99,23 @@ class HttpServer:
             raise ArgumentError("http address", "one that can be listened at", address) from error
         self.port = self._server.sockets[0].getsockname()[1]
 
-    async def stop(self) -> None:
-        """Close, connections too."""
+    def close_after_answers(self) -> None:
+        """Answer what comes on open connections, then close each; the listener stays open."""
+        self._closing = True
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Close: idle connections at once, those with a request after ``grace_s`` at most."""
+        self._closing = True
         if self._server is not None:
             self._server.close()
-        for task in list(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace_s
+        while self._connections:
+            # Again and again: before Python 3.12 wait_for loses a cancellation that comes at the
+            # moment it is done.
+            for task in set(self._connections) - (self._busy if loop.time() < end else set()):
+                task.cancel()
+            await asyncio.wait(set(self._connections), timeout=0.05)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -112,16 +125,27 @@ class HttpServer:
             return
         self._connections.add(task)
         try:
-            await self._talk(reader, writer)
+            await self._talk(task, reader, writer)
         except (ConnectionError, asyncio.TimeoutError, ssl.SSLError):
             return  # the client's end; nobody is left to tell
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
         finally:
-            self._connections.discard(task)
             writer.close()
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(writer.wait_closed(), 1.0)
+            try:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(writer.wait_closed(), 1.0)
+            finally:
+                self._connections.discard(task)
+                self._busy.discard(task)
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _talk(
+        self,
+        task: asyncio.Task[None],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD_BYTES)
         first = True
         while True:
@@ -129,6 +153,7 @@ class HttpServer:
                 request = await self._read(connection, reader, writer, first)
                 if request is None:
                     return
+                self._busy.add(task)
                 reply = await self._handle(request)
             except h11.RemoteProtocolError as error:
                 if connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -136,7 +161,10 @@ class HttpServer:
                     reply.headers.append(("connection", "close"))
                     await self._send(connection, writer, reply, body=True)
                 return
+            if self._closing:
+                reply.headers.append(("connection", "close"))
             await self._send(connection, writer, reply, body=request.method != "HEAD")
+            self._busy.discard(task)
             if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
                 return
             connection.start_next_cycle()

@@ -1,4 +1,4 @@
-"""Attention: which kernel a mask allows."""
+"""Attention: chooses the step by the kind of mask."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
 
 
 def _is_causal(mask: View) -> bool:
-    """A constant that lets query i see keys 0..i of as many."""
+    """Whether a mask is a square constant that lets query i see keys 0..i."""
     values = mask.constant
     if values is None or values.ndim < 2 or values.shape[-1] != values.shape[-2]:
         return False
@@ -76,8 +76,8 @@ def _is_causal(mask: View) -> bool:
 
 
 def _uncopied(to: Lowerer, mask: View) -> View:
-    """The mask before copies that spread it over heads and queries: nn.MultiheadAttention makes
-    one a head. The kernel takes a mask of the keys alone for padding, and leaves that out."""
+    """The mask before copies that repeat it for heads and queries, as nn.MultiheadAttention makes
+    them: the kernel skips keys that a mask of the keys alone hides."""
     made = to.writers()
     while (step := made.get(mask.buffer)) is not None:
         whole = mask.offset == 0 and mask.is_contiguous and mask.shape == step.y.shape
@@ -88,9 +88,9 @@ def _uncopied(to: Lowerer, mask: View) -> View:
 
 
 def _added(to: Lowerer, node: Node, mask: View, q: View, k: View) -> View:
-    """The mask as floats to add, seen as [B, H, Lq, Lk]; each row of Lk contiguous."""
+    """The mask as floats to add to the scores, [B, H, Lq, Lk], its rows contiguous."""
     shape = (*q.shape[:3], k.shape[2])
-    # What is broadcast over batch, heads or queries stays so.
+    # Dimensions that are broadcast stay so: their stride is 0.
     own = mask.expanded(shape)
     for dim in range(3):
         if own.strides[dim] == Extent(0):
@@ -104,7 +104,7 @@ def _added(to: Lowerer, node: Node, mask: View, q: View, k: View) -> View:
 
 
 def padding_lengths(to: Lowerer, mask: View, keys: Extent) -> View | None:
-    """Lengths i64 [B] where ``mask`` adds a large negative number beyond them and 0 before.
+    """Lengths int64 [B] of a mask that adds 0 before them and a large negative number beyond.
 
     Recognised: (length - (1, 2, .. L) < 0) * -C, C >= 10,000, broadcast over heads and queries.
     """

@@ -1,4 +1,4 @@
-"""Casts, and tensors made of nothing but sizes."""
+"""Casts, and tensors made from sizes: arange, zeros, ones, full."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _to(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vie
 
 @lowers(aten.arange.start, aten.arange.default, aten.arange.start_step)
 def _arange(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    """Reached where the end is a free size: the positions, plus the start."""
+    """Positions plus the start. (With a fixed end it is a constant, and folded before.)"""
     start = 0 if node.target is aten.arange.default else args[0]
     if not isinstance(start, int) or (len(args) > 2 and args[2] != 1):
         raise to.unsupported(node, "a start that is not a number, or a step")

@@ -22,7 +22,7 @@ ops = torch.ops.fastrec
 
 
 def _require_constants(to: Lowerer, node: Node, *weights: View | None) -> None:
-    """Refuse weights that are not float32 constants; None is no weight."""
+    """Refuse weights that are not float32 constants; an absent one is None."""
     if any(v is not None and (v.constant is None or v.dtype != "float32") for v in weights):
         raise to.unsupported(
             node, "a weight that is computed; the nearest supported is a parameter"

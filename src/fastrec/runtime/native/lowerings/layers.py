@@ -57,7 +57,7 @@ def _layer_norm(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
 def _linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     x, weight, bias = [*args, None][:3]
     if x.shape[-1].number == 0:
-        # Sums of nothing.
+        # Without inputs, the result is the bias.
         fill = constant(torch.zeros(weight.shape[0].coefficient)) if bias is None else bias
         return fill.expanded(to.shape_of(node))
     if weight.constant is None:
@@ -71,8 +71,11 @@ def _linear(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
 
 
 def _rows_as_they_lie(to: Lowerer, x: View) -> tuple[View, list[int]]:
-    """x contiguous, its leading dimensions in the order of memory where that spares a copy, and
-    the order of dimensions that undoes it."""
+    """x made contiguous, by reordering its leading dimensions where that avoids a copy.
+
+    Returns:
+        the view, and the order of dimensions that restores x's own.
+    """
     last = len(x.shape) - 1
     for order in itertools.permutations(range(min(last, 4))):
         dims = [*order, *range(len(order), last + 1)]

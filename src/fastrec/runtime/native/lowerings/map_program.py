@@ -9,7 +9,8 @@ from fastrec.runtime.native.steps import Instruction
 
 
 class MapProgram:
-    """Instructions and inputs of a map; operands become registers of the type computed in."""
+    """Instructions and inputs of a map. Each instruction's result is a register, numbered after the
+    inputs."""
 
     def __init__(self) -> None:
         self.inputs: list[View] = []

@@ -16,7 +16,7 @@ from fastrec.runtime.native.lowerings.attention import MOST_DIMS
 from fastrec.runtime.native.steps import Instruction, Step
 
 _INFINITY = float("inf")
-# A score replaced by a number from here on down is a key that is not seen.
+# A score replaced by a number up to this one hides its key.
 _HIDDEN = -1e4
 
 
@@ -41,8 +41,17 @@ class Scores:
 
 
 def attention_of(to: Lowerer, node: Node, weights: View, v: View) -> View | None:
-    """The product of a softmax with values as one step of attention, where it is that; the steps
-    that it replaces are left for others that read them."""
+    """Lower the product of a softmax with values to one attention step.
+
+    The steps that it replaces stay, for other readers.
+
+    Args:
+        to, node: the lowerer, and the product's node.
+        weights, v: its operands.
+
+    Returns:
+        the result, or None where the product is not an attention.
+    """
     made = to.writers()
     softmax = made.get(weights.buffer)
     if softmax is None or softmax.kind != "softmax" or not _is_all(weights, softmax):
@@ -94,13 +103,13 @@ def attention_of(to: Lowerer, node: Node, weights: View, v: View) -> View | None
 
 
 def _scores(made: dict[Buffer, Step], view: View) -> Scores | None:
-    """From the softmax back to the product; None where anything else happens between."""
+    """The parts of the scores, found backwards from the softmax; None where there are others."""
     step = made.get(view.buffer)
     if step is None or not _is_all(view, step):
         return None
     if step.kind == "matmul":
         a, b = step.a, step.b
-        # As it lay before it was put in order for the product.
+        # Before the copy that the product asks for.
         b = _uncopied(made, b)
         rank = len(a.shape)
         k = b.permuted([*range(rank - 2), rank - 1, rank - 2])
@@ -148,7 +157,7 @@ def _single(view: View) -> float | None:
 
 
 def _filled(step: Step) -> Fill | None:
-    """A map that replaces its second input by a number far down where its first says so."""
+    """A map that replaces its second input by a large negative number where its first says so."""
     *before, last = step.program or [("",)]
     if last[0] != "where_f32" or last[1] != 0 or sorted(last[2:]) != [1, 2]:
         return None
@@ -159,7 +168,7 @@ def _filled(step: Step) -> Fill | None:
 
 
 def _number(program: list[Instruction]) -> float | None:
-    """The number, where a program only pushes one."""
+    """The number of a program that is one number, else None."""
     if len(program) != 1:
         return None
     name, *operands = program[0]
@@ -167,7 +176,7 @@ def _number(program: list[Instruction]) -> float | None:
 
 
 def _is_all(view: View, step: Step) -> bool:
-    """Whether a view is a step's result as it is."""
+    """Whether a view is a step's whole result."""
     whole = view.offset == 0 and view.is_contiguous
     return whole and view.shape == step.y.shape == view.buffer.shape
 

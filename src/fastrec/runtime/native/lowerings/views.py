@@ -1,4 +1,4 @@
-"""Reshapes, transposes, slices, concatenation: no step, unless the elements have to move."""
+"""Reshapes, transposes, slices, concatenation: views, and copies where elements have to move."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def dim_of(dim: int, rank: int) -> int:
-    """A dimension counted from the front."""
+    """A dimension that may be negative, counted from the front."""
     return dim + rank if dim < 0 else dim
 
 
@@ -154,7 +154,7 @@ def _slice(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
 
 @lowers(aten.cat.default)
 def _cat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    """A buffer whose parts are written by copies, until a pass lets their producers write them."""
+    """A buffer whose parts are written by copies; the pass ``write_in_place`` removes them."""
     shape = to.shape_of(node)
     dim = dim_of(args[1] if len(args) > 1 else 0, len(shape))
     whole = Buffer(dtype_of(node), shape).view()
@@ -171,7 +171,7 @@ def _cat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vi
 
 @lowers(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    """Its parts are written apart, as those of a concatenation."""
+    """A concatenation with constants."""
     view, pads, *rest = args
     mode, value = "constant", rest[0] if rest else 0
     if node.target is aten.pad.default:

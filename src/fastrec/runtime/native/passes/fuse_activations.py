@@ -10,7 +10,7 @@ _ACTIVATIONS = {"relu_f32": "relu", "gelu_f32": "gelu"}
 
 
 def fuse_activations(program: Program) -> None:
-    """Let a float linear layer apply the ReLU or GELU that alone reads its result."""
+    """Let a float linear layer apply the ReLU or GELU that is its result's only reader."""
     readers, writers = program.readers(), program.writers()
     for step in list(program.steps):
         activation = activation_of(step)
@@ -27,7 +27,7 @@ def fuse_activations(program: Program) -> None:
 
 
 def activation_of(step: Step) -> str | None:
-    """The activation that a map computes and nothing else, or None."""
+    """The activation of a map that computes only that, else None."""
     if step.kind != "map" or len(step.program) != 1:
         return None
     return _ACTIVATIONS.get(step.program[0][0])

@@ -11,7 +11,7 @@ MAX_REGISTERS, MAX_INPUTS = 24, 8
 
 
 def fuse_maps(program: Program) -> None:
-    """A map that one other map alone reads becomes part of it."""
+    """Make a map that only one other map reads part of it."""
     for step in list(program.steps):
         if step.kind != "map" or step not in program.steps:
             continue
@@ -42,10 +42,10 @@ def _index_used(step: Step) -> bool:
 
 
 def _views_through(read: View, producer: Step) -> list[View] | None:
-    """The producer's inputs as the consumer would read them: under its dimensions.
+    """The producer's inputs with the dimensions under which the consumer reads its result.
 
     Works where the consumer reads the producer's result whole, dimension by dimension, perhaps
-    with dimensions of size 1 added. What it reads repeatedly (broadcast) is better computed once.
+    with dimensions of size 1 added. A result that is broadcast is better computed once, by a step.
     """
     out = producer.y
     axis = len(out.shape) - 1

@@ -10,7 +10,7 @@ CHUNK = 32
 
 
 def keep_tiles(program: Program) -> None:
-    """Write uint8 activations that int8 layers alone read in the layout that those layers use."""
+    """Write uint8 activations that only int8 layers read in those layers' own layout, tiles."""
     readers = program.readers()
     for step in program.steps:
         buffer = step.y.buffer

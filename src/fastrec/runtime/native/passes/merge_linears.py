@@ -28,7 +28,7 @@ _JOINED = {
 
 
 def merge_linears(program: Program) -> None:
-    """Merge layers that read the same rows and whose readers can read rows further apart."""
+    """Merge layers of one input where the readers of their results can read slices."""
     for group in _groups(program):
         if len(group) > 1:
             _merge(program, group)

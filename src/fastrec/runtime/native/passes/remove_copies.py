@@ -30,7 +30,7 @@ def remove_copies(program: Program) -> None:
 
 
 def _is_copy(step: Step) -> bool:
-    """Whether a map copies into the whole of a buffer in order, and changes nothing."""
+    """Whether a step copies elements, without a cast, into a whole buffer."""
     return bool(step.is_copy and step.x[0].dtype == step.y.dtype and step.y.is_whole)
 
 
@@ -101,8 +101,8 @@ def _times(stride: Extent, unit: Extent) -> int | None:
 
 
 def _swap_with_linears(program: Program) -> None:
-    """Rows copied into another order for a linear layer are put in order after it instead, where
-    its readers can read them so."""
+    """Let a linear layer read rows in their original order instead of a reordered copy, where the
+    readers of its result can read that order too."""
     writers, readers = program.writers(), program.readers()
     for linear in program.steps:
         if linear.kind != "linear" or not linear.y.is_whole:
@@ -135,8 +135,15 @@ def _swap_with_linears(program: Program) -> None:
 
 
 def _in_order(source: View, width: Extent) -> tuple[View, list[int]] | None:
-    """The rows of ``source`` as they lie, contiguous, and the order that its dimensions took; the
-    last of them, width elements together, are a row."""
+    """``source`` with its leading dimensions in the order of memory, so that it is contiguous rows.
+
+    Args:
+        source: the view.
+        width: elements of a row, its last dimensions.
+
+    Returns:
+        the rows and the order of the leading dimensions, or None where there is no such order.
+    """
     shape = list(source.shape)
     columns, count = ONE, len(shape)
     while count and columns != width:

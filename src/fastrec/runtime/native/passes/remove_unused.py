@@ -6,7 +6,7 @@ from fastrec.runtime.native.program import Program
 
 
 def remove_unused(program: Program) -> None:
-    """Drop them, and then those that only they read."""
+    """Drop such steps, and then those that only they read."""
     while True:
         readers = program.readers()
         used = [

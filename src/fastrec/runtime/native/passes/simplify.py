@@ -1,4 +1,4 @@
-"""The passes that serve every executor: one step a layer, without copies."""
+"""The passes that every executor needs: one step a layer, without copies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastrec.runtime.native.program import Program
 
 
 def simplify(program: Program) -> None:
-    """Run them."""
+    """Run the passes in order."""
     remove_unused(program)
     remove_copies(program)
     remove_unused(program)

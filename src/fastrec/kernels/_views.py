@@ -1,0 +1,24 @@
+"""Tensors as the compiled attention kernels take them: an address and strides."""
+
+from __future__ import annotations
+
+import torch
+
+
+def row_view(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """What a kernel reads of [B, H, L, D] or jagged [T, H, D].
+
+    Args:
+        x: any strides; copied where the dimensions of a row do not follow each other.
+
+    Returns:
+        The tensor, to be held until the kernel is done, and its address and strides of batch (0
+        where jagged), head and row, in elements.
+    """
+    strides = x.stride()
+    if strides[-1] != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    if len(strides) == 4:
+        return x, (x.data_ptr(), strides[0], strides[1], strides[2])
+    return x, (x.data_ptr(), 0, strides[1], strides[0])
