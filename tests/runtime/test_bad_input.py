@@ -45,11 +45,15 @@ CONFIG = RankerConfig(
 SETTINGS = {"executor": "plan", "max_batch": MAX_BATCH}
 
 
-class NoExecutor:
-    """In an executor's place: a bad request must not reach it."""
+class NothingAdmitted:
+    """In the native engine's place: what it has not admitted must not come again, as inputs do
+    that were converted."""
 
-    def run(self, *_: Any) -> Any:
-        raise AssertionError("a step would have run")
+    calls = 0
+
+    def __call__(self, inputs: tuple[Any, ...], threads: int) -> None:
+        self.calls += 1
+        assert self.calls == 1, "a bad request would have run"
 
 
 @pytest.fixture(scope="module", params=["float", "int8"])
@@ -73,15 +77,14 @@ def refused(engine: PlanEngine, inputs: tuple[Any, ...], kind: type[Exception]) 
     """The message; nothing was computed, and the engine answers as before."""
     good = engine.spec.sample({"B": 2, "L": 7, "m": 4}, seed=1)
     before = engine(*good)
-    # Neither through the straight way, nor through the plain one.
-    assert engine._straight(inputs, 1) is None
-    executor = engine._executor
-    engine._executor = NoExecutor()
+    assert engine._native(inputs, 1) is None
+    native = engine._native
+    engine._native = NothingAdmitted()
     try:
         with pytest.raises(kind) as caught:
             engine(*inputs)
     finally:
-        engine._executor = executor
+        engine._native = native
     np.testing.assert_array_equal(engine(*good), before)
     return str(caught.value)
 
@@ -211,7 +214,7 @@ def test_a_nan_is_refused_wherever_it_is(
     bits = np.uint32(0x7F800000 | payload | (0x80000000 if negative else 0))
     features.reshape(-1).view(np.uint32)[place] = bits
     for inputs in ((features, weight), tuple(map(torch.from_numpy, (features, weight)))):
-        assert dense._straight(inputs, 1) is None
+        assert dense._native(inputs, 1) is None
         with pytest.raises(
             ArgumentError, match="features: expected an input of numbers, got a NaN"
         ):

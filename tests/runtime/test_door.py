@@ -56,28 +56,28 @@ def test_it_agrees_with_the_check(
     try:
         engine.spec.check(inputs)
     except FastrecError as error:
-        assert engine._straight(tuple(inputs), 1) is None
+        assert engine._native(tuple(inputs), 1) is None
         with pytest.raises(type(error)):
             engine(*inputs)
     else:
-        scores = engine._straight(tuple(inputs), 1)
+        scores = engine._native(tuple(inputs), 1)
         assert scores is not None
-        np.testing.assert_array_equal(scores, engine._call(inputs))
+        np.testing.assert_array_equal(scores, engine(*inputs))
 
 
-def test_what_is_not_in_order_takes_the_plain_way(engine: PlanEngine) -> None:
+def test_what_is_not_in_order_is_converted(engine: PlanEngine) -> None:
     request = engine.spec.sample({"B": 3, "L": 6, "m": 4})
     expected = engine(*request)
     turned = [np.asfortranarray(a) for a in request]
     longs = [a.astype(np.longlong) for a in request]
     for other in (turned, longs, list(map(torch.from_numpy, request))):
-        assert engine._straight(tuple(other), 1) is None
+        assert engine._native(tuple(other), 1) is None
         np.testing.assert_array_equal(np.asarray(engine(*other)), expected)
-    assert engine._straight((*request, request[0]), 1) is None
-    assert engine._straight((None, *request[1:]), 1) is None
+    assert engine._native((*request, request[0]), 1) is None
+    assert engine._native((None, *request[1:]), 1) is None
 
 
-def test_a_closed_engine_has_no_door() -> None:
+def test_a_closed_engine_refuses_calls() -> None:
     model = torch.nn.Linear(4, 2).eval()
     x = torch.randn(3, 4)
     engine = fastrec.compile(model, (x,), "native", 1, settings={"executor": "plan"})

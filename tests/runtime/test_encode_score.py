@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -106,12 +107,12 @@ def test_empty_histories(engine: PlanEngine) -> None:
 
 def test_the_encoder_is_left_out_of_scoring(engine: PlanEngine) -> None:
     state = engine.encode(*request(1, 33, 1)[:4])
-    parts = state._executors.split
-    modules = {step.module for step in parts.score.steps}
+    encode, score = (json.loads(text)["steps"] for text in state.parts.native.programs)
+    modules = {step["module"] for step in score}
     assert not any(module.startswith("blocks.") for module in modules)
     assert "cross_attention.kv_proj" not in modules
     assert {"cross_attention.q_proj", "tower.0"} <= modules
-    assert len(parts.encode.steps) + len(parts.score.steps) == len(engine._program.steps)
+    assert len(encode) + len(score) == len(engine.plan()["steps"])
     assert dict(state.sizes) == {"B": 1, "L": 33}
     # Keys and values of 33 events, and a few numbers.
     assert 33 * 2 * 32 * 4 <= state.nbytes < 33 * 2 * 32 * 4 + 64
@@ -167,7 +168,7 @@ def test_an_engine_is_split_once_by_many_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({id(state._executors) for state in found}) == 1
+    assert len({id(state.parts) for state in found}) == 1
 
 
 # The state.
@@ -309,8 +310,9 @@ def test_a_buffer_that_both_parts_fill() -> None:
     engine = checked(model)
     state = engine.encode(torch.zeros(3, 24), candidates=["y"])
     assert state.nbytes == 3 * 24 * 4
-    assert [s.kind for s in state._executors.split.encode.steps] == ["map"]
-    assert [s.kind for s in state._executors.split.score.steps] == ["map", "map", "linear"]
+    encode, score = (json.loads(text)["steps"] for text in state.parts.native.programs)
+    assert [s["kind"] for s in encode] == ["map"]
+    assert [s["kind"] for s in score] == ["map", "map", "linear"]
 
 
 def test_a_part_of_a_shared_buffer_that_its_own_side_reads_again() -> None:

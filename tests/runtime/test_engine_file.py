@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 import fastrec
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, FastrecError
 from fastrec.exporters.model_spec import spec_of
-from fastrec.kernels._compiled import reason_missing
+from fastrec.kernels._compiled import native, reason_missing
 from fastrec.measure.memory import run_child
 from fastrec.models import Ranker, RankerConfig
 from fastrec.runtime import load_engine
 from fastrec.runtime.engine import BuildOptions, Engine
 from fastrec.runtime.native import backend
-from fastrec.runtime.native.file import MAGIC, VERSION
+from fastrec.runtime.native.file import MAGIC
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -66,7 +66,9 @@ def joined(header: dict[str, Any], sections: bytes) -> bytes:
     """A file whose checksums are right, whatever it says."""
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 64)
-    prefix = struct.pack("<8sIIQQ", MAGIC, VERSION, 0, len(text), 64 + len(text) + len(sections))
+    prefix = struct.pack(
+        "<8sIIQQ", MAGIC, native().engine.FILE_VERSION, 0, len(text), 64 + len(text) + len(sections)
+    )
     return prefix + hashlib.sha256(prefix + text).digest() + text + sections
 
 
@@ -130,7 +132,10 @@ def test_foreign_newer_and_missing_files(saved: tuple[Engine, Path], tmp_path: P
     path.write_bytes(b"PK\x03\x04" + bytes(content[4:]))
     with pytest.raises(ArtifactError, match="is not an engine artifact"):
         load_engine(path)
-    for version, remedy in ((VERSION - 1, "compile the model anew"), (VERSION + 1, "newer")):
+    for version, remedy in (
+        (native().engine.FILE_VERSION - 1, "compile the model again"),
+        (native().engine.FILE_VERSION + 1, "newer"),
+    ):
         struct.pack_into("<I", content, 8, version)
         path.write_bytes(content)
         with pytest.raises(ArtifactError, match=f"version {version}, this reads .*{remedy}"):

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastrec
 from fastrec.errors import BackendError, IdRangeError
-from fastrec.kernels._compiled import native, reason_missing
+from fastrec.kernels._compiled import reason_missing
 from fastrec.nn import GroupedLinear, LowRankLinear, SeparableProjection, WindowSparseAttention
 from fastrec.runtime import load_engine
 from fastrec.runtime.engine import Engine
@@ -216,17 +216,3 @@ SUMS = {
 def test_sums_and_padding(name: str, tmp_path: Path) -> None:
     for sizes in ((1, 1), (3, 17), (64, 33)):
         agrees(Lambda(SUMS[name]), lambda b, sizes=sizes: [some(b, *sizes)], tmp_path)
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
-def test_the_executor_refuses_a_weight_of_nothing(shape: tuple[int, int]) -> None:
-    engine = native().engine
-
-    def operand(space: int, index: int, *sizes: int) -> tuple[Any, ...]:
-        extents = [[s, 0, 0, 0, 0] for s in sizes]
-        return (space, index, 0, 0, extents, extents, 0)
-
-    data = torch.zeros(4)
-    operands = [operand(0, 0, 1, shape[1]), operand(1, 0, *shape), operand(3, 0, 1, shape[0])]
-    with pytest.raises(ValueError, match="without outputs or inputs"):
-        engine.Executor([data.data_ptr()], [], [("linear", operands, [0, 0], [])])

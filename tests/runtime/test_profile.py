@@ -29,7 +29,8 @@ from fastrec.runtime.native.buffers import Buffer, Extent, View
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower
 from fastrec.runtime.native.passes import optimise
-from fastrec.runtime.native.profile import Request, cost
+from fastrec.runtime.native.program import Program
+from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -101,18 +102,22 @@ def test_a_loaded_engine_counts_the_same(engine: PlanEngine, tmp_path: Path) -> 
 
 def test_what_is_broadcast_counts_once() -> None:
     size = Extent.of("B")
-    vector = Buffer("float32", (size,)).view()
-    spread = View(vector.buffer, (size, Extent(50)), (Extent(1), Extent(0)))
+    vector = Buffer("float32", (size,), "input")
+    spread = View(vector, (size, Extent(50)), (Extent(1), Extent(0)))
     out = Buffer("float32", (size, Extent(50))).view()
     step = steps.map(x=[spread, spread], y=out, program=[("mul_f32", 0, 1)])
-    found = cost(step, Request({"B": 3}, []))
-    assert (found.activations, found.constants, found.written) == (12, 0, 600)
-    assert (found.macs, found.peak) == (None, "")
+    engine = PlanEngine.build(
+        Program(("B",), [vector], [step], out),
+        spec=InputSpec((InputField("x", ("B",), "float32"),)),
+        backend="native", precision="fp32", threads=1, rows=[], versions={},
+    )  # fmt: skip
+    (row,) = engine.profile([np.ones(3, np.float32)])
+    assert (row["read_bytes"], row["written_bytes"], row["macs"]) == (12, 600, None)
 
 
 def test_times_and_kernels(engine: PlanEngine) -> None:
     rows = engine.profile(sample(1, 33, 50), calls=9)
-    assert len(rows) == len(engine._program.steps)
+    assert len(rows) == len(engine.plan()["steps"])
     for row in rows:
         assert 0 <= row["us"] <= row["us_median"]
         assert "limit" not in row

@@ -315,6 +315,7 @@ void bind(py::module_& parent) {
                              [](const SplitExecutors& self) {
                                return self.appends() ? self.events() : std::vector<int>{};
                              })
+      .def_property_readonly("programs", &SplitExecutors::programs)
       .def_property_readonly("scores", &SplitExecutors::scores)
       .def_property_readonly("appends", &SplitExecutors::appends)
       .def("encode", encode, py::arg("history"), py::arg("threads"))

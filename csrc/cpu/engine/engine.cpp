@@ -172,7 +172,15 @@ json::Value Engine::plan() const {
     }
   for (size_t s = 0; s < buffers.size(); ++s)
     slots[s] = json::List(buffers[s].begin(), buffers[s].end());
+  json::List rows;
+  for (const Extent& count : plan.rows) {
+    json::List row{count.coefficient};
+    for (int s = 0; s < kMaxSymbols; ++s)
+      for (int e = 0; e < count.exponent[s]; ++e) row.push_back(symbol(s));
+    rows.emplace_back(std::move(row));
+  }
   json::Object described = write_program(program_).object();
+  described.emplace_back("rows_of_layers", std::move(rows));
   described.emplace_back("users", symbol(plan.users));
   described.emplace_back("groups", std::move(groups));
   described.emplace_back("slots", std::move(slots));

@@ -65,8 +65,9 @@ class Engine {
   // Threads that the engine was made for.
   int threads() const { return threads_; }
 
-  // The program in the order that it runs, and how: "users" (a symbol or null), "groups" ([first
-  // step, step behind the last, symbol]) and "slots" (buffers that take turns in the same memory).
+  // The program in the order that it runs, and how: "users" (a symbol or null), "rows_of_layers"
+  // (of one user), "groups" ([first step, step behind the last, symbol]) and "slots" (buffers that
+  // take turns in the same memory).
   json::Value plan() const;
 
   // Of the scores, float32.

@@ -155,7 +155,9 @@ OpenedFile open_file(const std::string& path, Keep keep) {
     throw FileError(path + " is truncated: " + std::to_string(file.size()) + " bytes");
   if (prefix.version != kFileVersion)
     throw FileError(path + " has version " + std::to_string(prefix.version) + ", this reads " +
-                    std::to_string(kFileVersion) + ": compile the model again and save the engine");
+                    std::to_string(kFileVersion) +
+                    (prefix.version < kFileVersion ? ": compile the model again and save the engine"
+                                                   : ": install a newer fastrec"));
   const uint64_t size = file.size(), begin = sizeof(start) + prefix.header_bytes;
   if (prefix.zero || prefix.header_bytes > kMaxHeader || begin > prefix.file_bytes ||
       size > prefix.file_bytes)

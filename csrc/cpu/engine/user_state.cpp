@@ -220,6 +220,12 @@ SplitExecutors::SplitExecutors(Engine& engine, const std::vector<int>& candidate
 
 SplitExecutors::~SplitExecutors() = default;
 
+std::vector<std::string> SplitExecutors::programs() const {
+  std::vector<std::string> texts{json::write(write_program(parts_.encode))};
+  if (parts_.score) texts.push_back(json::write(write_program(*parts_.score)));
+  return texts;
+}
+
 const std::vector<int>& SplitExecutors::events() const { return appends_->whole_events; }
 const InputSpec& SplitExecutors::event_inputs() const { return appends_->inputs; }
 

@@ -59,6 +59,8 @@ class SplitExecutors {
   const std::vector<int>& history() const { return parts_.history; }
   const std::vector<int>& candidates() const { return parts_.candidates; }
   const std::vector<int>& events() const;
+  // As JSON; `score` where there is one.
+  std::vector<std::string> programs() const;
   bool scores() const { return score_ != nullptr; }
   bool appends() const { return appends_ != nullptr; }
   const InputSpec& history_inputs() const { return history_inputs_; }

@@ -25,7 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
-from fastrec.runtime.native.buffers import View
+from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.user_state import candidate_positions
 
 Arrays = tuple[np.ndarray, ...]
@@ -92,14 +92,8 @@ class Screen:
 class _Table:
     """A candidate input's table in the engine's program."""
 
-    def __init__(self, position: int, table: View, scale: View | None) -> None:
-        self.position = position
-        if table.buffer.data is None:
-            raise BackendError("this plan looks candidates up in a table that it computes")
-        self.values: np.ndarray = table.buffer.data.reshape(
-            [size.number for size in table.buffer.shape]
-        )
-        self.scale = None if scale is None else scale.constant
+    def __init__(self, position: int, table: np.ndarray, scale: np.ndarray | None) -> None:
+        self.position, self.values, self.scale = position, table, scale
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """[..., width] float32."""
@@ -205,7 +199,7 @@ class _Parts:
     """Where the engine's plan keeps what the screen reads."""
 
     def __init__(self, engine: Any) -> None:
-        if not hasattr(engine, "_program"):
+        if not isinstance(engine, PlanEngine):
             raise BackendError("screening needs a native engine that runs one plan")
         spec = engine.spec
         self.engine, self.spec = engine, spec
@@ -214,11 +208,10 @@ class _Parts:
         self.last = max(*self.candidates, *self.history)
         if any(len(spec.fields[i].dims) != 2 for i in self.candidates):
             raise BackendError("screening needs candidates of [B, m] ids")
-        at = {engine._program.inputs[i]: i for i in self.candidates}
         self.tables = [
-            _Table(at[step.ids.buffer], step.table, step.scale)
-            for step in engine._program.steps
-            if step.kind == "gather" and step.ids.buffer in at
+            _Table(position, table, scale)
+            for position, table, scale in engine.lookups()
+            if position in self.candidates
         ]
         if not self.tables:
             raise BackendError("this plan looks no candidate up in a table")

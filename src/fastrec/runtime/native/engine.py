@@ -221,6 +221,35 @@ class PlanEngine(Engine):
         """
         return dict(json.loads(self._open().plan()))
 
+    def lookups(self) -> list[tuple[int, np.ndarray, np.ndarray | None]]:
+        """The tables whose rows are looked up by an input as it is: (the input's position, table
+        [R, D] float32 or int8, scale [R] of an int8 one), read-only.
+
+        Raises:
+            BackendError: the engine is closed.
+        """
+        plan, constants = self.plan(), self._open().constants
+
+        def values(view: list[Any] | None) -> np.ndarray | None:
+            if view is None:
+                return None
+            buffer = plan["buffers"][view[0]]
+            shape = [size[0] for size in buffer["shape"]]
+            array: np.ndarray = constants[buffer["index"]].view(buffer["dtype"]).reshape(shape)
+            return array
+
+        found = []
+        for step in plan["steps"]:
+            if step["kind"] != "gather":
+                continue
+            operands = step["operands"]
+            ids, table = plan["buffers"][operands["ids"][0]], operands["table"]
+            if ids["space"] == "input" and plan["buffers"][table[0]]["space"] == "constant":
+                whole = values(table)
+                assert whole is not None
+                found.append((ids["index"], whole, values(operands.get("scale"))))
+        return found
+
     def close(self) -> None:
         """Free the native engine."""
         if not self._closed:
