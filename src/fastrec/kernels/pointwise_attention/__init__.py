@@ -122,17 +122,18 @@ def pointwise_attention(
         lengths: int64 [B], 0 to L: rows from there on belong to no sequence. They are not read,
             NaNs included, and give 0.
         cu_seqlens: int64 or int32 [B + 1], rising from 0 to T: sequence b is rows
-            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``.
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``. On a GPU the values of
+            these and of ``targets`` are not waited for: what is out of range is moved into it.
         targets: int64 [B], or one number for all: how many rows at a sequence's end are candidates.
         scale: factor of q . k; None means D ** -0.5 (HSTU's research code has 1).
         norm_length: N, > 0. None means L; a jagged batch needs it.
         causal: whether history rows see no later row.
-        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "triton" or "reference" forces one.
 
     Returns:
         q's shape with v's D, q's dtype, a view of contiguous [B, L, H, D] (or contiguous
         [T, H, D]). Differentiable once with respect to q, k, v and both tables; gradients are the
-        same for any number of threads.
+        same for any number of threads (on a GPU, the tables' differ in their last bits).
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.
