@@ -88,7 +88,8 @@ def _biases(
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    """1 / (1 + e^-x), or less than 2^-125 where that is far below; no infinity on the way."""
+    return 1.0 / (1.0 + tl.exp2(tl.minimum(-x * LOG2_E, 126.0)))
 
 
 @triton.jit
