@@ -120,6 +120,7 @@ class Server:
         self._tasks: list[asyncio.Task[None]] = []
         self._grpc: GrpcServer | None = None
         self._http: HttpServer | None = None
+        self._rest: Rest | None = None
         self._begun = False
 
     @property
@@ -172,7 +173,7 @@ class Server:
             self.core.subscribe(_Changes(self._grpc.health.changed))
             await self._grpc.start()
         if options.http_port is not None:
-            rest = Rest(
+            self._rest = rest = Rest(
                 self.handler,
                 metrics=self.metrics.exposition,
                 status=self.status,
@@ -217,6 +218,8 @@ class Server:
             await _within(_CLOSE_S, self._grpc.stop(1.0), "gRPC")
         if self._http is not None:
             await self._http.stop(1.0)
+        if self._rest is not None:
+            self._rest.close()
         await _within(_CLOSE_S, self.core.close(), "engines")
         sys.setswitchinterval(self._switch_s)
         gc.unfreeze()

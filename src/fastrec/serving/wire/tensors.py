@@ -36,6 +36,7 @@ _PYTHON: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int,
 _KNOWN: dict[tuple[str, tuple[int, ...]], tuple[np.dtype, int]] = {}
 _MAX_KNOWN = 1024
 _MAX_RANK = 8
+_MAX_EXTENT = 1 << 48
 _MAX_NAME = 256
 
 
@@ -182,11 +183,15 @@ def _dtype(name: str, kind: str) -> np.dtype:
 def _elements(name: str, shape: tuple[int, ...]) -> int:
     if len(shape) > _MAX_RANK:
         raise ShapeError(_shown(name), f"a rank up to {_MAX_RANK}", len(shape))
-    elements = 1
+    elements, extent = 1, 1
     for size in shape:
         if size < 0:
             raise ShapeError(_shown(name), "sizes of 0 or more", list(shape))
         elements *= size
+        # [0, 2^62] has no elements, and numpy cannot make it.
+        extent *= max(size, 1)
+    if extent > _MAX_EXTENT:
+        raise ShapeError(_shown(name), f"sizes whose product is at most {_MAX_EXTENT}", list(shape))
     return elements
 
 
