@@ -157,7 +157,14 @@ def _tensor(value: Any, device: torch.device) -> Any:
 
 
 def check_fraction(argument: str, value: Any, *, low: float = 0.0, high: float = 1.0) -> None:
-    """ArgumentError unless ``low <= value < high``."""
+    """ArgumentError unless ``low <= value < high``.
+
+    Args:
+        argument: its name, for the message.
+        value: what was passed.
+        low: the smallest value allowed.
+        high: the first value that is too large.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < high:
         raise ArgumentError(argument, f"a number in [{low:g}, {high:g})", repr(value))
 

@@ -49,7 +49,7 @@ class WeightWatch(TorchFunctionMode):
         self._called: list[int] = []  # ids of the weights of the layers that run, innermost last
         for name, layer in layers.items():
             if weight_obstacle(layer) is not None:
-                continue  # a weight that is computed anew for every call has no identity
+                continue  # a weight that is computed for every call has no identity
             self._owners.setdefault(id(weight_of(layer)), []).append(name)
             kinds = [kind for kind in _ANSWERED if isinstance(layer, kind)]
             self._answered[name] = _ANSWERED[kinds[0]] if kinds else set()

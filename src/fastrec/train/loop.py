@@ -214,7 +214,7 @@ def fit(
 
     Args:
         model: a :class:`~fastrec.models.Ranker`, a :class:`~fastrec.models.SASRec`, or any module
-            that takes the six inputs (or whatever ``loss_fn`` feeds it).
+            that takes the six inputs (or those that ``loss_fn`` passes).
         dataset: a :class:`fastrec.data.SequenceDataset` or an object with its methods.
         config: settings; the defaults are the measured recipe.
         out: folder for ``checkpoint.safetensors`` (after each epoch) and ``model.safetensors`` (the
