@@ -121,6 +121,7 @@ class Server:
         self._grpc: GrpcServer | None = None
         self._http: HttpServer | None = None
         self._rest: Rest | None = None
+        self.repository: ModelRepository | None = None
         self._begun = False
 
     @property
@@ -221,6 +222,8 @@ class Server:
         if self._rest is not None:
             self._rest.close()
         await _within(_CLOSE_S, self.core.close(), "engines")
+        if self.repository is not None:
+            self.repository.close()
         sys.setswitchinterval(self._switch_s)
         gc.unfreeze()
 
