@@ -7,6 +7,7 @@ the user states them; nothing is guessed.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from fastrec.errors import ArgumentError, DataError
 
 _DELIMITERS = ("\t", "::", ",", ";", "|", " ")
 _QUOTING = (",", ";", "\t", "|")
-_LINES = 2000
+_LINES = 10_000
 _MOSTLY = 0.9
 _TAOBAO_FIELDS = 5
 
@@ -93,7 +94,8 @@ def _lines(sample: bytes) -> list[str]:
 
 def _split(lines: Sequence[str], delimiter: str, quoted: bool) -> list[list[str]]:
     if quoted:
-        return [row for row in csv.reader(lines, delimiter=delimiter) if row]
+        with contextlib.suppress(csv.Error):  # quotes that are no CSV's
+            return [row for row in csv.reader(lines, delimiter=delimiter) if row]
     return [split_line(line, delimiter) for line in lines]
 
 
