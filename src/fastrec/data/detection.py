@@ -22,7 +22,7 @@ from fastrec.errors import ArgumentError, DataError
 
 _DELIMITERS = ("\t", "::", ",", ";", "|", " ")
 _QUOTING = (",", ";", "\t", "|")
-_LINES = 10_000
+_LINES = 5_000
 _MOSTLY = 0.9
 _TAOBAO_FIELDS = 5
 
