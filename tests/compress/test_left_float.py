@@ -397,6 +397,40 @@ def test_dropout_that_eval_mode_leaves_on_is_refused() -> None:
         fastrec.quantize_(Quiet().eval(), config, batches())
 
 
+def test_buffers_that_eval_mode_changes_are_refused() -> None:
+    class Counting(Tower):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind = kind
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("cache", torch.zeros(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kind == "in place":
+                self.calls += 1
+            elif self.kind == "assigned":
+                self.calls = self.calls + 1
+            else:
+                self.cache = x.new_ones(len(x))
+            return super().forward(x)
+
+    for kind in ("in place", "assigned"):
+        model = Counting(kind).eval()
+        with pytest.raises(ArgumentError, match="leaves as they are, got 'calls' changes"):
+            fastrec.quantize_(model, Int8(), batches())
+        assert float(model.calls) == 0
+        assert type(model.first) is nn.Linear
+    assert set(fastrec.quantize_(Counting("cache").eval(), Int8(), batches()).layers) == {
+        "first", "second", "last"
+    }  # fmt: skip
+
+
+def test_batches_that_do_not_fit_the_model_say_so() -> None:
+    pairs = [(torch.randn(8, 64), torch.randn(8, 64))]
+    with pytest.raises(ArgumentError, match=r"batch: expected the inputs of Tower.forward\(x:"):
+        fastrec.quantize_(Tower().eval(), Int8(), pairs)
+
+
 def test_quantised_layers_take_the_float_layers_keyword() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:

@@ -56,15 +56,16 @@ def calibrate(
         attention: name -> attention whose q, k (and v) are observed.
 
     Raises:
-        ArgumentError: no batch, NaN or infinity at a layer's input, or dropout that is on in eval
-            mode.
+        ArgumentError: no batch, NaN or infinity at a layer's input, dropout on in eval mode,
+            or a buffer that changes in it.
     """
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
         raise ArgumentError("calibration", "at least one batch", "an empty iterable")
     with evaluating(model):
-        outside = uses_outside_calls({**linears, **tables}, lambda: call_model(model, first))
+        layers = {**linears, **tables}
+        outside = uses_outside_calls(model, layers, lambda: call_model(model, first))
     seen = Seen({name: RangeObserver(name) for name in linears}, {}, outside)
     with ExitStack() as stack, evaluating(model):
         seen.scores = stack.enter_context(_observed_scores(attention or {}))
