@@ -561,3 +561,12 @@ def test_any_mixture_of_uses_of_a_table_keeps_its_scores(
     assert close(model, expected, ids)
     outside = {"matmul", "dtype", "cat"} & set(ties)
     assert (type(model.items) is nn.Embedding) == bool(outside)
+
+
+@pytest.mark.parametrize("value", [1e20, float("nan"), float("inf")])
+def test_weights_whose_squares_overflow_are_refused(value: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[3, 5] = value
+    with pytest.raises(ArgumentError, match=r"1.weight: expected finite weights below 1e\+16"):
+        fastrec.prune_(model, PRUNING)

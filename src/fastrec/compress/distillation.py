@@ -341,13 +341,20 @@ def distill(
         on_step: see :func:`fastrec.train.fit`.
 
     Raises:
-        ArgumentError: student and teacher are one, a loader that is empty or of unknown length,
-            batches without a label, attention maps that cannot be matched.
+        ArgumentError: student and teacher are one or share trained parameters, a loader that is
+            empty or of unknown length, batches without a label, attention maps that cannot be
+            matched.
         ShapeError: the scores differ in shape.
     """
     check_model(student)
     if student is teacher:
         raise ArgumentError("teacher", "another model than the student", "the same")
+    teachers = set(map(id, teacher.parameters()))
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and id(parameter) in teachers:
+            raise ArgumentError(
+                "student", "parameters of its own, or frozen ones", f"{name!r}, the teacher's too"
+            )
     config = TrainConfig(epochs=1) if config is None else config
     steps = len(loader) if isinstance(loader, Sized) else config.max_steps
     if not steps:

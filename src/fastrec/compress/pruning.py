@@ -34,6 +34,7 @@ from fastrec.compress.selection import (
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 
 MIN_BLOCKS = 64  # smaller layers gain little time and, measured, lose much quality
+LARGEST = 1e16  # the squares of a block's weights are summed in float32
 MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) save no bytes
 
 
@@ -243,8 +244,10 @@ def _matrices(
             reasons(left) or "none",
         )
     for matrix in found.values():
-        if not bool(torch.isfinite(matrix.weight).all()):
-            raise ArgumentError(matrix.name, "finite weights", "NaN or infinity")
+        if not bool((matrix.weight.detach().abs() < LARGEST).all()):
+            raise ArgumentError(
+                matrix.name, f"finite weights below {LARGEST:g}", "NaN, infinity or larger ones"
+            )
     return list(found.values()), left
 
 
