@@ -195,8 +195,11 @@ class ModelRepository:
         try:
             replace = key in self._loaded
             await self._core.load(name, path, version=version, weight=1.0, replace=replace)
-        except BaseException:
+        except BaseException as error:
             _remove(copy)
+            if copy is not None and isinstance(error, ArtifactError):
+                text = str(error).replace(str(copy), str(found.path))
+                raise ArtifactError(text) from error
             raise
         _remove(self._copies.pop(key, None))
         if copy is not None:
