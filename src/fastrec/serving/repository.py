@@ -143,8 +143,8 @@ class ModelRepository:
     async def load(self, name: str) -> None:
         """Serve the latest version of a model as it is on disk now.
 
-        Until that is loaded and warm, what was served before goes on, and it goes on where the new
-        one cannot be loaded.
+        The version served before continues until the new one is warm, and where it cannot be
+        loaded.
 
         Raises:
             Rejected: NOT_FOUND: the repository has no such model.

@@ -71,7 +71,7 @@ class ServerOptions:
         reuse_port: whether several processes share the ports.
         limits: of the gRPC port; messages over HTTP have the same limit.
         drain_s: how long requests in flight are waited for at the end.
-        linger_s: how long the server goes on serving once it is told to end and says NOT_SERVING,
+        linger_s: how long the server still answers after SIGTERM while probes say NOT_SERVING,
             so that load balancers can look away first.
         cache: where compiled checkpoints are kept.
         tracer_provider: OpenTelemetry's, where requests' spans go; None = no tracing.
@@ -234,18 +234,18 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end.set)
         starting = asyncio.ensure_future(self.start())
-        told = asyncio.ensure_future(end.wait())
+        ended = asyncio.ensure_future(end.wait())
         try:
-            await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({starting, ended}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
                 if on_start is not None:
                     on_start(self)
-                await told
+                await ended
         finally:
-            told.cancel()
+            ended.cancel()
             starting.cancel()
-            await asyncio.wait({starting, told}, timeout=_CLOSE_S)
+            await asyncio.wait({starting, ended}, timeout=_CLOSE_S)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             await self.stop()

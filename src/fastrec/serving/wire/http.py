@@ -69,7 +69,15 @@ class HttpLimits:
 
 
 class HttpServer:
-    """Serves ``handle`` at ``HOST:PORT``; port 0 takes a free one, see :attr:`port`."""
+    """An HTTP/1.1 server.
+
+    Args:
+        handle: answers one request.
+        address: ``HOST:PORT``; port 0 takes a free one, see :attr:`port`.
+        tls: None = plain text.
+        limits: bounds of what clients may make it hold.
+        reuse_port: whether several processes may listen at this address.
+    """
 
     def __init__(
         self,

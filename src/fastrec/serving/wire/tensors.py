@@ -85,6 +85,12 @@ def tensor_inputs(request: Any) -> dict[str, np.ndarray]:
 def from_raw(name: str, kind: str, shape: Sequence[int], data: Any) -> np.ndarray:
     """A read-only view of little-endian row-major bytes.
 
+    Args:
+        name: of the input, for errors.
+        kind: datatype of the protocol.
+        shape: sizes.
+        data: bytes-like.
+
     Raises:
         DtypeError, ShapeError: see :func:`tensor_inputs`.
     """
@@ -108,6 +114,12 @@ def from_raw(name: str, kind: str, shape: Sequence[int], data: Any) -> np.ndarra
 
 def from_values(name: str, kind: str, shape: Sequence[int], values: Iterable[Any]) -> np.ndarray:
     """An array of a flat sequence of Python numbers.
+
+    Args:
+        name: of the input, for errors.
+        kind: datatype of the protocol.
+        shape: sizes.
+        values: row-major.
 
     Raises:
         ArgumentError, DtypeError, ShapeError: see :func:`tensor_inputs`.
