@@ -31,7 +31,7 @@ def choose(q: torch.Tensor, backend: str | None) -> str:
 
 
 def check_values(q: torch.Tensor, o: Options) -> None:
-    """What the compiled kernel checks itself, for the reference."""
+    """The checks of values that the compiled kernel makes itself, for the reference."""
     length, sizes = q.shape[-2], None
     if o.cu_seqlens is not None:
         length = len(q)
