@@ -26,6 +26,7 @@ from fastrec import files
 from fastrec.compress import load, save
 from fastrec.data.storage import FolderWriter, read_manifest
 from fastrec.errors import StorageError
+from fastrec.runtime import artifact
 from fastrec.train.checkpoint import load_model, save_model
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.chmod")
@@ -59,10 +60,23 @@ def value_of_data(path: Path) -> int:
     return int(np.unique(np.load(path / "items.npy")).item())
 
 
+def write_engine(path: Path, value: int) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "weights.bin").write_bytes(bytes([value]) * 5000)
+
+    artifact.write(path, {"backend": "none"}, fill)
+
+
+def value_of_engine(path: Path) -> int:
+    artifact.read(path)
+    return (path / "weights.bin").read_bytes()[0]
+
+
 VERBS: dict[str, tuple[Callable[[Path, int], Any], Callable[[Path], int]]] = {
     "file": (write_file, lambda path: int(json.loads(path.read_text())[0])),
     "save": (lambda path, v: save(model(v), path), lambda path: value_of(load(path, model(0)))),
     "prepare": (write_data, value_of_data),
+    "engine": (write_engine, value_of_engine),
     "checkpoint": (
         lambda path, v: save_model(path, model(v)),
         lambda path: value_of(load_model(path, model(0))),

@@ -19,7 +19,7 @@ from fastrec.errors import StorageError
 from fastrec.files import atomic_folder, atomic_write, recover
 
 
-@pytest.mark.parametrize("verb", ["file", "save", "prepare", "checkpoint"])
+@pytest.mark.parametrize("verb", ["file", "save", "prepare", "engine", "checkpoint"])
 def test_a_writer_killed_or_out_of_space_at_any_step_leaves_old_or_new(
     verb: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""What each op is held against: the same work, the same inputs, the same threads.
+"""The rivals of each op: the same work, the same inputs, the same threads.
 
 One module an op, ``rivals/<op_id>.py``:
 
@@ -44,7 +44,7 @@ def load(op_id: str) -> ModuleType:
 
 
 def modes(op_id: str, sample: Sample) -> list[str]:
-    """What the bench measures on a sample: "forward", and "training" where the op has it."""
+    """The bench's modes for a sample: "forward", and "training" where the op has it."""
     module = load(op_id)
     trained = getattr(module, "trained", lambda sample: True)
     return ["forward", "training"][: 2 if hasattr(module, "training") and trained(sample) else 1]

@@ -1,4 +1,4 @@
-"""What the ops' rivals share: engines at their best settings.
+"""Helpers of all rivals: engines at their best settings.
 
 An engine that is not installed yields no rival (``None``); one that is installed and fails raises.
 """

@@ -50,7 +50,7 @@ def _torch_int8(x_u8: torch.Tensor, packed: Any, kwargs: dict[str, Any]) -> dict
             calls[f"torch int8 ({name})"] = lambda dense=dense: torch.ops.quantized.linear_relu(
                 x, dense, *out
             )
-        # What torch.export's quantiser lowers to.
+        # The ops that torch.export's quantiser lowers to.
         lowered = torch.ops.onednn.qlinear_prepack(packed.unpack().t(), list(x_u8.shape))
         calls["torch int8 (oneDNN, export)"] = lambda: torch.ops.onednn.qlinear_pointwise(
             *(x_u8, scale, zero_point, lowered, packed.scale, no_zero_points.int(), bias),

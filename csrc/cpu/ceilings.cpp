@@ -139,7 +139,7 @@ double vpdpbusd_peak_gops(double seconds) {
   if (!machine_has(Isa::avx512vnni)) return 0.0;
   using Clock = std::chrono::steady_clock;
   constexpr int64_t kRounds = 20'000;
-  // The best slice: the peak is what the core can do when nobody else is on it.
+  // The best slice: the peak is the core's rate while no other process runs on it.
   double best = 0.0;
   volatile int32_t sink = 0;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);

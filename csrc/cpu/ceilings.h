@@ -1,4 +1,4 @@
-// What this machine can do at most, measured: the denominators of every "% of peak".
+// This machine's measured limits: the denominators of every "% of peak".
 #pragma once
 
 #include <cstdint>

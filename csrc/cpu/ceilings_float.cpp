@@ -60,7 +60,7 @@ __attribute__((target(FASTREC_TARGET_avx512bf16), noipa)) void dot_bf16(int64_t 
 }
 #endif
 
-// 10^9 operations a second in the best slice: the peak is what the core can do when nobody else is
+// 10^9 operations a second in the best slice: the peak is the core's rate while no other process is
 // on it.
 double best_slice(Loop loop, int64_t operations_a_round, double seconds) {
   using Clock = std::chrono::steady_clock;

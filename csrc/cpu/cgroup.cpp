@@ -68,7 +68,7 @@ int cpus_of(const std::string& folder, bool v2, const ReadFile& read) {
     if (space == std::string::npos) return 0;
     return whole_cpus(text->substr(0, space), text->substr(space + 1));
   }
-  const auto quota = read(folder + "/cpu.cfs_quota_us");  // -1 where there is none
+  const auto quota = read(folder + "/cpu.cfs_quota_us");  // -1: no quota
   const auto period = read(folder + "/cpu.cfs_period_us");
   return quota && period ? whole_cpus(*quota, *period) : 0;
 }

@@ -15,7 +15,7 @@ using ReadFile = std::function<std::optional<std::string>(const std::string& pat
 std::optional<std::string> read_file(const std::string& path);
 
 // The tightest CPU quota on the way from the process's group up to the mounted root, in whole CPUs,
-// at least 1; 0 where there is none. Rounded down: a thread beyond the quota is paid for with
+// at least 1; 0 without a quota. Rounded down: a thread beyond the quota is paid for with
 // stalls of up to a period (100 ms) once the quota of a period is spent.
 int cgroup_cpus(const ReadFile& read);
 

@@ -21,7 +21,7 @@ using Clock = std::chrono::steady_clock;
 
 // Long enough to bridge the Python and torch work between two layers of a request (5-50 us, several
 // times that when caches are cold). Short beside the time slice of the scheduler and beside what
-// other pools spin (ms). After the first part the core is offered to whoever else wants it: torch's
+// other pools spin (ms). After the first part the core is offered to other threads: torch's
 // OpenMP threads, which would otherwise share it with a spinning worker.
 constexpr auto kSpinTime = std::chrono::microseconds(300);
 constexpr auto kSpinAlone = std::chrono::microseconds(50);
@@ -170,7 +170,7 @@ class alignas(64) Worker {
   std::atomic<uint32_t> ticket_{kIdle};
   std::atomic<bool> parked_{false};
   std::atomic<pid_t> thread_{0};
-  int kept_off_ = -1;  // who holds the pool reads and writes it
+  int kept_off_ = -1;  // read and written by the thread that holds the pool
   Job* job_ = nullptr;
 };
 
@@ -203,7 +203,7 @@ class Pool {
   // small calls should have its workers after the first few: so calls in close succession add up.
   bool worth_waking(Job& job, int64_t chunks, int64_t chunk_ns) {
     const auto begin = Clock::now();
-    // What the whole takes one thread is told by the caller, or by the first chunk.
+    // The time of all work on one thread: given by the caller, or measured on the first chunk.
     if (chunk_ns == 0) job.step(job.range[0]);
     const auto chunk =
         chunk_ns ? Clock::duration(std::chrono::nanoseconds(chunk_ns)) : Clock::now() - begin;
@@ -232,7 +232,7 @@ thread_local int call_setting = 0;
 
 void forget_parent() {
   pool.store(nullptr);
-  pool_busy.store(false);  // no other thread exists here, whatever the parent's were doing
+  pool_busy.store(false);  // after a fork no other thread exists here
   machine_limit.store(0);
 }
 

@@ -8,7 +8,7 @@
 
 namespace fastrec {
 
-// Whether body(begin, end) was true for every chunk; all are run, whatever one says.
+// Whether body(begin, end) was true for every chunk; all are run, also after a false one.
 template <class F>
 bool parallel_all(int64_t count, int64_t grain, int threads, F&& body) {
   std::atomic<bool> all{true};

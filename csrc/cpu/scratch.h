@@ -26,7 +26,7 @@ T* scratch(int64_t count) {
   const auto address = reinterpret_cast<uintptr_t>(buffer.get());
   T* const memory = reinterpret_cast<T*>(address + (kLine - address % kLine) % kLine);
 #if defined(__SANITIZE_ADDRESS__)
-  // What an earlier call left, or lies beyond the elements asked for, is out of bounds.
+  // Bytes beyond the elements asked for are out of bounds, also those of an earlier, larger call.
   ASAN_UNPOISON_MEMORY_REGION(buffer.get(), capacity);
   std::memset(buffer.get(), 0xff, capacity);
   const std::byte* end = reinterpret_cast<std::byte*>(memory + count);

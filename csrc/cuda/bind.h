@@ -1,4 +1,4 @@
-// What bind.cpp files share: addresses from Python, and errors to it.
+// Helpers of bind.cpp files: addresses from Python, and errors to it.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// What kernels share. Headers named *.cuh compile under nvcc, under NVRTC (which has no host
-// headers) and, for the tests, under a host compiler with FASTREC_EMULATED, where
+// Device code that kernels share. Headers named *.cuh compile under nvcc, under NVRTC (which has no
+// host headers) and, for the tests, under a host compiler with FASTREC_EMULATED, where
 // tests/kernels/gpu/emulator.h stands in for CUDA.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What launch.cu files share.
+// Helpers of all launch.cu files.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -47,7 +47,7 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
 def atomic_folder(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
     """Context manager: an empty folder to fill, which becomes ``path`` at the end.
 
-    What is at ``path`` by then is replaced and removed: check before that it may be.
+    The previous content of ``path`` is removed: check first that it may be.
 
     Args:
         path: the folder; its parent is made. After an exception in the block it is as before.
@@ -66,7 +66,7 @@ def atomic_folder(path: str | os.PathLike[str], *, sync: bool = True) -> Iterato
 def draft_folder(path: Path) -> Iterator[Path]:
     """Context manager: an empty, locked folder beside ``path``, for :func:`install`.
 
-    At the end whatever has its name is removed: the draft, or what it replaced.
+    At the end the folder of that name is removed: the draft, or the one it replaced.
 
     Raises:
         StorageError: it cannot be made.

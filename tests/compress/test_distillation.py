@@ -194,3 +194,15 @@ def test_candidates_masked_with_infinity_have_no_part_in_the_logit_loss(
         assert float(loss.detach()) == 0.0
     assert bool(torch.isfinite(student.grad).all())
     assert not bool(student.grad[:, [c for c, mask in enumerate(masks) if mask]].any())
+
+
+def test_a_student_may_share_only_frozen_parameters_with_its_teacher() -> None:
+    table = nn.Embedding(50, 8)
+    student, teacher = (nn.Sequential(table, nn.Linear(8, 4)) for _ in range(2))
+    loader = [(torch.arange(8), torch.zeros(8, dtype=torch.long))]
+    with pytest.raises(ArgumentError, match=r"parameters of its own.*'0.weight'"):
+        distill(student, teacher, loader, [LogitKL()])
+    table.weight.requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    distill(student, teacher, loader, [LogitKL()])
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

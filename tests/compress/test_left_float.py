@@ -397,6 +397,40 @@ def test_dropout_that_eval_mode_leaves_on_is_refused() -> None:
         fastrec.quantize_(Quiet().eval(), config, batches())
 
 
+def test_buffers_that_eval_mode_changes_are_refused() -> None:
+    class Counting(Tower):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind = kind
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("cache", torch.zeros(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kind == "in place":
+                self.calls += 1
+            elif self.kind == "assigned":
+                self.calls = self.calls + 1
+            else:
+                self.cache = x.new_ones(len(x))
+            return super().forward(x)
+
+    for kind in ("in place", "assigned"):
+        model = Counting(kind).eval()
+        with pytest.raises(ArgumentError, match="leaves as they are, got 'calls' changes"):
+            fastrec.quantize_(model, Int8(), batches())
+        assert float(model.calls) == 0
+        assert type(model.first) is nn.Linear
+    assert set(fastrec.quantize_(Counting("cache").eval(), Int8(), batches()).layers) == {
+        "first", "second", "last"
+    }  # fmt: skip
+
+
+def test_batches_that_do_not_fit_the_model_say_so() -> None:
+    pairs = [(torch.randn(8, 64), torch.randn(8, 64))]
+    with pytest.raises(ArgumentError, match=r"batch: expected the inputs of Tower.forward\(x:"):
+        fastrec.quantize_(Tower().eval(), Int8(), pairs)
+
+
 def test_quantised_layers_take_the_float_layers_keyword() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:
@@ -427,3 +461,112 @@ def test_wrappers_of_a_model_are_seen_through() -> None:
         "first.weight", "second.weight", "last.weight"
     }  # fmt: skip
     assert not torch.equal(model(x[0]), expected)
+
+
+def transposed(layer: nn.Module) -> nn.Module:
+    layer.weight = nn.Parameter(layer.weight.detach().t())
+    return layer
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Linear(64, 64),
+    "transposed": lambda: transposed(nn.Linear(64, 64)),
+    "grouped": lambda: GroupedLinear(64, 64, 2),
+    "weight_norm": lambda: parametrise.weight_norm(nn.Linear(64, 64)),
+    "orthogonal": lambda: parametrise.orthogonal(nn.Linear(64, 64)),
+    "torch's prune": lambda: with_torch_pruning(nn.Linear(64, 64)),
+    "expanded": lambda: transposed(nn.Linear(64, 64)),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=5),
+    sparsity=st.floats(0.1, 0.7),
+    scope=st.sampled_from(["global", "layer"]),
+    seed=st.integers(0, 9),
+)
+def test_a_pruning_report_is_what_happened(
+    kinds: list[str], sparsity: float, scope: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(LAYERS[kind]() for kind in kinds), nn.Linear(64, 64))
+    for index, kind in enumerate(kinds):
+        if kind == "expanded":
+            model[index].weight = nn.Parameter(torch.randn(64, 1).expand(64, 64))
+    before = [layer.weight.detach().clone() for layer in model]
+    report = fastrec.prune_(model, BlockPruning(sparsity, block=(8, 4), scope=scope))
+    for index, old in enumerate(before):
+        new = model[index].weight.detach()
+        if str(index) in report.left:
+            assert torch.equal(new, old)
+            continue
+        kept = report.layers[f"{index}.weight"].kept
+        assert float((new == 0).float().mean()) == pytest.approx(1 - kept, abs=1e-6)
+        assert torch.equal(new[new != 0], old[new != 0])
+    assert len(report.left) + len(report.layers) == len(model)
+    zeros = sum(
+        float((model[int(n.split(".")[0])].weight == 0).float().sum()) for n in report.layers
+    )
+    elements = sum(before[int(n.split(".")[0])].numel() for n in report.layers)
+    assert zeros / elements == pytest.approx(report.sparsity, abs=1e-6)
+    assert report.sparsity <= sparsity + 1e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    ties=st.lists(st.sampled_from(["call", "matmul", "head", "dtype", "cat", "shape"]), min_size=1,
+                  max_size=4, unique=True),
+    qat=st.booleans(),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_mixture_of_uses_of_a_table_keeps_its_scores(
+    ties: list[str], qat: bool, seed: int
+) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.items, self.layer = nn.Embedding(1200, 32), nn.Linear(32, 32)
+            self.head = nn.Linear(32, 1200, bias=False)
+            self.head.weight = self.items.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.layer(self.items(ids)).mean(1)
+            scores = hidden.new_zeros(len(ids), 1200)
+            table = self.items.weight
+            if "matmul" in ties:
+                scores = scores + hidden @ table.T
+            if "head" in ties:
+                scores = scores + self.head(hidden)
+            if "dtype" in ties:
+                scores = scores.to(table.dtype)
+            if "cat" in ties:
+                scores = scores + hidden @ torch.cat([table[:600], table[600:]]).T
+            if "shape" in ties:
+                scores = scores / table.shape[0]
+            return scores + self.items(ids).sum((1, 2))[:, None]
+
+    torch.manual_seed(seed)
+    model, ids = Mixed().eval(), torch.randint(1200, (8, 10))
+    with torch.no_grad():
+        expected = model(ids)
+    if qat:
+        called = ["items", "layer", *(["head"] if "head" in ties else [])]
+        fastrec.quantize_(model, QAT("prepare"), filter_fn=called)
+        model.train()(ids)
+        model.eval()
+        fastrec.quantize_(model, QAT("convert"))
+    else:
+        fastrec.quantize_(model, Int8(), [ids])
+    assert close(model, expected, ids)
+    outside = {"matmul", "dtype", "cat"} & set(ties)
+    assert (type(model.items) is nn.Embedding) == bool(outside)
+
+
+@pytest.mark.parametrize("value", [1e20, float("nan"), float("inf")])
+def test_weights_whose_squares_overflow_are_refused(value: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[3, 5] = value
+    with pytest.raises(ArgumentError, match=r"1.weight: expected finite weights below 1e\+16"):
+        fastrec.prune_(model, PRUNING)

@@ -22,6 +22,11 @@ COLUMNS = {
     for i, role in enumerate(("user", "item", "category", "behaviour", "time"))
 }
 TAOBAO = Layout("delimited", COLUMNS, n_fields=5)
+NARROW = Layout(
+    "delimited",
+    {"user": COLUMNS["user"], "item": Column(2, None, "float"), "time": Column(1, None, "float")},
+    n_fields=4,
+)
 USER_ITEM = Layout("delimited", {r: COLUMNS[r] for r in ("user", "item")}, " ", n_fields=2)
 
 
@@ -112,19 +117,24 @@ FIELD = st.one_of(
     st.sampled_from(["", " ", "\t7", " 7", "7 ", "+7", "0x1", "-", "1e3", "7\r", "\r7", "\x0b7"]),
     st.text(st.characters(codec="utf-8", exclude_characters='\n"'), max_size=3),
 )
-LINE = st.tuples(
-    FIELD, FIELD, FIELD, st.sampled_from(["pv", "buy", "", "x", "pv ", "pv\r"]), FIELD
-).map(",".join)
+WORD = st.sampled_from(["pv", "buy", "", "x", "pv ", "pv\r"])
+LINE = st.one_of(
+    st.tuples(FIELD, FIELD, FIELD, WORD, FIELD).map(",".join),
+    st.lists(FIELD, min_size=2, max_size=5).map(",".join),
+)
 
 
-@given(st.lists(LINE, min_size=1, max_size=4))
-def test_both_parsers_agree_wherever_polars_takes_the_block(lines: list[str]) -> None:
+@pytest.mark.parametrize("layout", [TAOBAO, NARROW])
+@given(lines=st.lists(LINE, min_size=1, max_size=4))
+def test_both_parsers_agree_wherever_polars_takes_the_block(
+    layout: Layout, lines: list[str]
+) -> None:
     data = "".join(line + "\n" for line in lines).encode("utf-8")
     block = Block(data, 1, data.count(b"\n"))
-    fast = delimited._parse_fast(block, TAOBAO)
+    fast = delimited._parse_fast(block, layout)
     if fast is not None:
-        slow = delimited.parse_lines(block, TAOBAO)
-        one, two = (Normaliser(TAOBAO, ReadOptions(), None)(rows) for rows in (fast, slow))
+        slow = delimited.parse_lines(block, layout)
+        one, two = (Normaliser(layout, ReadOptions(), None)(rows) for rows in (fast, slow))
         assert one[1].tolist() == two[1].tolist()
         assert one[0].filter(one[1] == 0).rows() == two[0].filter(two[1] == 0).rows()
 

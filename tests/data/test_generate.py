@@ -10,7 +10,7 @@ import pytest
 from fastrec.data import SequenceDataset, generate, generation, prepare
 from fastrec.data.sessions import SESSION_GAP, draw_sessions
 from fastrec.data.statistics import read_log, statistics
-from fastrec.data.synthetic_catalogue import World
+from fastrec.data.synthetic_catalogue import SyntheticCatalogue
 from fastrec.errors import ArgumentError
 
 # The published log's first 983 users (44 rows outside the window included or not: no digit below
@@ -231,14 +231,14 @@ def test_sessions_lie_apart_even_when_a_user_has_no_room_to_spare() -> None:
 
 
 def test_every_category_has_items_in_proportion() -> None:
-    world = World.make(1000, 50, 0)
-    sizes = np.diff(world.first_item)
+    catalogue = SyntheticCatalogue.make(1000, 50, 0)
+    sizes = np.diff(catalogue.first_item)
     assert sizes.sum() == 1000
     assert sizes.min() >= 2
-    assert sorted(world.item_label) == list(range(1, 1001))
+    assert sorted(catalogue.item_label) == list(range(1, 1001))
     u = np.linspace(0, 1, 100, endpoint=False)
     for category in (0, 49):
         for style in (-1, 0, 7):
-            items = world.draw_items(np.full(100, category, np.int32), u, np.full(100, style))
-            assert items.min() >= world.first_item[category]
-            assert items.max() < world.first_item[category + 1]
+            items = catalogue.draw_items(np.full(100, category, np.int32), u, np.full(100, style))
+            assert items.min() >= catalogue.first_item[category]
+            assert items.max() < catalogue.first_item[category + 1]

@@ -429,6 +429,23 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         prepare([tmp_path / "a.csv", tmp_path / "b.csv"], tmp_path / "out")
 
 
+def test_quoted_headers_and_blank_lines_before_them(tmp_path: Path) -> None:
+    for part in "ab":
+        lines = [f'"{part}{k}","x,{k}"' for k in range(9)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["", '"user","item"', *lines]))
+    report = prepare([tmp_path / "a.csv", tmp_path / "b.csv"], tmp_path / "out", strict=True)
+    assert (report.users, report.items, report.rows, report.blank_lines) == (18, 9, 18, 0)
+
+
+def test_windows_hold_in_any_unit(tmp_path: Path) -> None:
+    path = _write(tmp_path / "log.csv", _each(lambda u, i, c, b, t: f"{u},{i},{t * 10**9}"))
+    middle = sorted(row[-1] for row in EVENTS)[90]
+    report, dataset, line = _read(path, window=(middle, 1 << 60))
+    assert report.kept == sum(row[-1] >= middle for row in EVENTS)
+    assert dataset.times.min() == middle
+    assert "(ns)" in line
+
+
 def test_two_ids_of_one_hash_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastrec.data import text_ids
 

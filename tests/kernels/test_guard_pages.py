@@ -1,4 +1,4 @@
-"""Every op on inputs that end at a page nobody may touch: a byte read too far ends the process."""
+"""Every op on inputs that end at an unreadable page: a byte read too far ends the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AttentionPattern: its rule, spelled out key by key, and what it refuses."""
+"""AttentionPattern: its rule, checked key by key, and the arguments it refuses."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_any_gradient_agrees_with_the_reference(case: dict[str, Any], isa: str) 
     exact = separable_projection_backward_reference(*wide, **kwargs)
     sizes = separable_projection_backward_reference(*(t.abs() for t in wide), **kwargs)
     with kernels.force_isa(isa):
-        # What lies beyond the lengths is no gradient, whatever it is.
+        # Values beyond the lengths, NaNs included, have no gradient.
         for b, valid in enumerate(kwargs.get("lengths", ())):
             dy[b, valid:] = torch.nan
         actual = gradients(args, dy, **kwargs)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_
 
 
 def run(code: str, **environment: str) -> str:
-    """Output of code in a fresh interpreter, whose thread settings nobody has touched."""
+    """Output of code in a fresh interpreter, with thread settings as they are at its start."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         env=os.environ | environment,

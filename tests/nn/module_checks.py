@@ -1,4 +1,4 @@
-"""What every float module of ``fastrec.nn`` keeps: state, copies, dtypes, tracing, gradients."""
+"""Checks of every float module of ``fastrec.nn``: state, copies, dtypes, tracing, gradients."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def close(got: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
 
 def same_gradients(
     module: nn.Module,
-    twin: Callable[..., torch.Tensor],
+    expected_of: Callable[..., torch.Tensor],
     x: torch.Tensor,
     parameters: list[nn.Parameter],
     terms: int,
 ) -> None:
-    """Value and gradients, for x and the parameters, of ``module(x)`` and ``twin(x)``."""
+    """Value and gradients, for x and the parameters, of ``module(x)`` and ``expected_of(x)``."""
     x = x.clone().requires_grad_()
     results = []
-    for function in (module, twin):
+    for function in (module, expected_of):
         y = function(x)
         weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
         results.append((y, torch.autograd.grad((y * weights).sum(), [x, *parameters])))

@@ -26,37 +26,37 @@ def norms(affine: bool = True, bias: bool = True) -> tuple[nn.LayerNorm, LayerNo
 
 @pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, False)])
 def test_it_is_torchs_norm(affine: bool, bias: bool) -> None:
-    norm, twin = norms(affine, bias)
-    assert list(twin.parameters()) == list(norm.parameters())
-    assert repr(twin) == repr(norm)
+    norm, ours = norms(affine, bias)
+    assert list(ours.parameters()) == list(norm.parameters())
+    assert repr(ours) == repr(norm)
     for shape in ((5, 70), (70,), (0, 70), (2, 3, 70)):
         x = torch.randn(shape)
         with torch.no_grad():
             # Means and variances of 70 numbers in other orders: some units in the last place.
-            torch.testing.assert_close(twin(x), norm(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours(x), norm(x), rtol=1e-5, atol=1e-5)
     x = torch.randn(4, 70, dtype=torch.float64)
-    assert torch.equal(twin.double()(x), norm.double()(x))
+    assert torch.equal(ours.double()(x), norm.double()(x))
 
 
 @compiled
 def test_inference_has_the_kernels_bits_and_training_torchs() -> None:
-    norm, twin = norms()
+    norm, ours = norms()
     x = torch.randn(33, 70)
-    assert torch.equal(twin(x), norm(x))  # the parameters want gradients
-    twin(x).sum().backward()
+    assert torch.equal(ours(x), norm(x))  # the parameters want gradients
+    ours(x).sum().backward()
     assert norm.weight.grad is not None
     with torch.inference_mode():
-        assert torch.equal(twin(x), layer_norm_quantize(x, norm.weight, norm.bias, eps=1e-3))
-        half = copy.deepcopy(twin).bfloat16()
+        assert torch.equal(ours(x), layer_norm_quantize(x, norm.weight, norm.bias, eps=1e-3))
+        half = copy.deepcopy(ours).bfloat16()
         assert half(x.bfloat16()).dtype is torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(twin(x), norm(x))
+            torch.testing.assert_close(ours(x), norm(x))
 
 
 def test_errors_and_several_dimensions_are_torchs() -> None:
-    twin = norms()[1]
+    ours = norms()[1]
     with torch.no_grad(), pytest.raises(RuntimeError, match="normalized_shape"):
-        twin(torch.randn(3, 71))
+        ours(torch.randn(3, 71))
     wide = nn.LayerNorm((3, 70))
     x = torch.randn(2, 3, 70)
     with torch.no_grad():
@@ -64,9 +64,9 @@ def test_errors_and_several_dimensions_are_torchs() -> None:
 
 
 def test_tracing_sees_torchs_operator() -> None:
-    twin = norms()[1].eval()
+    ours = norms()[1].eval()
     with torch.no_grad():
-        program = torch.export.export(twin, (torch.randn(3, 70),))
+        program = torch.export.export(ours, (torch.randn(3, 70),))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets == ["aten.layer_norm.default"]
 

@@ -23,11 +23,11 @@ def test_values_and_gradients_are_those_of_torch(
     rank = data.draw(st.integers(1, min(inputs, outputs)))
     module = LowRankLinear(inputs, outputs, rank, bias)
 
-    def twin(x: torch.Tensor) -> torch.Tensor:
+    def expected_of(x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, module.up.weight @ module.down.weight, module.up.bias)
 
     x = torch.randn(2, 5, inputs)
-    same_gradients(module, twin, x, list(module.parameters()), inputs + rank + outputs)
+    same_gradients(module, expected_of, x, list(module.parameters()), inputs + rank + outputs)
 
 
 def test_full_rank_is_exact_and_less_is_the_best() -> None:

@@ -14,7 +14,7 @@ from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.nn import GroupedLinear
 
 
-def twin(module: GroupedLinear, x: torch.Tensor) -> torch.Tensor:
+def expected_of(module: GroupedLinear, x: torch.Tensor) -> torch.Tensor:
     """By ``nn.functional.linear`` a group."""
     parts = x.chunk(module.groups, -1)
     outs = [F.linear(part, weight) for part, weight in zip(parts, module.weight, strict=True)]
@@ -41,7 +41,7 @@ def test_values_and_gradients_are_those_of_torch(
     module = GroupedLinear(groups * inputs, groups * outputs, groups, bias, shuffle)
     x = torch.randn(*lead, groups * inputs)
     same_gradients(
-        module, lambda x: twin(module, x), x, list(module.parameters()), inputs + outputs
+        module, lambda x: expected_of(module, x), x, list(module.parameters()), inputs + outputs
     )
 
 

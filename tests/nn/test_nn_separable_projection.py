@@ -14,7 +14,7 @@ from fastrec.errors import ArgumentError, ShapeError
 from fastrec.nn import GroupedLinear, SeparableProjection
 
 
-def twin(module: SeparableProjection, x: torch.Tensor) -> torch.Tensor:
+def expected_of(module: SeparableProjection, x: torch.Tensor) -> torch.Tensor:
     width = module.kernel_size
     before = width - 1 if module.causal else width // 2
     padded = F.pad(x, (0, 0, before, width - 1 - before)).transpose(1, 2)
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_those_of_torch(
     module = SeparableProjection(groups * inputs, groups * outputs, width, groups, bias, causal)
     x = torch.randn(batch, length, groups * inputs)
     terms = width * (inputs + outputs)
-    same_gradients(module, lambda x: twin(module, x), x, list(module.parameters()), terms)
+    same_gradients(module, lambda x: expected_of(module, x), x, list(module.parameters()), terms)
 
 
 @pytest.mark.parametrize("causal", [False, True])

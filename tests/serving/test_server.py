@@ -276,6 +276,24 @@ def test_a_failed_reload_keeps_the_model_that_works(start, engine_path, other_pa
         assert not client.get_model_repository_index().models[0].reason
 
 
+def test_files_overwritten_in_place_do_not_reach_the_engine_that_runs(
+    start, engine_path, other_path, tmp_path
+):
+    shutil.copy(engine_path, tmp_path / "ranker")
+    server = start(tmp_path)
+    request = request_of()
+    with grpcclient.InferenceServerClient(server.grpc) as client:
+        before = client.infer("ranker", inputs(grpcclient, request)).as_numpy("scores")
+        for data in (other_path.read_bytes(), engine_path.read_bytes()[:5000], b""):
+            (tmp_path / "ranker").write_bytes(data)
+            again = client.infer("ranker", inputs(grpcclient, request)).as_numpy("scores")
+            assert np.array_equal(before, again)
+        copy = server.server.repository._copies["ranker", "1"]
+        assert copy.exists()
+        client.unload_model("ranker")
+        assert not copy.parent.exists()
+
+
 def test_reloads_under_traffic_refuse_nothing(start, engine_path, other_path, tmp_path):
     shutil.copy(engine_path, tmp_path / "ranker")
     server = start(tmp_path)

@@ -118,7 +118,7 @@ struct Keys {
   int64_t count() const { return near + far; }
 };
 
-// What one map's scores need.
+// Inputs of one map's scores.
 struct Map {
   const Rows &q, &k;
   float scale;

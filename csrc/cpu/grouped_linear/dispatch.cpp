@@ -76,8 +76,8 @@ void project(const Kernel& kernel, const Matrix& a, int64_t inputs, const Panels
             multiply_tile(kernel, memory[(t - first) * tile_lines].units, height, panels, g, p, c,
                           row0);
             if (p > 0) continue;
-            // What the next round of this loop reads: the next group of these rows, or the rows of
-            // the next block.
+            // Prefetch for the next round of this loop: the next group of these rows, or the rows
+            // of the next block.
             const bool more = g + 1 < panels.groups;
             const int64_t next = more ? row0 : row0 + block_rows;
             if (next + height <= last_row)

@@ -38,7 +38,7 @@ struct Matrix {
   Channels channels;
 };
 
-// A unit of 32 bits is passed as float, whatever it holds.
+// A unit of 32 bits is passed as float, also where it holds two bf16.
 struct Kernel {
   Isa isa;
   int unit_inputs;

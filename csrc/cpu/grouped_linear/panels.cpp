@@ -73,7 +73,7 @@ void pack_pairs(const uint16_t* weight, const Group& group, int64_t column0, int
                 float* panel) {
   const uint16_t* from = weight + column0 * group.column_stride;
   if (group.depth_stride == 1 && group.depth % 8 == 0 && count == kPanelColumns) {
-    // Whole pairs lie side by side: units to transpose, whatever they hold.
+    // Whole pairs lie side by side: units to transpose, of either dtype.
     const Group pairs = {group.columns, group.depth / 2, group.column_stride / 2, 1};
     pack_f32(reinterpret_cast<const float*>(from), pairs, 0, count, panel);
     return;

@@ -54,7 +54,7 @@ inline const float* mask_row(const Call& call, const Part& part, int64_t i) {
   return call.mask.data + part.batch * call.mask.batch_stride + part.head * call.mask.head_stride +
          i * call.mask.row_stride + call.first_key(part.batch);
 }
-// Whether all scores are -inf; a NaN is none.
+// Whether all scores are -inf; false with a NaN among them.
 inline bool sees_nothing(const float* scores, int64_t keys) {
   for (int64_t j = 0; j < keys; ++j)
     if (!(scores[j] < std::numeric_limits<float>::lowest())) return false;

@@ -126,7 +126,7 @@ FASTREC_VEC_INLINE float softmax_row(float* row, int64_t keys) {
   return 1.0f / sum_lanes(sum);
 }
 
-// For those who have scores alone.
+// For callers that have scores alone.
 FASTREC_VEC float softmax(float* row, int64_t keys) { return softmax_row<false>(row, keys); }
 
 // out[r] = inverse_sum[r] * sum_j weights[r][j] * values[j], vectors * 16 dims, the last one up to

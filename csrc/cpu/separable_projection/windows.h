@@ -1,4 +1,4 @@
-// Rows of a few channels copied out of sequences, zeros where there are none, for the kernels.
+// Rows of a few channels copied out of sequences, zeros outside the sequence, for the kernels.
 #pragma once
 
 #include <algorithm>

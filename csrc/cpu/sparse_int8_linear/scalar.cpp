@@ -1,4 +1,4 @@
-// The exact twin of every vector kernel: plain loops, any machine.
+// The scalar twin of every vector kernel, bit for bit: plain loops, any machine.
 #include <algorithm>
 #include <bit>
 #include <cmath>

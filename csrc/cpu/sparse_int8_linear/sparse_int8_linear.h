@@ -64,11 +64,11 @@ struct Quantisation {
   int32_t zero_point;  // 0..255
 };
 
-// What a block needs of each output: padded to whole panels.
+// Per-output constants of a block, padded to whole panels.
 struct Folded {
   const int32_t* start;  // -zero point * sum
   const float* scale;    // x_scale * w_scale
-  const float* bias;     // -0 where there is none: adding it changes no value
+  const float* bias;     // -0 without a bias: adding it changes no value
 };
 
 // Makes and owns the folded values of a weight and its input's quantisation.

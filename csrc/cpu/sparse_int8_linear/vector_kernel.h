@@ -19,7 +19,7 @@
 namespace fastrec::sparse_int8_linear {
 namespace {
 
-// What the micro-kernel needs; a struct, so that it arrives in one register.
+// Arguments of the micro-kernel; a struct, so that they arrive in one register.
 template <class Simd>
 struct Strip {
   const int8_t* values;        // [groups] of the panel's kept groups, 128 bytes apart

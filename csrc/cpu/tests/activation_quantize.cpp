@@ -38,7 +38,7 @@ Bytes inputs(const Case& c, Random& random) {
   auto values = random.floats(count, 8.0f);
   constexpr float kEdges[] = {-INFINITY, INFINITY, -0.0f, 3e38f, -3e38f, 1e-40f, 0.025f, 0.075f};
   for (int64_t i = 0; i < count && i < 8; ++i) values[count - 1 - i] = kEdges[i];
-  // gelu(-inf) is a NaN, whose sign and payload are nobody's business.
+  // gelu(-inf) is a NaN, whose sign and payload do not matter.
   if (c.activation == Activation::gelu && count) values[count - 1] = -20.0f;
   if (c.x == Input::f32) return bytes_of(values);
   std::vector<uint16_t> halves;

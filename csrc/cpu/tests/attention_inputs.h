@@ -1,4 +1,4 @@
-// What the tests of the attention ops share: patterns, and rows in two memory layouts.
+// Patterns, and rows in two memory layouts, for the tests of the attention ops.
 #pragma once
 
 #include <cmath>
@@ -25,7 +25,7 @@ struct Strides {
         row(together ? s.heads * s.dims : s.dims) {}
 };
 
-// What lies behind a length is never read as a number.
+// Values behind a length are never read as numbers.
 template <class T>
 void spoil_beyond(const std::vector<int64_t>& lengths, const Sizes& sizes, bool together, T with,
                   std::vector<T>* values) {

@@ -82,10 +82,10 @@ int64_t run_at(const Case& c, const Inputs& inputs, Place place, bool gradients,
 }
 
 // Every input lies in [-1, 1]: a score is off by at most D^1.5 * 2^-24 after its scale, exp and log
-// add 2^-20, and a probability is off by twice the share, e; two maps and two twins: 8 e. A row's
-// kl is at most the largest difference of scores, 2 (sqrt(Dt) + sqrt(Ds)), and is off by that times
-// the share; L rows a head. A gradient is scale times a sum of slopes; those of a key (dk) come
-// from rows whose probabilities for it sum to about 1, here below 4.
+// add 2^-20, and a probability is off by twice the share, e; two maps and two implementations: 8 e.
+// A row's kl is at most the largest difference of scores, 2 (sqrt(Dt) + sqrt(Ds)), and is off by
+// that times the share; L rows a head. A gradient is scale times a sum of slopes; those of a key
+// (dk) come from rows whose probabilities for it sum to about 1, here below 4.
 void compare(const Case& c) {
   const Inputs inputs(c);
   Results expected;

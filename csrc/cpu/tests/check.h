@@ -30,7 +30,7 @@ struct Registered {
   static void name()
 #define TEST(name) FASTREC_TEST_OF(name)
 
-// What the failure message and a crash of a guard page name: the setting that runs.
+// The setting that runs, for failure messages and crashes at guard pages.
 extern char setting[256];
 
 #define CHECK(condition)                                                       \

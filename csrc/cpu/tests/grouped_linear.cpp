@@ -61,8 +61,8 @@ void compare(const Sizes& sizes, Dtype dtype, bool bias, bool shuffled) {
   Results expected;
   as_scalar([&] { expected = run(Place::heap); });
   // All factors lie in [-1, 1]. A sum of n products in fp32, in any order, is off by at most n
-  // roundings of at most n each: n^2 * 2^-24 for either twin. bf16 results are rounded once more,
-  // and a value near a tie may fall to either side: one unit in the last place, 2^-7.
+  // roundings of at most n each: n^2 * 2^-24 for either implementation. bf16 results are rounded
+  // once more, and a value near a tie may fall to either side: one unit in the last place, 2^-7.
   const auto agree = [&](const std::vector<float>& actual, const std::vector<float>& wanted,
                          int64_t terms) {
     const double n = static_cast<double>(terms + 1);

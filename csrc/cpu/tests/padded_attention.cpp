@@ -14,7 +14,7 @@ struct Shape {
 // Softmax weights sum to 1 and |v| <= 1, so |out| <= 1. Scores are off by at most D * 2^-24 * |q|
 // |k|
 // <= 130 * 2^-24 * 130 / sqrt(130) (|q_d|, |k_d| <= 1), about 9e-5, which changes a weight by that
-// share; twins may each be off by it.
+// share; both implementations may be off by it.
 constexpr double kTolerance = 2e-4;
 
 void compare(const Shape& shape, const std::vector<int64_t>& lengths) {
@@ -23,7 +23,7 @@ void compare(const Shape& shape, const std::vector<int64_t>& lengths) {
   const int64_t width = heads * dims;
   const auto q = random.floats(batch * queries * width);
   auto k = random.floats(batch * keys * width), v = random.floats(batch * keys * width);
-  // What lies behind a length is never read as a number.
+  // Values behind a length are never read as numbers.
   for (int64_t b = 0; b < batch && !lengths.empty(); ++b)
     for (int64_t i = (b * keys + lengths[b]) * width; i < (b + 1) * keys * width; ++i)
       k[i] = v[i] = NAN;

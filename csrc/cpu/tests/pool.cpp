@@ -57,7 +57,7 @@ TEST(pool_shares_two_long_chunks_though_its_worker_sleeps) {
   std::atomic<int> begun{0};
   auto run = [&](int64_t, int64_t) {
     ++begun;
-    // Neither ends before the other has begun, unless nobody takes the other.
+    // Neither ends before the other has begun, unless no thread takes the other.
     const auto limit = std::chrono::steady_clock::now() + std::chrono::seconds(5);
     while (begun < 2 && std::chrono::steady_clock::now() < limit) std::this_thread::yield();
     CHECK(begun == 2);

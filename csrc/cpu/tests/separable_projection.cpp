@@ -96,10 +96,10 @@ void compare(const Case& c, Dtype dtype) {
   Results expected;
   as_scalar([&] { expected = run(Place::heap); });
   // All factors lie in [-1, 1]. A sum of n products is off by at most n roundings of at most n each
-  // in either twin; h, of W products, is at most W, so that a sum of I products of h is off by
-  // (I + 1)^2 roundings of W each and by what I values of h are off. bf16 results are rounded once
-  // more, and a value near a tie may fall to either side: one unit in the last place, 2^-7. Where h
-  // is rounded to bf16, each of its I values, at most W, is off by 2^-9 of itself.
+  // in either implementation; h, of W products, is at most W, so that a sum of I products of h is
+  // off by (I + 1)^2 roundings of W each and by what I values of h are off. bf16 results are
+  // rounded once more, and a value near a tie may fall to either side: one unit in the last place,
+  // 2^-7. Where h is rounded to bf16, each of its I values, at most W, is off by 2^-9 of itself.
   const double taps = c.width, terms = static_cast<double>(c.inputs + 1);
   const double sums = static_cast<double>(c.batch * c.length + 1);
   const auto agree = [](const std::vector<float>& actual, const std::vector<float>& wanted,

@@ -166,10 +166,10 @@ class Comparison {
 
   // Every input lies in [-1, 1]. A score is a sum of D products, off by at most D^1.5 * 2^-24 after
   // the scale; exp and the maximum add 2^-20. A weight is off by twice that share, e, its row's
-  // sums of keys by as much again, and either twin by that: 8 e. A score's gradient is at most
-  // 2 D + 1 of a weight, and goes into dq and dk times scale. Weights of a column (dk, dv) sum to
-  // what rows give it, about 1, here below 4. A result of 16 bits near a tie falls to either side:
-  // one unit in its last place.
+  // sums of keys by as much again, and either implementation by that: 8 e. A score's gradient is at
+  // most 2 D + 1 of a weight, and goes into dq and dk times scale. Weights of a column (dk, dv) sum
+  // to what rows give it, about 1, here below 4. A result of 16 bits near a tie falls to either
+  // side: one unit in its last place.
   void agree(const Results& actual, const Results& expected) const {
     const double dims = static_cast<double>(c_.sizes.dims);
     const double e = std::pow(dims, 1.5) * 0x1p-24 + 0x1p-20;

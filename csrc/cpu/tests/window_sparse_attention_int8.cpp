@@ -58,7 +58,7 @@ struct Inputs {
   std::vector<float> v_scale;
 };
 
-// What run() returned, and the bytes it wrote.
+// The status of run() and the bytes it wrote.
 struct Outcome {
   int64_t code;
   std::vector<uint8_t> out;

@@ -1,5 +1,5 @@
-// A kernel's entries for whatever dtype a call names: each file that defines forward<T>, delta<T>,
-// grad_q<T> and grad_kv<T> includes this after them.
+// A kernel's entries for every dtype that a call may name: each file that defines forward<T>,
+// delta<T>, grad_q<T> and grad_kv<T> includes this after them.
 #pragma once
 
 #include "window_sparse_attention/window_sparse_attention.h"

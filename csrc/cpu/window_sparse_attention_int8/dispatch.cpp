@@ -75,7 +75,7 @@ struct Task {
   int64_t first_part;
 };
 
-// Threads for so many query rows, which see at most so many keys.
+// Threads for this number of query rows and of keys that one row sees at most.
 int threads_for(const Call& call, int64_t rows, int64_t keys, int64_t far) {
   const int64_t seen = std::min(keys, 2 * call.pattern.window + 1) + far;
   return 2 * rows * seen * call.dims < kParallelMultiplyAdds ? 1 : num_threads();

@@ -1,4 +1,4 @@
-// What the host hands to the kernel of sparse_int8_linear; no device code.
+// Parameters of the kernel of sparse_int8_linear, filled in by the host; no device code.
 #pragma once
 
 #include "types.cuh"
@@ -19,7 +19,7 @@ inline constexpr int kSumsRow = kPanelOutputs + 4;
 enum Activation : int32_t { kNone, kRelu, kGelu };
 enum Dtype : int32_t { kU8, kF32, kBf16 };
 
-// Given by value; _cuda.py holds its twin.
+// Given by value; _cuda.py declares the same structure.
 struct Params {
   const void* x;              // [M, K], rows contiguous
   void* y;                    // [M, N], rows contiguous

@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_chunk(const Params& params, int64_t row0, i
   copy_async_commit();
 }
 
-// What one lane multiplies in one step: its words of the weights, by panel and 16 outputs, and
+// The operands of one lane in one step: its words of the weights, by panel and 16 outputs, and
 // where its groups lie in a row of activations.
 template <int kWide, bool kTwoFour>
 struct Step {

@@ -214,9 +214,9 @@ def _identity(model: nn.Module) -> dict[str, Any]:
 
 
 def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What differs from the float model, or may: by module name, parents before children."""
+    """Modules that may differ from the float model, by name, parents before children."""
     modules: dict[str, dict[str, Any]] = {}
-    inside: set[int] = set()  # what the entry of its parent makes
+    inside: set[int] = set()  # modules that the entry of their parent makes
     for name, module in model.named_modules():
         if isinstance(module, SeparableInt8Projection):
             inside.add(id(module.pointwise))
@@ -227,7 +227,7 @@ def _structure(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _entry(module: nn.Module) -> dict[str, Any] | None:
-    """How to make ``module`` anew; None for what the model's own class makes."""
+    """Constructor arguments of ``module``; None if the model's own class makes it."""
     kind = type(module).__name__
     names: tuple[str, ...]
     if isinstance(module, SeparableInt8Projection):
@@ -299,8 +299,10 @@ def _build(manifest: Mapping[str, Any]) -> nn.Module:
 
 
 def _restructure(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> None:
-    """Swap in what :func:`replace_` had put in, from parents to children, then the quantised
-    modules, every one of which is checked against the float one before any is swapped."""
+    """Swap in the modules of :func:`replace_`, parents before children, then the quantised ones.
+
+    Each of the latter is checked against the float module before any is swapped.
+    """
     for name, entry in modules.items():
         if entry.get("type") in _REPLACED:
             _swap(model, {name: _twin(model, name, entry)})
@@ -354,7 +356,7 @@ _ATTENTION = {
 }
 _REPLACED = ("LowRankLinear", "GroupedLinear", *_ATTENTION)
 _LINEAR = (nn.Linear, GroupedLinear, SparseInt8Linear, LowRankLinear)
-# type of an entry -> what makes it, and in the place of what.
+# type of an entry -> its constructor, and the classes that it may replace.
 _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]] = {
     "Identity": (nn.Identity, (nn.Module,)),
     "SparseInt8Linear": (SparseInt8Linear, _LINEAR),

@@ -92,7 +92,7 @@ def select(scores: Sequence[BlockScores], share: float, cap: float) -> Selection
         }
         if not beyond:
             break
-        # What they may not lose falls on the others, which may exceed the cap in turn.
+        # The share they may not lose falls on the others, which may exceed the cap in turn.
         for i in beyond:
             allowed = _weakest(values[i], counts[i], cap * scores[i].elements)
             values[i] = torch.where(allowed, values[i], torch.inf)

@@ -1,4 +1,4 @@
-"""Running calibration batches: what enters each layer, and which layers are called at all."""
+"""Run calibration batches and record each layer's inputs and calls."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from fastrec.kernels.separable_projection.reference import valid_rows
 from fastrec.models.attention import Attention
 from fastrec.nn import LowRankLinear, SeparableProjection
 from fastrec.nn.separable_projection import depthwise_rows
+from fastrec.train.evaluation import evaluating
 
 
 @dataclass
 class Seen:
-    """What the calibration batches showed."""
+    """Observations of a calibration run, by layer name."""
 
     observers: dict[str, RangeObserver]
     calls: dict[str, int]
@@ -34,19 +35,6 @@ class Seen:
     def runs_whole(self, parent: str, layers: list[str]) -> bool:
         """Whether ``layers`` ran exactly when their parent did."""
         return all(self.calls[layer] == self.calls[parent] > 0 for layer in layers)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; each module's own training flag comes back afterwards."""
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def calibrate(
@@ -68,15 +56,16 @@ def calibrate(
         attention: name -> attention whose q, k (and v) are observed.
 
     Raises:
-        ArgumentError: no batch, NaN or infinity at a layer's input, or dropout that is on in eval
-            mode.
+        ArgumentError: no batch, NaN or infinity at a layer's input, dropout on in eval mode,
+            or a buffer that changes in it.
     """
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
         raise ArgumentError("calibration", "at least one batch", "an empty iterable")
     with evaluating(model):
-        outside = uses_outside_calls({**linears, **tables}, lambda: call_model(model, first))
+        layers = {**linears, **tables}
+        outside = uses_outside_calls(model, layers, lambda: call_model(model, first))
     seen = Seen({name: RangeObserver(name) for name in linears}, {}, outside)
     with ExitStack() as stack, evaluating(model):
         seen.scores = stack.enter_context(_observed_scores(attention or {}))
@@ -101,7 +90,7 @@ def _observe(seen: Seen, name: str) -> Any:
             return
         x = args[0] if args else kwargs["x" if "x" in kwargs else "input"]
         if isinstance(module, SeparableProjection):
-            # Its INT8 part starts behind the taps.
+            # Its INT8 part starts after the depthwise taps.
             lengths = args[1] if len(args) > 1 else kwargs.get("lengths")
             x = depthwise_rows(x, module.depthwise, lengths, module.causal)
             x = x if lengths is None else valid_rows(x, lengths)

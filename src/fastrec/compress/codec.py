@@ -9,9 +9,9 @@ dimension |
 | narrow | ``name``: uint16 | int32 and int64 whose values fit |
 | alias | nothing | a tensor that shares the memory of another (tied weights) |
 
-What is then a tensor of bytes (int8 codes, masks) becomes a Huffman-coded deflate stream (RFC 1951,
-without matches, which noise does not have) where that saves a thirty-second; ``huffman`` in the
-entry names those parts. Codes of rows that are scaled to their largest value have about 7.6 of 8
+Stored tensors of bytes (int8 codes, masks) become a Huffman-coded deflate stream (RFC 1951, without
+matches, which noise does not have) where that saves at least 1/32; ``huffman`` in the entry names
+those parts. Codes of rows that are scaled to their largest value have about 7.6 of 8
 bits of entropy, those with fewer levels less (:class:`~fastrec.Int8`).
 
 "Zero" means all bits zero, so -0.0 survives and every codec is exact to the bit.
@@ -31,8 +31,8 @@ from torch import Tensor
 from fastrec.errors import ArtifactError
 
 GROUPS = (4, 1)  # the first is what an entry without "group" has
-_MIN_ELEMENTS = 1024  # below, the entry in the manifest outweighs what is won
-_DEFLATE_AT_MOST = 1032  # bytes out of one in any deflate stream
+_MIN_ELEMENTS = 1024  # below, the entry in the manifest is larger than the saving
+_DEFLATE_AT_MOST = 1032  # the largest expansion factor of a deflate stream
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -62,7 +62,11 @@ def cannot_store(value: Tensor) -> str | None:
 
 
 def encode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Entry]]:
-    """(what goes into the tensor file, the manifest's entry of each tensor)."""
+    """Encode tensors.
+
+    Returns:
+        the content of the tensor file, and the manifest's entry of each tensor.
+    """
     stored: dict[str, Tensor] = {}
     entries: dict[str, Entry] = {}
     seen: dict[tuple[Any, ...], str] = {}
@@ -129,7 +133,7 @@ def decode(stored: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[s
 
 
 class _Parts:
-    """What the tensor file holds of one tensor."""
+    """The stored parts of one tensor in the tensor file."""
 
     def __init__(
         self, stored: Mapping[str, Tensor], unread: set[str], name: str, coded: Any
@@ -139,7 +143,7 @@ class _Parts:
             raise ArtifactError(f"tensor {name!r}: bad list of Huffman-coded parts {coded!r}")
 
     def take(self, part: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        """The part, which has to be of that type and shape."""
+        """The part, checked for dtype and shape."""
         full = self.name + part
         if full not in self.unread:
             raise ArtifactError(f"tensor {full!r} is missing")
@@ -172,7 +176,7 @@ def _squeeze(stored: dict[str, Tensor], name: str) -> bool:
 
 
 def _inflate(name: str, data: bytes, size: int) -> Tensor:
-    """``size`` bytes; never more memory than for one byte beyond them, whatever the stream says."""
+    """Decode exactly ``size`` bytes; a forged stream allocates at most one byte more."""
     if size > _DEFLATE_AT_MOST * len(data):
         raise ArtifactError(f"tensor {name!r}: {len(data)} bytes cannot hold {size}")
     decoder = zlib.decompressobj(-15)

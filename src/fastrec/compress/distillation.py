@@ -1,4 +1,4 @@
-"""``distill``: a small student learns a large teacher's scores and attention maps."""
+"""``distill``: train a small student on a large teacher's scores and attention maps."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ Map: TypeAlias = Tensor | AttentionMap
 
 @dataclass(frozen=True)
 class Forward:
-    """What one model did with one batch.
+    """Outputs of one model for one batch.
 
     Args:
         scores: [..., C], the model's output.
         maps: attention maps [B, H, Lq, Lk], in the order of execution; empty unless recorded.
         length: int64 [B], valid positions of each history, or None where the batch has none.
-        label: int64 [...], the right column of ``scores``, or None.
-        hidden: what layers returned, by name; empty unless recorded.
+        label: int64 [...], the column of ``scores`` with the positive, or None.
+        hidden: outputs of layers, by name; empty unless recorded.
     """
 
     scores: Tensor
@@ -51,7 +51,7 @@ class Forward:
 
 
 class DistillLoss(Protocol):
-    """One term: scalar from the student's and the teacher's forward, times its weight."""
+    """One term of the loss: a scalar from both models' outputs, scaled by ``weight``."""
 
     weight: float
 
@@ -180,7 +180,7 @@ class HiddenStates:
         """The pairs of names, checked.
 
         Raises:
-            ArgumentError: a name that is none, or models without a list of layers.
+            ArgumentError: a name that is not a submodule, or models without a list of layers.
         """
         pairs = pair_layers(student, teacher) if self.layers is None else self.layers
         check_pairs(pairs, student, teacher)
@@ -197,8 +197,8 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class DistillReport:
-    """What :func:`distill` did: the training report, and each term's mean over the last 100 steps,
-    unweighted."""
+    """Result of :func:`distill`: the training report, and each term's unweighted mean over the last
+    100 steps."""
 
     train: TrainReport
     losses: dict[str, float] = field(default_factory=dict)
@@ -252,8 +252,8 @@ def map_divergence(student: Tensor, teacher: Tensor, length: Tensor | None) -> T
     # there are left out, and the rest made to add up to one. Rows without any rest count nothing.
     target = torch.where(own > 0, target, 0.0)
     target = target / target.sum(-1, keepdim=True).clamp_min(1e-9)
-    # xlogy: a key without weight in the teacher's map adds 0, whatever the student does. The clamp
-    # keeps a key that the student cannot see (another pattern, underflow) finite.
+    # xlogy: a key without weight in the teacher's map adds 0 for every student. The clamp keeps a
+    # key that the student cannot see (another pattern, underflow) finite.
     rows = (torch.xlogy(target, target) - target * own.clamp_min(1e-9).log()).sum(-1)  # [B, H, Lq]
     if length is None:
         return rows.mean()
@@ -327,13 +327,13 @@ def distill(
     progress: bool = False,
     on_step: Callable[[int, float], bool | None] | None = None,
 ) -> DistillReport:
-    """Train ``student`` in place to do as ``teacher`` does.
+    """Train ``student`` in place to reproduce the outputs of ``teacher``.
 
     Args:
         student: the small model; takes the same inputs and returns scores of the same shape.
         teacher: the trained model; unchanged.
         loader: iterable of batches: ``SequenceBatch``, or (inputs, label) with inputs a tensor or
-            tuple. Read once an epoch; with more than one epoch it must be iterable anew.
+            tuple. Read once an epoch: with more than one epoch it must be iterable again.
         losses: see :func:`distillation_loss`.
         config: learning rate, epochs, ... of :func:`fastrec.train.fit`; its batch settings do not
             apply. ``max_steps`` is needed where ``loader`` has no length.
@@ -341,13 +341,20 @@ def distill(
         on_step: see :func:`fastrec.train.fit`.
 
     Raises:
-        ArgumentError: student and teacher are one, a loader that is empty or of unknown length,
-            batches without a label, attention maps that cannot be matched.
+        ArgumentError: student and teacher are one or share trained parameters, a loader that is
+            empty or of unknown length, batches without a label, attention maps that cannot be
+            matched.
         ShapeError: the scores differ in shape.
     """
     check_model(student)
     if student is teacher:
         raise ArgumentError("teacher", "another model than the student", "the same")
+    teachers = set(map(id, teacher.parameters()))
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and id(parameter) in teachers:
+            raise ArgumentError(
+                "student", "parameters of its own, or frozen ones", f"{name!r}, the teacher's too"
+            )
     config = TrainConfig(epochs=1) if config is None else config
     steps = len(loader) if isinstance(loader, Sized) else config.max_steps
     if not steps:
@@ -375,7 +382,7 @@ def distill(
 
 @dataclass(frozen=True)
 class _Size:
-    """Stands where ``fit`` asks a dataset for its size; the batches come from the loader."""
+    """Stand-in for the dataset whose size ``fit`` asks for; the batches come from the loader."""
 
     examples: int
 

@@ -1,11 +1,11 @@
-"""QAT twins of linear layers and nn.Embedding: quantised in the forward pass, trained in full
-precision.
+"""Fake-quantised linear layers and embeddings for QAT: quantised in the forward pass, trained in
+full precision.
 
 The forward pass rounds as the INT8 modules do (paper, III-B: s = (max - min) / (2^b - 1),
 w_q = clip(round(w / s) s, min, max)); the backward pass lets gradients through unchanged inside the
 range and stops them outside (straight-through estimator). State-dict keys are those of the float
-modules plus ``x_min`` and ``x_max``. Weights that are zero when a twin is made or loaded stay zero:
-pruning survives.
+modules plus ``x_min`` and ``x_max``. Weights that are zero when a module is made or loaded stay
+zero: pruning survives.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def row_scales(weight: Tensor, levels: int = WEIGHT_LEVELS) -> Tensor:
 
 
 class PruningMask(nn.Module):
-    """What keeps pruned weights at zero: those that are exactly 0 when the twin is made or loaded.
+    """Keeps pruned weights at zero: those that are exactly 0 when the module is made or loaded.
 
     A state dict holds the zeros, and so the mask: a resumed run keeps them, and a dense checkpoint
     has no mask. A weight that is zero throughout was never trained rather than pruned: no mask.
@@ -52,7 +52,7 @@ class PruningMask(nn.Module):
         self._zeroed = (0, 0)
 
     def kept_weight(self) -> nn.Parameter:
-        """The weight, in which pruned elements are zero again whatever the optimiser left there.
+        """The weight, in which pruned elements are set to zero again after an optimiser step.
 
         In place and once a step: a product with the mask in each forward and backward pass costs
         more than the rounding.
@@ -77,7 +77,7 @@ class PruningMask(nn.Module):
 
 
 class FakeQuant(PruningMask):
-    """What the twins of linear layers share: the input's range and the weight's rounding.
+    """Base of the fake-quantised linear layers: the input's range and the weight's rounding.
 
     In training mode the range follows the batches' minimum and maximum by a moving average; in
     eval mode it is frozen. The first batch sets it, unless calibration did.
@@ -130,7 +130,7 @@ class FakeQuant(PruningMask):
 
     def as_float(self) -> tuple[nn.Linear, Tensor]:
         """A float layer [N, K] that holds the fake-quantised weight, and its scales [N]: every
-        w / s is an integer already, so that whatever packs it cannot round another way."""
+        w / s is an integer already, so packing cannot round it another way."""
         rounded, scale = self.quantized_weight()
         order = output_order(self)
         return as_dense(self, rounded), scale if order is None else scale[order]
@@ -156,7 +156,7 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 
     @classmethod
     def twin_of(cls, linear: nn.Linear, averaging: float) -> FakeQuantLinear:
-        """The twin of ``linear``; it shares the parameters."""
+        """The fake-quantised ``linear``; it shares the parameters."""
         # On "meta": the float layer's own parameters are put in.
         sizes = (linear.in_features, linear.out_features)
         twin = cls(*sizes, bias=linear.bias is not None, device="meta")
@@ -173,7 +173,7 @@ class FakeQuantGroupedLinear(FakeQuant, GroupedLinear):
 
     @classmethod
     def twin_of(cls, layer: GroupedLinear, averaging: float) -> FakeQuantGroupedLinear:
-        """The twin of ``layer``; it shares the parameters."""
+        """The fake-quantised ``layer``; it shares the parameters."""
         sizes = (layer.in_features, layer.out_features, layer.groups)
         twin = cls(*sizes, layer.bias is not None, layer.shuffle, device="meta")
         twin._adopt(layer, averaging)
@@ -191,7 +191,7 @@ class FakeQuantSeparableProjection(FakeQuant, SeparableProjection):
 
     @classmethod
     def twin_of(cls, layer: SeparableProjection, averaging: float) -> FakeQuantSeparableProjection:
-        """The twin of ``layer``; it shares the parameters."""
+        """The fake-quantised ``layer``; it shares the parameters."""
         sizes = (layer.in_features, layer.out_features, layer.kernel_size, layer.groups)
         twin = cls(*sizes, layer.bias is not None, layer.causal, device="meta")
         twin._adopt(layer, averaging)
@@ -208,7 +208,7 @@ class FakeQuantSeparableProjection(FakeQuant, SeparableProjection):
 
 
 def fake_quant_twin(layer: nn.Module, averaging: float, levels: int = WEIGHT_LEVELS) -> FakeQuant:
-    """The twin of one of ``layers.KINDS``."""
+    """The fake-quantised version of one of ``layers.KINDS``."""
     twin: FakeQuant
     if isinstance(layer, GroupedLinear):
         twin = FakeQuantGroupedLinear.twin_of(layer, averaging)
@@ -233,7 +233,7 @@ class FakeQuantEmbedding(PruningMask, nn.Embedding):
 
     @classmethod
     def from_float(cls, table: nn.Embedding, levels: int = WEIGHT_LEVELS) -> FakeQuantEmbedding:
-        """The twin of ``table``; it shares the parameter."""
+        """The fake-quantised ``table``; it shares the parameter."""
         twin = cls(table.num_embeddings, table.embedding_dim, table.padding_idx)
         twin.weight, twin.sparse = table.weight, table.sparse
         twin.scale_grad_by_freq = table.scale_grad_by_freq

@@ -1,4 +1,4 @@
-"""Which activations go into a quantised linear layer, and which layers hand on uint8."""
+"""Which activations are fused into quantised linear layers, and which layers output uint8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastrec.nn import LowRankLinear
 
 @dataclass(frozen=True)
 class Fusion:
-    """What one linear layer absorbs.
+    """Modules that one quantised linear layer absorbs.
 
     Args:
         activation: "relu", "gelu" or None.
@@ -56,7 +56,7 @@ def plan_fusions(
     names = all_names(model)
     single = {name for found in names.values() if len(found) == 1 for name in found}
     fusions: dict[str, Fusion] = {}
-    # Inner chains first: where an outer one sees further, its answer stands.
+    # Inner chains first: an outer chain sees further, so its answer overwrites theirs.
     for prefix, parent in reversed(list(model.named_modules())):
         if not _is_chain(parent):
             continue
@@ -76,7 +76,7 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def _links(prefix: str, parent: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a chain in the order of their calls, inner chains unrolled."""
+    """The modules of a chain in call order, inner chains flattened."""
     links: dict[str, nn.Module] = {}
     # _modules, because named_children() skips a module that comes a second time
     for key, child in parent._modules.items():

@@ -1,4 +1,4 @@
-"""Hidden states as a guide: the student's layers should hold what the teacher's hold."""
+"""Distillation of hidden states: the student's layers learn the outputs of the teacher's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _layers(argument: str, model: nn.Module) -> list[str]:
 
 
 def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
-    """ArgumentError where a name is none of a module."""
+    """ArgumentError if a name is not a submodule."""
     for own, guide in pairs:
         for argument, model, name in (("student", student, own), ("teacher", teacher, guide)):
             names = dict(model.named_modules())
@@ -50,7 +50,7 @@ def check_pairs(pairs: Pairs, student: nn.Module, teacher: nn.Module) -> None:
 
 @contextmanager
 def record_hidden(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what the named modules return; of a tuple the first."""
+    """Collect the outputs of the named modules; of a tuple its first element."""
     found: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:
@@ -68,11 +68,11 @@ def record_hidden(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, length: Tensor | None) -> Tensor:
-    """What the student's states cannot say of the teacher's, as a share of their variance.
+    """Distance between hidden states, as a share of the teacher's variance.
 
-    States [B, L, d] (or any leading sizes). Of one width: squared distance. Of two: what is left
-    by the best linear map from the student's to the teacher's, found anew for each batch by least
-    squares, so that no projection has to be trained (and none is left over afterwards).
+    States [B, L, d] (or any leading sizes). Same width: squared distance. Different widths: the
+    residual of the best linear map from the student's to the teacher's, solved by least squares for
+    each batch, so that no projection has to be trained.
 
     Raises:
         ShapeError: leading sizes differ.

@@ -21,14 +21,15 @@ from fastrec.compress.selection import (
 )
 from fastrec.errors import ArgumentError, DtypeError
 
-MIN_OUTPUTS = 16  # narrower layers (a final score) cost nothing in float and would lose accuracy
-MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) are no bytes and one more step
+MIN_OUTPUTS = 16  # narrower layers (a final score) save no time and would lose accuracy
+MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) save no bytes and add a step
 _FLOAT_ONLY = (
     nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag,
 )  # fmt: skip
 
 
 def default_filter(module: nn.Module, name: str) -> bool:
+    """Layers of at least ``MIN_OUTPUTS`` outputs and tables of at least ``MIN_TABLE_ROWS`` rows."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings >= MIN_TABLE_ROWS
     return module.out_features >= MIN_OUTPUTS
@@ -37,6 +38,18 @@ def default_filter(module: nn.Module, name: str) -> bool:
 def selected(
     model: nn.Module, embeddings: bool, filter_fn: FilterFn, *, trains: bool = False
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Embedding]]:
+    """The linear layers and tables to quantise, by name.
+
+    Args:
+        model: any torch model.
+        embeddings: whether tables are taken too.
+        filter_fn: which layers and tables.
+        trains: whether the weights will be trained behind fake quantisation.
+
+    Raises:
+        ArgumentError: nothing is selected, or a weight is not finite.
+        DtypeError: a selected layer that is not float32.
+    """
     left = unsupported(model, embeddings, trains=trains)
     linears = {
         name: m for name, m in named_layers(model, computes_linear, filter_fn) if name not in left
@@ -109,6 +122,7 @@ def check_float32(name: str, layer: nn.Module) -> None:
 
 
 def check_finite(name: str, layer: nn.Module) -> None:
+    """ArgumentError for NaN or infinity in a layer's parameters."""
     for key, parameter in layer.named_parameters(recurse=False):
         if not bool(torch.isfinite(parameter).all()):
             raise ArgumentError(f"{name}.{key}", "finite weights", "NaN or infinity")

@@ -1,4 +1,4 @@
-"""What ``quantize_`` is told: static INT8, or quantisation-aware training in two calls."""
+"""Configurations of ``quantize_``: static INT8, and quantisation-aware training in two calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Putting INT8 modules in the place of float ones, and the report of it."""
+"""Swap INT8 modules in for float ones, and report it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What :func:`quantize_` did: quantised layers and tables, and those that were left in float
+    """Result of :func:`quantize_`: quantised layers and tables, and those that were left in float
     because they could not be replaced, with the reason. After QAT's "prepare", ``prepared`` names
     the fake-quantised modules. ``attention`` names those whose scores are integers."""
 
@@ -50,7 +50,7 @@ class QuantizeReport:
 
 
 def chained(layers: Mapping[str, nn.Module]) -> list[str]:
-    """Those whose INT8 form reads uint8: taps are float."""
+    """Names of the layers whose INT8 form can read uint8; separable projections read floats."""
     return [n for n, layer in layers.items() if not isinstance(layer, SeparableProjection)]
 
 

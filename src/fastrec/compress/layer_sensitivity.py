@@ -1,4 +1,4 @@
-"""``sensitivity``: what each layer alone costs when it is pruned or quantised."""
+"""``sensitivity``: the loss increase from pruning or quantising each layer alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from fastrec.compress.calibration import calibrate, evaluating
+from fastrec.compress.calibration import calibrate, leave_unfit
 from fastrec.compress.fake_quant import FakeQuantEmbedding, fake_quant_twin
-from fastrec.compress.layers import computes_linear, weight_of
-from fastrec.compress.patterns import Pruning
+from fastrec.compress.int8_candidates import check_float32, unsupported
+from fastrec.compress.int8_config import Int8
+from fastrec.compress.layers import computes_linear, weight_obstacle, weight_of
+from fastrec.compress.patterns import BlockPruning, Pruning
 from fastrec.compress.pruning import prune_
-from fastrec.compress.quantization import Int8
 from fastrec.compress.selection import (
     FilterFn,
     Layers,
@@ -30,6 +31,7 @@ from fastrec.compress.selection import (
     set_module,
 )
 from fastrec.errors import ArgumentError, DtypeError, MissingDependencyError
+from fastrec.train.evaluation import evaluating
 
 Evaluate = Callable[[nn.Module], float]
 Progress = Callable[[str, int, int], None]
@@ -37,8 +39,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One layer: its kind, weights, and by how much the loss rises when it alone is pruned or
-    quantised (None: not tried, or it cannot be)."""
+    """One layer: its class, number of weights, and the loss increase when it alone is pruned or
+    quantised (None: not measured)."""
 
     kind: str
     weights: int
@@ -48,7 +50,7 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """What :func:`sensitivity` measured: the untouched model's loss, and each layer's rise."""
+    """Result of :func:`sensitivity`: the unchanged model's loss, and each layer's increase."""
 
     baseline: float
     layers: dict[str, LayerSensitivity] = field(default_factory=dict)
@@ -152,7 +154,7 @@ def sensitivity(
     filter_fn: Layers | None = None,
     progress: Progress | None = None,
 ) -> SensitivityReport:
-    """Prune and quantise one layer at a time, without fine-tuning, and measure what it costs.
+    """Prune and quantise one layer at a time, without fine-tuning, and measure the loss increase.
 
     Costs one evaluation a layer and technique, and one for the untouched model. ``model`` is as
     before afterwards, and also where something fails.
@@ -219,9 +221,11 @@ def _loss(evaluate: Evaluate, model: nn.Module, what: str) -> float:
 
 
 def _prunable(module: nn.Module, config: Pruning) -> bool:
+    if weight_obstacle(module) is not None:
+        return False
     if is_table(module):
         return getattr(config, "embedding_block", None) is not None
-    return not hasattr(config, "m") or weight_of(module).shape[-1] % config.m == 0
+    return isinstance(config, BlockPruning) or weight_of(module).shape[-1] % config.m == 0
 
 
 @contextmanager
@@ -250,23 +254,20 @@ def _twins(
     config: Int8,
     calibration: Iterable[Any],
 ) -> dict[str, nn.Module]:
-    """Fake-quantised twins of what the calibration batches call."""
-    linears = {name: m for name, m in layers.items() if computes_linear(m)}
+    """Fake-quantised versions of the layers that the calibration batches call."""
+    left = unsupported(model, config.embeddings, trains=True)
+    linears = {name: m for name, m in layers.items() if computes_linear(m) and name not in left}
     tables = {
         name: m
         for name, m in layers.items()
-        if isinstance(m, nn.Embedding) and m.max_norm is None and config.embeddings
+        if isinstance(m, nn.Embedding) and config.embeddings and name not in left
     }
+    for name, layer in {**linears, **tables}.items():
+        check_float32(name, layer)
     seen = calibrate(model, linears, tables, calibration)
+    leave_unfit(linears, tables, seen)
     twins: dict[str, nn.Module] = {}
     for name, layer in linears.items():
-        if seen.calls[name]:
-            twin = fake_quant_twin(layer, averaging=0.0)
-            twin.set_range(
-                *seen.observers[name].range(config.calibration_method, config.percentile)
-            )
-            twins[name] = twin
-    for name, table in tables.items():
-        if seen.calls[name]:
-            twins[name] = FakeQuantEmbedding.from_float(table)
-    return twins
+        twins[name] = twin = fake_quant_twin(layer, averaging=0.0)
+        twin.set_range(*seen.observers[name].range(config.calibration_method, config.percentile))
+    return twins | {name: FakeQuantEmbedding.from_float(t) for name, t in tables.items()}

@@ -1,4 +1,4 @@
-"""The weights that ``prune_`` masks: their scores, units, masks, and what gradients say of them."""
+"""Weights that ``prune_`` masks: their scores, units, masks and gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Matrix:
         return self.weight.detach().flatten(0, -2)
 
     def scores(self) -> BlockScores:
-        """What each block would cost, in the matrix's unit."""
+        """Score of each block, in the matrix's unit."""
         scores = self.raw_scores()
         return BlockScores(scores.score / self.unit, scores.count)
 
@@ -42,7 +42,7 @@ class Matrix:
         return block_rms(self._weighted(), self.block)
 
     def mask_of(self, keep: Tensor) -> Tensor:
-        """The elements [outputs, inputs] that stay, of the blocks that do."""
+        """Element mask [outputs, inputs] of the kept blocks."""
         return expand_mask(keep, tuple(self.rows.shape), self.block)
 
     def fix_unit(self, scale: str) -> None:
@@ -69,7 +69,7 @@ class Matrix:
             self.weight.detach().masked_fill_(~self.mask.view(self.weight.shape), 0.0)
 
     def watch(self, gradient: Tensor) -> None:
-        """Add a dense gradient to what is known of the blocks' pull."""
+        """Add a dense gradient to the blocks' sums of squared gradients."""
         scores = block_rms(gradient.flatten(0, -2), self.block)
         squares = scores.score.square() * scores.count
         self.pull = squares if self.pull is None else self.pull + squares
@@ -170,7 +170,7 @@ def masked_gradients(matrices: Sequence[Matrix], watch: bool) -> Iterator[None]:
     """Zero the gradients of pruned weights, so that no momentum builds up behind the mask.
 
     Args:
-        watch: first note what the dense gradients say of the pruned blocks.
+        watch: first record the squared gradients of the pruned blocks.
     """
 
     def hook_for(matrix: Matrix, mask: Tensor) -> Callable[[Tensor], Tensor]:

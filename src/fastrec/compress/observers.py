@@ -1,4 +1,4 @@
-"""Ranges of activations: what calibration sees, and the u8 scale and zero point chosen from it."""
+"""Ranges of activations seen in calibration, and the u8 scale and zero point chosen from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastrec.errors import ArgumentError
 
 METHODS = ("minmax", "percentile", "mse")
 LEVELS = 255  # 2^8 - 1
-_MAX_SAMPLES = 1 << 18  # 1 MiB a layer, whatever the number of batches
+_MAX_SAMPLES = 1 << 18  # 1 MiB a layer for any number of batches
 _SMALLEST_RANGE = 1e-20  # below, 1 / scale would overflow float32: treated as constant zero
 
 
@@ -94,7 +94,7 @@ class RangeObserver:
         return self._least_error(samples)
 
     def _percentile(self, samples: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
-        """Two-sided: what lies beyond the percentile on either side saturates."""
+        """Two-sided: values beyond the percentile on either side saturate."""
         ordered = samples.sort().values
         last = len(ordered) - 1
         high = ordered[round(percentile / 100 * last)]

@@ -1,4 +1,4 @@
-"""How ``prune_`` prunes: patterns of zeros, and how the share grows over the rounds."""
+"""Pruning configurations: the pattern of zeros, and the share pruned in each round."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class BlockPruning:
             )
 
     def of(self, kind: str) -> BlockPruning:
-        """What holds for "linear" or "table" weights."""
+        """The configuration for "linear" or "table" weights."""
         share = self.embedding_sparsity
         if kind == "linear" or share is None:
             return self
@@ -135,7 +135,7 @@ class NMPruning:
             raise ArgumentError("scale", "'balanced', 'output' or 'none'", repr(self.scale))
 
     def of(self, kind: str) -> NMPruning:
-        """What holds for "linear" weights, the only kind there is here."""
+        """The configuration for "linear" weights, the only kind pruned here."""
         return self
 
     @property

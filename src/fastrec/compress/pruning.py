@@ -1,4 +1,4 @@
-"""``prune_``: the paper's dynamic-threshold pruning, on blocks that a kernel can skip."""
+"""``prune_``: the paper's dynamic-threshold pruning, in blocks that kernels can skip."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from fastrec.compress.selection import (
 )
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 
-MIN_BLOCKS = 64  # a smaller layer has little to win in time and, measured, much to lose in quality
-MIN_TABLE_ROWS = 1000  # below: positions, behaviours, ...; nothing to win in bytes
+MIN_BLOCKS = 64  # smaller layers gain little time and, measured, lose much quality
+LARGEST = 1e16  # the squares of a block's weights are summed in float32
+MIN_TABLE_ROWS = 1000  # smaller tables (positions, behaviours) save no bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What :func:`prune_` did: per round the thresholds, per layer the share kept, and overall the
+    """Result of :func:`prune_`: per round the thresholds, per layer the share kept, and overall the
     share of selected linear weights and of table weights that are pruned (None: none selected).
     ``left`` names the selected layers that could not be pruned, with the reason."""
 
@@ -93,7 +94,7 @@ def prune_(
     together, theta is chosen so that the share kept is 1 - p_r, and W <- W * M with M = [norm >=
     theta]; then ``finetune`` runs. Embedding tables are done likewise, apart from the linear
     layers. While ``finetune`` runs, gradients of pruned weights are zeroed by hooks, and the mask
-    is applied again after it, so that pruned weights are exactly zero whatever the optimiser does.
+    is applied again after it, so that pruned weights are exactly zero with every optimiser.
     Afterwards the modules, hooks and state-dict keys are as before: the result is a plain torch
     model with exact zeros.
 
@@ -243,8 +244,10 @@ def _matrices(
             reasons(left) or "none",
         )
     for matrix in found.values():
-        if not bool(torch.isfinite(matrix.weight).all()):
-            raise ArgumentError(matrix.name, "finite weights", "NaN or infinity")
+        if not bool((matrix.weight.detach().abs() < LARGEST).all()):
+            raise ArgumentError(
+                matrix.name, f"finite weights below {LARGEST:g}", "NaN, infinity or larger ones"
+            )
     return list(found.values()), left
 
 

@@ -29,6 +29,14 @@ _CALLS, _ORIGIN, _USES = "_fastrec_calls", "_fastrec_origin", "_fastrec_uses"
 def prepare(
     model: nn.Module, config: QAT, calibration: Iterable[Any] | None, filter_fn: FilterFn
 ) -> QuantizeReport:
+    """Swap fake-quantised layers in; see :func:`~fastrec.compress.quantize_`.
+
+    Args:
+        model: the float model, in place.
+        config: ranges and levels.
+        calibration: batches for the initial ranges, or None.
+        filter_fn: which layers and tables.
+    """
     linears, tables = selected(model, config.embeddings, filter_fn, trains=True)
     left = unsupported(model, config.embeddings, trains=True)
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
@@ -57,7 +65,7 @@ def prepare(
 
 
 def _note_call(module: nn.Module, args: Any) -> None:
-    """On whatever calls layers in a chain during QAT: convert fuses only what was called whole."""
+    """Count calls during QAT: convert fuses only the chains that were always called as a whole."""
     module.__dict__[_CALLS] = module.__dict__.get(_CALLS, 0) + 1
 
 
@@ -103,6 +111,12 @@ def _take_back(model: nn.Module, name: str, twin: FakeQuant | FakeQuantEmbedding
 
 
 def convert(model: nn.Module, config: QAT) -> QuantizeReport:
+    """Swap INT8 modules with the learned ranges in.
+
+    Raises:
+        ArgumentError: nothing was prepared, a range was never learned, or a prepared layer has
+            hooks. The model is untouched then.
+    """
     left: dict[str, str] = model.__dict__.get(_USES, {})
     found = _prepared(model)
     for name, layer in found.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 from fastrec.models import Ranker
 from fastrec.train import TrainConfig, fit
+from fastrec.train.checkpoint import tensors_digest
 
 VARIANTS = ("baseline", "quantized", "pruned", "pruned_quantized", "distilled")
 """The five rows of the paper's Table I."""
@@ -113,8 +113,8 @@ class Recipe:
         n_candidates: positive and negatives a training example.
         calibration_examples: training examples that set the activations' ranges.
         seed: of batches, negatives and the student's initial weights.
-        replace: what :func:`replace_` puts in before all else, one after another, each followed by
-            ``finetune``; the quantised and pruned variants start from that model then.
+        replace: replacements for :func:`replace_`, applied first, each followed by ``finetune``;
+            the quantised and pruned variants start from the result.
     """
 
     prune: BlockPruning | NMPruning = field(default_factory=BlockPruning)
@@ -282,7 +282,7 @@ class _Run:
             own_class = isinstance(self.baseline, Ranker)
             return load(self.out / name, None if own_class else copy.deepcopy(self.baseline))
         except ArtifactError:
-            return None  # damaged by an interruption or from another version: made anew
+            return None  # damaged by an interruption or from another version: made again
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -292,7 +292,7 @@ class _Run:
         return self.baseline, {}
 
     def _start(self) -> nn.Module:
-        """A copy of what the quantised and pruned variants start from."""
+        """A copy of the model that the quantised and pruned variants start from."""
         return copy.deepcopy(self.get("replaced") if self.recipe.replace else self.baseline)
 
     def _replaced(self) -> tuple[nn.Module, dict[str, Any]]:
@@ -360,7 +360,7 @@ class _Run:
         return batches
 
     def _row_counts(self, model: nn.Module) -> dict[str, Any]:
-        """Popularity of the items, where the model's item table is one that gets pruned."""
+        """Popularity of the items, if the model's item table is pruned."""
         table = getattr(model, "item_embedding", None)
         prunes = getattr(self.recipe.prune, "embedding_block", None) is not None
         if not isinstance(table, nn.Embedding) or not prunes:
@@ -372,8 +372,7 @@ class _Run:
     def _train(
         self, model: nn.Module, plan: FineTune, stage: str, offset: int, loss_fn: Any = None
     ) -> None:
-        """``plan.steps`` steps on batches of their own; ``offset`` keeps the stages' seeds
-        apart."""
+        """Train ``plan.steps`` steps; ``offset`` gives each stage its own seed."""
         if plan.steps == 0:
             return
 
@@ -382,7 +381,7 @@ class _Run:
 
         self._tell(stage, 0, plan.steps)
         config = TrainConfig(
-            epochs=plan.steps,  # more than enough: max_steps ends it
+            epochs=plan.steps,  # an upper bound: max_steps ends the run
             max_steps=plan.steps,
             batch_size=self.recipe.batch_size,
             n_candidates=self.recipe.n_candidates,
@@ -404,7 +403,7 @@ def _known(argument: str, kind: type, values: Any) -> dict[str, Any]:
 
 
 def _typed(argument: str, kinds: Sequence[type], values: Any) -> Any:
-    """Of the kind that the key "type" names; the first where there is none."""
+    """An instance of the class that the key "type" names; without the key, of the first."""
     names = {kind.__name__: kind for kind in kinds}
     fields = dict(values) if isinstance(values, dict) else values
     kind = kinds[0]
@@ -423,12 +422,7 @@ def _typed(argument: str, kinds: Sequence[type], values: Any) -> Any:
 
 
 def _key(recipe: Recipe, model: nn.Module, dataset: Any) -> str:
-    """What the variants depend on: recipe, the baseline's tensors, the data set."""
-    digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """Hash of everything the variants depend on: recipe, baseline tensors, data set."""
     sizes = [getattr(dataset, n, None) for n in ("n_users", "n_items", "history_length")]
     manifest = getattr(dataset, "manifest", None)
-    digest.update(json.dumps([sizes, manifest], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    return tensors_digest(model.state_dict(), recipe.to_dict(), sizes, manifest)

@@ -1,4 +1,4 @@
-"""``replace_``: cheaper layers in the place of trained ones, in any torch model."""
+"""``replace_``: replace trained layers by cheaper ones, in any torch model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,24 @@ from fastrec.models.attention import SelfAttention
 from fastrec.nn import GroupedLinear, LowRankLinear, WindowSparseAttention
 
 
+class _Replacement:
+    """One kind of layer, and the cheaper one in its place."""
+
+    def can(self, module: nn.Module) -> bool:
+        """Whether ``module`` is of a class that is replaced; here ``nn.Linear``."""
+        return type(module) is nn.Linear
+
+    def obstacle(self, module: Any) -> str | None:
+        """Why this module is not replaced, or None."""
+        raise NotImplementedError
+
+    def make(self, module: Any, causal: bool) -> nn.Module:
+        """The module that replaces it."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(_Replacement):
     """``nn.Linear`` -> ``LowRankLinear`` of ``rank``, by SVD; where that is cheaper."""
 
     rank: int
@@ -35,26 +51,18 @@ class LowRank:
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
 
-    def can(self, module: nn.Module) -> bool:
-        """Whether ``module`` is of the kind that is replaced."""
-        return type(module) is nn.Linear
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Why this one is not replaced, or None."""
-        assert isinstance(module, nn.Linear)
+    def obstacle(self, module: Any) -> str | None:
         inputs, outputs = module.in_features, module.out_features
         if self.rank * (inputs + outputs) >= inputs * outputs:
             return f"rank {self.rank} is no cheaper than {outputs} x {inputs}"
         return None
 
-    def make(self, module: nn.Module, causal: bool) -> nn.Module:
-        """What takes its place."""
-        assert isinstance(module, nn.Linear)
+    def make(self, module: Any, causal: bool) -> nn.Module:
         return LowRankLinear.from_float(module, self.rank)
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(_Replacement):
     """``nn.Linear`` -> ``GroupedLinear``, its diagonal blocks: a start for fine-tuning."""
 
     groups: int
@@ -63,27 +71,19 @@ class Grouped:
     def __post_init__(self) -> None:
         check_count("groups", self.groups, low=2)
 
-    def can(self, module: nn.Module) -> bool:
-        """Whether ``module`` is of the kind that is replaced."""
-        return type(module) is nn.Linear
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Why this one is not replaced, or None."""
-        assert isinstance(module, nn.Linear)
+    def obstacle(self, module: Any) -> str | None:
         if module.in_features % self.groups or module.out_features % self.groups:
             return (
                 f"{self.groups} groups do not divide {module.out_features} x {module.in_features}"
             )
         return None
 
-    def make(self, module: nn.Module, causal: bool) -> nn.Module:
-        """What takes its place."""
-        assert isinstance(module, nn.Linear)
+    def make(self, module: Any, causal: bool) -> nn.Module:
         return GroupedLinear.from_float(module, self.groups, shuffle=self.shuffle)
 
 
 @dataclass(frozen=True)
-class WindowSparse:
+class WindowSparse(_Replacement):
     """``nn.MultiheadAttention`` and the models' own ``SelfAttention`` -> ``WindowSparseAttention``.
 
     Args:
@@ -96,26 +96,21 @@ class WindowSparse:
     qk_rank: int | None = None
 
     def can(self, module: nn.Module) -> bool:
-        """Whether ``module`` is of the kind that is replaced."""
         return isinstance(module, nn.MultiheadAttention | SelfAttention)
 
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Why this one is not replaced, or None."""
+    def obstacle(self, module: Any) -> str | None:
         if isinstance(module, SelfAttention):
             return None if self.qk_rank is None else "qk_rank is a matter of its EncoderConfig"
-        assert isinstance(module, nn.MultiheadAttention)
         if not module._qkv_same_embed_dim:
             return "kdim or vdim differ from embed_dim"
         if module.bias_k is not None or module.add_zero_attn:
             return "add_bias_kv or add_zero_attn: a key without a position fits no pattern"
         return None
 
-    def make(self, module: nn.Module, causal: bool) -> nn.Module:
-        """What takes its place."""
+    def make(self, module: Any, causal: bool) -> nn.Module:
         pattern = dataclasses.replace(self.pattern, causal=True) if causal else self.pattern
         if isinstance(module, nn.MultiheadAttention):
             return WindowSparseAttention.from_mha(module, pattern, qk_rank=self.qk_rank)
-        assert isinstance(module, SelfAttention)
         width = module.n_heads * module.head_dim
         narrow = None if module.qk_dim == module.head_dim else module.qk_dim
         with torch.device("meta"):
@@ -129,8 +124,8 @@ Replacement = LowRank | Grouped | WindowSparse
 
 @dataclass(frozen=True)
 class ReplaceReport:
-    """What :func:`replace_` did: the layers replaced, and those of the kind that were not, with the
-    reason; parameters before and after."""
+    """Result of :func:`replace_`: the layers replaced, those that were not with the reason, and the
+    number of parameters before and after."""
 
     replaced: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -144,7 +139,7 @@ class ReplaceReport:
 def replace_(
     model: nn.Module, config: Replacement, filter_fn: Layers | None = None
 ) -> ReplaceReport:
-    """Put cheaper layers in the place of trained ones, in place, starting from their weights.
+    """Replace trained layers by cheaper ones in place, starting from their weights.
 
     A replaced layer is an approximation: fine-tune or distil afterwards. The module tree's names
     stay.
@@ -184,7 +179,7 @@ def replace_(
             left[name] = reason
     if not swaps:
         raise ArgumentError(
-            "model", "layers that can be replaced", reasons(left) or "none of the kind"
+            "model", "layers that can be replaced", reasons(left) or "no such layer"
         )
     for name, module in swaps.items():
         set_module(model, name, module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -136,16 +137,32 @@ def all_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Run ``model`` on one batch: a ``SequenceBatch`` (its ``.inputs()``), tuple, mapping or
-    tensor."""
+    """Run ``model`` on a batch: a ``SequenceBatch`` (its ``.inputs()``), tuple, mapping or tensor.
+
+    Raises:
+        ArgumentError: the batch does not fit the signature of ``model.forward``.
+    """
     if hasattr(batch, "inputs") and callable(batch.inputs):
         batch = batch.inputs()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, Mapping):
-        return model(**{name: _tensor(value, device) for name, value in batch.items()})
-    if isinstance(batch, tuple | list):
-        return model(*(_tensor(value, device) for value in batch))
-    return model(_tensor(batch, device))
+        kwargs = {name: _tensor(value, device) for name, value in batch.items()}
+    else:
+        values = batch if isinstance(batch, tuple | list) else (batch,)
+        args = [_tensor(value, device) for value in values]
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        signature = inspect.signature(model.forward)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as misfit:
+            raise ArgumentError(
+                "batch", f"the inputs of {type(model).__name__}.forward{signature}", misfit
+            ) from error
+        raise
 
 
 def _tensor(value: Any, device: torch.device) -> Any:
@@ -157,7 +174,14 @@ def _tensor(value: Any, device: torch.device) -> Any:
 
 
 def check_fraction(argument: str, value: Any, *, low: float = 0.0, high: float = 1.0) -> None:
-    """ArgumentError unless ``low <= value < high``."""
+    """ArgumentError unless ``low <= value < high``.
+
+    Args:
+        argument: its name, for the message.
+        value: what was passed.
+        low: the smallest value allowed.
+        high: the first value that is too large.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < high:
         raise ArgumentError(argument, f"a number in [{low:g}, {high:g})", repr(value))
 

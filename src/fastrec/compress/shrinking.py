@@ -1,4 +1,4 @@
-"""``student``: a shallower, narrower copy of a trained model that starts from what it knows."""
+"""``student``: a shallower, narrower copy of a trained model, initialised from its weights."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def _block(own: EncoderBlock, guide: EncoderBlock, basis: Tensor) -> None:
 
 
 def _norm_scale(basis: Tensor) -> float:
-    """A norm's outputs have the length sqrt(d), whatever d is."""
+    """Ratio of the norms' output lengths: sqrt(d_teacher / d)."""
     return float((basis.shape[0] / basis.shape[1]) ** 0.5)
 
 
@@ -361,7 +361,7 @@ def _tower(new: Ranker, teacher: Ranker, basis: Tensor) -> None:
     guides = [m for m in teacher.tower if isinstance(m, nn.Linear)]
     owns = [m for m in new.tower if isinstance(m, nn.Linear)]
     hidden = kept_layers(len(owns) - 1, len(guides) - 1) if len(owns) > 1 else []
-    # The first reads the input, whatever else is left out.
+    # The first layer reads the input, so it always stays.
     stay = [*([0] if hidden else []), *hidden[1:], len(guides) - 1]
     if any(
         guides[after].in_features != guides[index].out_features

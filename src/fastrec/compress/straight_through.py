@@ -20,8 +20,8 @@ class _RoundInput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         step, zero = float(scale), int(zero_point)
         ctx.save_for_backward(x)
-        # What rounds to a level passes its gradient: half a step beyond the last ones, and the
-        # rounding of the bounds themselves.
+        # Values that round to a level pass their gradient: half a step beyond the last levels, plus
+        # the rounding of the bounds themselves.
         half = 0.5 + 1e-4
         ctx.bounds = (-(zero + half) * step, (LEVELS - zero + half) * step)
         return torch.mul(x, float(1 / scale)).round_().clamp_(-zero, LEVELS - zero).mul_(step)
@@ -61,10 +61,10 @@ def round_input(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def round_weight(rows: Tensor, scale: Tensor, dropped: Tensor | None) -> Tensor:
-    """``rows`` [N, K] on the 255 levels of their scales [N], none of which saturates.
+    """``rows`` [N, K] rounded to the 255 levels of their scales [N]; nothing saturates.
 
     Args:
-        dropped: bool [N, K], what was pruned: zero in ``rows`` already, and without gradient.
+        dropped: bool [N, K], pruned elements: zero in ``rows`` already, and without gradient.
     """
     rounded: Tensor = _RoundWeight.apply(rows, scale, dropped)
     return rounded

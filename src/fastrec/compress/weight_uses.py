@@ -49,7 +49,7 @@ class WeightWatch(TorchFunctionMode):
         self._called: list[int] = []  # ids of the weights of the layers that run, innermost last
         for name, layer in layers.items():
             if weight_obstacle(layer) is not None:
-                continue  # a weight that is computed anew for every call has no identity
+                continue  # a weight that is computed for every call has no identity
             self._owners.setdefault(id(weight_of(layer)), []).append(name)
             kinds = [kind for kind in _ANSWERED if isinstance(layer, kind)]
             self._answered[name] = _ANSWERED[kinds[0]] if kinds else set()
@@ -108,13 +108,37 @@ def _refuse_dropout(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         )
 
 
-def uses_outside_calls(layers: Mapping[str, nn.Module], call: Callable[[], Any]) -> dict[str, str]:
+def uses_outside_calls(
+    model: nn.Module, layers: Mapping[str, nn.Module], call: Callable[[], Any]
+) -> dict[str, str]:
     """Name -> reason, of the layers whose weight ``call`` uses without calling them.
 
+    Args:
+        model: in eval mode.
+        layers: name -> layer, those to watch.
+        call: one forward pass of ``model``.
+
     Raises:
-        ArgumentError: dropout that eval mode leaves on.
+        ArgumentError: dropout that eval mode leaves on, or a buffer that the pass changes (it has
+            its old value again).
     """
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     watch = WeightWatch(layers, evaluates=True)
     with watch.running(layers):
         call()
+    for name, now in model.named_buffers():
+        buffer, before = buffers.get(name, (now, now))
+        # a cache that grows or is made in the first call is no state
+        if now.shape == before.shape and not bool(((now == before) | (now != now)).all()):
+            buffer.copy_(before)
+            _set_buffer(model, name, buffer)
+            raise ArgumentError(
+                "model", "buffers that a call in eval mode leaves as they are", f"{name!r} changes"
+            )
     return watch.found
+
+
+def _set_buffer(model: nn.Module, name: str, buffer: Tensor) -> None:
+    """Put a buffer under its full name."""
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, buffer)

@@ -1,4 +1,4 @@
-"""The one thing that models, training and engines get from the data room."""
+"""The batch that models, training and engines get from the data room."""
 
 from __future__ import annotations
 

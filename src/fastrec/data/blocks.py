@@ -56,8 +56,11 @@ def read_blocks(
             data = data[data.find(b"\n") + 1 :]
             skip_lines, first_line = skip_lines - 1, first_line + 1
         n_lines = data.count(b"\n")
-        if data:
-            yield from cut_block(Block(data, first_line, n_lines), 2 * block_bytes, quoted=quoted)
+        block = Block(data, first_line, n_lines)
+        if len(data) > 2 * block_bytes:  # the sample, where blocks are small
+            yield from cut_block(block, block_bytes, quoted=quoted)
+        elif data:
+            yield block
         first_line += n_lines
         if not chunk:
             return

@@ -26,7 +26,7 @@ ColumnsOption = Annotated[
 
 
 class Container(str, Enum):
-    """What ``--container`` takes."""
+    """Values of ``--container``."""
 
     delimited = "delimited"
     json = "json"
@@ -35,7 +35,7 @@ class Container(str, Enum):
 
 
 class TimeUnit(str, Enum):
-    """What ``--time-unit`` takes."""
+    """Values of ``--time-unit``."""
 
     s = "s"
     ms = "ms"
@@ -44,7 +44,7 @@ class TimeUnit(str, Enum):
 
 
 class IdKind(str, Enum):
-    """What ``--ids`` takes."""
+    """Values of ``--ids``."""
 
     integer = "integer"
     text = "text"

@@ -74,7 +74,7 @@ class SequenceDataset:
             the log's and back, texts included.
         items, behaviours, times: int32, uint8, int64 [events]: all users' events, oldest first.
         offsets: int64 [n_users + 1]; events of user u (from 1) are offsets[u-1] .. offsets[u]-1.
-        manifest: what prepare counted and was asked for.
+        manifest: counts and options of prepare.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], arrays: dict[str, Any]) -> None:
@@ -190,8 +190,8 @@ class SequenceDataset:
             history_length: L of the batch, at most the data set's (the default).
             seed: >= 0.
             shuffle: random order of the users; by default for ``train`` only.
-            limit: stop after so many examples. Users are stored in the order of a hash, so the
-                first ones are a fair sample.
+            limit: stop after this number of examples. Users are stored in the order of a hash, so
+                the first ones are a fair sample.
             exclude_seen: no negative is among the user's stored events (targets included).
             targets_per_user: ``train`` only: targets drawn for each user, with replacement.
 

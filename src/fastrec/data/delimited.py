@@ -39,23 +39,23 @@ def read(stream: ByteStream, layout: Layout, *, first: bool, block_bytes: int) -
     Raises:
         DataError: another header than the first file's, or a line that is far too long.
     """
-    skip = 1 if layout.header and (first or _has_header(stream, layout)) else 0
-    for block in read_blocks(
-        stream, skip_lines=skip, quoted=layout.quoted, block_bytes=block_bytes
-    ):
+    skip = _header_lines(stream, layout, first) if layout.header else 0
+    blocks = read_blocks(stream, skip_lines=skip, quoted=layout.quoted, block_bytes=block_bytes)
+    for block in blocks:
         yield from _parse(block, layout)
 
 
-def _has_header(stream: ByteStream, layout: Layout) -> bool:
-    """Whether a further file begins with the header of the first."""
-    head = stream.sample.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
-    found = [field.strip() for field in _fields([head], layout)[0][1] or ()]
-    assert layout.header is not None
-    if found != list(layout.header) and sorted(found) == sorted(layout.header):
+def _header_lines(stream: ByteStream, layout: Layout, first: bool) -> int:
+    """Lines to skip: the header and blank ones before it; 0 where a further file has no header."""
+    lines = stream.sample.decode("utf-8", "replace").split("\n")
+    number = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    head = _fields([lines[number].rstrip("\r")], layout, quoted=layout.quoted)[0][1] or []
+    found, names = [field.strip() for field in head], list(layout.header or ())
+    if not first and found != names and sorted(found) == sorted(names):
         raise DataError(
             f"{stream.file.name}: its columns are in another order than in the first file"
         )
-    return found == list(layout.header)
+    return number + 1 if first or found == names else 0
 
 
 def _parse(block: Block, layout: Layout) -> Iterator[Rows]:

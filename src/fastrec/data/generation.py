@@ -20,8 +20,8 @@ from fastrec.data.behaviours import BEHAVIOURS
 from fastrec.data.layout import require_polars
 from fastrec.data.reader import Progress
 from fastrec.data.sessions import TAOBAO_WINDOW, draw_sessions
-from fastrec.data.synthetic_behaviour import MAX_LENGTH, STRESS, Habits, Walk
-from fastrec.data.synthetic_catalogue import World
+from fastrec.data.synthetic_behaviour import MAX_LENGTH, STRESS, Habits, SyntheticBehaviour
+from fastrec.data.synthetic_catalogue import SyntheticCatalogue
 from fastrec.errors import ArgumentError
 from fastrec.files import atomic_write
 
@@ -54,7 +54,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class GenerateReport:
-    """What :func:`generate` wrote; ``items`` and ``categories`` are the sizes drawn from."""
+    """Counts of one :func:`generate`; ``items`` and ``categories`` are the sizes drawn from."""
 
     out: str
     preset: str
@@ -118,13 +118,13 @@ def generate(
     if out.is_dir() or not out.parent.is_dir():
         raise ArgumentError("out_csv", "a file name in an existing folder", f"'{out_csv}'")
     started = clock.monotonic()
-    world = World.make(n_items, n_categories, seed)
+    catalogue = SyntheticCatalogue.make(n_items, n_categories, seed)
     habits = STRESS if stress else Habits()
     events = 0
     with atomic_write(out) as draft, draft.open("wb") as file:
         for number, first in enumerate(range(0, n_users, BLOCK_USERS)):
             n = min(BLOCK_USERS, n_users - first)
-            frame = _block(world, np.random.default_rng([seed, 1, number]), first, n, habits)
+            frame = _block(catalogue, np.random.default_rng([seed, 1, number]), first, n, habits)
             frame.write_csv(file, include_header=False)
             events += frame.height
             if progress:
@@ -146,7 +146,7 @@ def generate(
 
 
 def _block(
-    world: World, rng: np.random.Generator, first: int, n: int, habits: Habits
+    catalogue: SyntheticCatalogue, rng: np.random.Generator, first: int, n: int, habits: Habits
 ) -> pl.DataFrame:
     """The events of users first + 1 .. first + n."""
     import polars as pl
@@ -158,11 +158,11 @@ def _block(
     present = np.arange(lengths[0]) < lengths[:, None]
     times, opens = np.zeros(present.shape, np.int32), np.zeros(present.shape, np.bool_)
     times[present], opens[present] = draw_sessions(rng, lengths)
-    walk = Walk(world, rng, user, lengths, times, opens, habits)
-    walk.run()
+    simulated = SyntheticBehaviour(catalogue, rng, user, lengths, times, opens, habits)
+    simulated.run()
     back = np.argsort(user)
     kept = present[back]
-    seen = walk.seen[back][kept]
+    seen = simulated.seen[back][kept]
     u = rng.random(len(seen))
     behaviour = np.full(len(seen), BEHAVIOURS["pv"] - 1, np.uint8)
     low = np.zeros(len(seen))
@@ -174,8 +174,8 @@ def _block(
     return pl.DataFrame(
         {
             "user": np.repeat(user[back], lengths[back]),
-            "item": world.item_label[walk.item[back][kept]],
-            "category": world.category_label[walk.categories()[back][kept]],
+            "item": catalogue.item_label[simulated.item[back][kept]],
+            "category": catalogue.category_label[simulated.categories()[back][kept]],
             "behaviour": names.gather(behaviour),
             "time": times[back][kept].astype(np.int64) + TAOBAO_WINDOW[0],
         }

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from fastrec.errors import ArgumentError, MissingDependencyError
 
 ROLES = ("user", "item", "category", "behaviour", "time")
-"""What a column can be. A log needs user and item; the others may be absent."""
+"""Roles of columns. A log needs user and item; the others may be absent."""
 
 CONTAINERS = ("delimited", "json", "parquet", "user-lines")
 """``delimited``: one event a line (CSV, TSV, ``::``, spaces). ``json``: one JSON object a line.
@@ -60,8 +60,12 @@ class ReadOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise ArgumentError(name, " or ".join(map(repr, known)), repr(value))
-        if self.delimiter == "":
-            raise ArgumentError("delimiter", "at least one character", "''")
+        if self.delimiter is not None and (
+            not self.delimiter or set(self.delimiter) & set('"\r\n')
+        ):
+            raise ArgumentError(
+                "delimiter", "text without quotes and line ends", repr(self.delimiter)
+            )
         for role, reference in self.columns.items():
             if role not in ROLES:
                 raise ArgumentError("columns", f"roles among {', '.join(ROLES)}", repr(role))

@@ -90,7 +90,8 @@ class Normaliser:
             columns["time"] = self._times(rows.frame["time"])
             _mark(reason, "time", columns["time"].is_null())
             if self._window is not None:
-                low, high = self._window[0] * self.ticks, (self._window[1] + 1) * self.ticks - 1
+                low = max(self._window[0] * self.ticks, -_LIMIT)
+                high = min((self._window[1] + 1) * self.ticks - 1, _LIMIT)
                 _mark(reason, "window", ~columns["time"].is_between(low, high))
         else:
             columns["time"] = pl.repeat(0, n, dtype=pl.Int64, eager=True)

@@ -343,7 +343,9 @@ def _write_sequences(
             for back in range(1, TARGETS + 1):
                 np.subtract.at(train_count, dense[ends[has_test] - back], 1)
             behaviour = final_behaviour[frame["behaviour"].to_numpy()]
-            seconds = frame["time"].to_numpy() // reader.normaliser.ticks
+            seconds = frame["time"].to_numpy()
+            if reader.normaliser.ticks > 1:
+                seconds = seconds // reader.normaliser.ticks
             items.append(dense)
             behaviours.append(behaviour)
             times.append(seconds)

@@ -1,5 +1,4 @@
-"""What the reader of a container hands on: rows with a column for each role, and where they
-stand."""
+"""Rows as the readers of the containers give them: a column for each role, and their places."""
 
 from __future__ import annotations
 

@@ -55,7 +55,13 @@ class NegativeSampler:
         self, rng: np.random.Generator, positive: Int64, k: int, seen: Int64 | None = None
     ) -> Int64:
         """int64 [B, k]: distinct items in each row, none equal to ``positive`` [B] or to an item
-        of ``seen`` [B, S] (0 = nothing).
+        of ``seen``.
+
+        Args:
+            rng: of all draws.
+            positive: int64 [B].
+            k: negatives of each row.
+            seen: int64 [B, S], items that are no negatives; 0 = nothing.
 
         Raises:
             ArgumentError: fewer than k items are left for some row.

@@ -1,4 +1,4 @@
-"""When synthetic users act: sessions by the hour and day profile of the real log."""
+"""Times of synthetic events: sessions with the hour and day profile of the real log."""
 
 from __future__ import annotations
 

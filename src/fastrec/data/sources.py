@@ -118,9 +118,12 @@ def _check_one_kind(folder: Path, files: list[Path]) -> None:
 
 def _members(path: Path) -> list[LogFile]:
     """The file itself, or what a zip archive holds."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return [LogFile(path)]
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return [LogFile(path)]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error})") from error
     try:
         with zipfile.ZipFile(path) as archive:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]

@@ -132,7 +132,7 @@ def statistics(
 
     Args:
         log: a data set, or the rows of a log as :func:`read_log` gives them, in any order.
-        max_users: look at the first so many users only.
+        max_users: users looked at, from the first.
 
     Returns:
         Name -> value. Shares are of 1. ``gap`` counts events back (1 = the event before);

@@ -1,11 +1,11 @@
-"""What synthetic users do: thousands of them in lock-step, one event at a time.
+"""Simulation of synthetic users: thousands of them in step, one event at a time.
 
 State of each user, in rows sorted by falling number of events so that the active ones are a prefix:
 
 - a slot for each category visited, in order of the first visit (category, visits, last visit,
   number of different items);
 - ``recent``: the slots by recency, most recent first; a visit moves its slot to the front;
-- the log of events. An event is *live* while its item has not come again, so the r-th most recent
+- the events so far. One is *live* while its item has not come again, so the r-th most recent
   item of a slot is the r-th live event of that slot from the end.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrec.data.hashing import mix64
-from fastrec.data.synthetic_catalogue import N_STYLES, N_SUCCESSORS, World
+from fastrec.data.synthetic_catalogue import N_STYLES, N_SUCCESSORS, SyntheticCatalogue
 
 MAX_LENGTH = 540
 MAX_SLOTS = 128
@@ -55,11 +55,11 @@ _VISITS_WEIGHT = np.arange(MAX_LENGTH + 1, dtype=np.float32) ** np.float32(_VISI
 _HARMONIC = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, MAX_LENGTH + 1))])
 
 
-class Walk:
+class SyntheticBehaviour:
     """Events of one block of users.
 
     Args:
-        world: shared tables.
+        catalogue: shared tables.
         rng: the block's generator.
         user: int64 [U], public ids (their hash gives the hidden styles).
         lengths: int64 [U], events of each user, falling, at most ``MAX_LENGTH``.
@@ -69,7 +69,7 @@ class Walk:
 
     def __init__(
         self,
-        world: World,
+        catalogue: SyntheticCatalogue,
         rng: np.random.Generator,
         user: NDArray[np.int64],
         lengths: NDArray[np.int64],
@@ -78,11 +78,11 @@ class Walk:
         habits: Habits,
     ) -> None:
         n_users, n_events = times.shape
-        self.world, self.rng, self.habits = world, rng, habits
+        self.catalogue, self.rng, self.habits = catalogue, rng, habits
         self.user, self.lengths, self.times, self.opens = user, lengths, times, opens
         self.stay = np.asarray(rng.beta(_STAY_A, _STAY_B, n_users))
         # One slot is always free: that is where a new category is put before it moves to the front.
-        self.max_slots = min(MAX_SLOTS, len(world.cdf)) - 1
+        self.max_slots = min(MAX_SLOTS, len(catalogue.cdf)) - 1
         slots = (n_users, self.max_slots + 1)
         self.n_slots = np.zeros(n_users, np.int16)
         self.recent = np.zeros(slots, np.int16)
@@ -98,7 +98,7 @@ class Walk:
         self.replay_from = np.zeros(n_users, np.int16)
 
     def run(self) -> None:
-        """Fill ``item`` (index in the world, [U, T]), ``slot`` and ``seen``."""
+        """Fill ``item`` (index in the catalogue, [U, T]), ``slot`` and ``seen``."""
         for t in range(self.times.shape[1]):
             active = int(np.searchsorted(-self.lengths, -t, side="left"))
             self._step(t, active)
@@ -199,10 +199,10 @@ class Walk:
         width = int(count.max())
         current = self.slot_category[rows, self.recent[rows, 0]]
         owned = self.slot_category[rows, :width]
-        category = self.world.draw_categories(self.rng.random(n))
+        category = self.catalogue.draw_categories(self.rng.random(n))
         follow = (self.rng.random(n) < _SUCCESSOR) & (count > 0)
         pick = self.rng.integers(0, N_SUCCESSORS, n)
-        category = np.where(follow, self.world.successors[current, pick], category)
+        category = np.where(follow, self.catalogue.successors[current, pick], category)
         again = owned == category[:, None]
         todo = np.flatnonzero(again.any(axis=1))
         position = count.copy()
@@ -257,7 +257,7 @@ class Walk:
     def _live_event(
         self, t: int, rows: NDArray[np.int64], item: NDArray[np.int32]
     ) -> NDArray[np.int64]:
-        """Latest event of an item in each user's log, or -1."""
+        """Latest event with an item of each user, or -1."""
         match = self.item[rows, :t] == item[:, None]
         if not t:
             return np.full(len(rows), -1, np.int64)
@@ -281,13 +281,13 @@ class Walk:
         for _ in range(_ITEM_TRIES):
             u = self.rng.random((2, len(todo)))
             style = np.where(u[0] < _STYLED, taste[todo], -1)
-            drawn = self.world.draw_items(category[todo], u[1], style)
+            drawn = self.catalogue.draw_items(category[todo], u[1], style)
             item[rows[todo]] = drawn
             todo = todo[drawn == previous[todo]]
             if not len(todo):
                 break
         if len(todo):
             # Rare: the neighbour in the category, which has at least two items.
-            first, end = self.world.first_item[category[todo] + np.array([[0], [1]])]
+            first, end = self.catalogue.first_item[category[todo] + np.array([[0], [1]])]
             item[rows[todo]] = first + (previous[todo] + 1 - first) % (end - first)
         source[rows] = self._live_event(t, rows, item[rows])

@@ -1,4 +1,4 @@
-"""What all synthetic users share: categories, their popularity, their items, their successors."""
+"""The catalogue of a synthetic log: categories, their popularity, items and successors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MIN_ITEMS = 2
 
 
 @dataclass(frozen=True)
-class World:
+class SyntheticCatalogue:
     """Categories are numbered by popularity (0 = most popular), items by category, then rank.
 
     Attributes:
@@ -35,7 +35,7 @@ class World:
     category_label: NDArray[np.int64]
 
     @classmethod
-    def make(cls, n_items: int, n_categories: int, seed: int) -> World:
+    def make(cls, n_items: int, n_categories: int, seed: int) -> SyntheticCatalogue:
         """Category k (from 1) has popularity (k + 4)^-1.2, and a like share of the items."""
         if n_categories < N_STYLES:
             raise ArgumentError("n_categories", f">= {N_STYLES}", n_categories)

@@ -76,7 +76,7 @@ def length_error(lengths: torch.Tensor | None, position: int, longest: int) -> A
 
 
 def check_starts(cu_seqlens: torch.Tensor, x: torch.Tensor, owner: str = "x") -> None:
-    """Raises unless cu_seqlens is int64 or int32 [B + 1] on x's device, whatever its values."""
+    """Raises unless cu_seqlens is int64 or int32 [B + 1] on x's device; values are not read."""
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise DtypeError("cu_seqlens", "int64 or int32", cu_seqlens.dtype)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

@@ -17,7 +17,7 @@ from fastrec.errors import ArgumentError, BackendError, IsaError
 
 @dataclass(frozen=True)
 class Signature:
-    """What the choice of a backend may depend on."""
+    """The facts of a call that the choice of a backend depends on."""
 
     device: str
     dtype: str = "float32"

@@ -1,4 +1,4 @@
-"""What the Triton backends of all ops share. Imports triton only where a kernel is launched."""
+"""Helpers of all Triton backends. Imports triton only where a kernel is launched."""
 
 from __future__ import annotations
 

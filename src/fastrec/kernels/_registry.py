@@ -1,4 +1,4 @@
-"""What every op declares about itself; contract tests, bench and ``fastrec info`` walk it."""
+"""The declaration of an op; contract tests, the bench and ``fastrec info`` read it."""
 
 from __future__ import annotations
 

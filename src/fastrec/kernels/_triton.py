@@ -1,4 +1,4 @@
-"""What Triton kernels of several ops share."""
+"""Constants and functions of the Triton kernels of several ops."""
 
 from __future__ import annotations
 

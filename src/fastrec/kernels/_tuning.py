@@ -69,7 +69,7 @@ class Table:
         return next((config for config in possible if asdict(config) == entry), None)  # type: ignore[call-overload]
 
     def content(self) -> dict[str, Any]:
-        """What the file of this machine's own entries says; the same form as a shipped table."""
+        """The content of this machine's own file; the same form as a shipped table."""
         entries = self._read(self.path)
         return {"op": self.op_id, "gpu": self.gpu, "digest": self.digest, "entries": entries}
 

@@ -6,7 +6,7 @@ import torch
 
 
 def row_view(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """What a kernel reads of [B, H, L, D] or jagged [T, H, D].
+    """Address and strides of [B, H, L, D] or jagged [T, H, D].
 
     Args:
         x: any strides; copied where the dimensions of a row do not follow each other.

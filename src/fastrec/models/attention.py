@@ -129,9 +129,13 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: KeyMask | None, causal: bool = False
     ) -> Tensor:
-        """Attend and merge heads: q [B, H, Lq, D], k and v [B, H, Lk, D] -> [B, Lq, d].
+        """Attends, merges heads and projects: [B, Lq, d].
 
-        ``causal`` and ``mask`` exclude each other.
+        Args:
+            q: [B, H, Lq, D].
+            k, v: [B, H, Lk, D].
+            mask: valid keys; excludes ``causal``.
+            causal: no query sees a later key.
         """
         bias = None if mask is None else mask.bias
         lengths = None if mask is None else mask.length
@@ -142,12 +146,12 @@ class Attention(nn.Module):
             return project(self.out_proj, context.transpose(1, 2).flatten(2), lengths)
         # torch's fused bf16 backward on CPU takes 4 times as long as these few matrix products; in
         # fp32 its causal kernel skips half of the work.
-        spelled_out = (
+        in_steps = (
             self.training and q.device.type == "cpu" and not (causal and q.dtype == torch.float32)
         )
-        if self.fused and not (spelled_out or causal) and self._kernel_takes(q, k, v):
+        if self.fused and not (in_steps or causal) and self._kernel_takes(q, k, v):
             context = padded_attention(q, k, v, lengths=lengths)
-        elif not spelled_out:
+        elif not in_steps:
             scale = None if q.shape[-1] == self.head_dim else self.head_dim**-0.5
             context = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, is_causal=causal, scale=scale

@@ -1,4 +1,4 @@
-"""What the encoder blocks of the models are made of."""
+"""``EncoderConfig``: attention pattern and projections of the models' encoder blocks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ROW_BY_ROW = ("dense", "grouped", "low_rank")
 
 @dataclass(frozen=True)
 class EncoderConfig(Config):
-    """What the encoder blocks of a model are made of; the default is a plain transformer's.
+    """Attention pattern and projections of a model's encoder blocks; by default a transformer's.
 
     With a dense ``projection``, a pattern changes no parameter: the state dict of a model with
     dense attention loads into one with a pattern.
 
     Args:
-        pattern: who attends whom (:class:`~fastrec.nn.WindowSparseAttention`); None is dense
-            attention. In a causal model it becomes causal.
+        pattern: which keys each query sees, in :class:`~fastrec.nn.WindowSparseAttention`; None
+            is dense attention. In a causal model it becomes causal.
         projection: of q, k, v and the attention's output: "dense", "grouped"
             (:class:`~fastrec.nn.GroupedLinear`), "separable"
             (:class:`~fastrec.nn.SeparableProjection`) or "low_rank"
@@ -70,7 +70,15 @@ class EncoderConfig(Config):
             raise ArgumentError("rank", "an integer with a 'low_rank' projection", None)
 
     def check(self, d: int, n_heads: int, ffn: int, causal: bool) -> None:
-        """ArgumentError where this does not fit a model of these sizes."""
+        """Checks that this fits a model.
+
+        Args:
+            d, n_heads, ffn: the model's width, heads and hidden width.
+            causal: whether its blocks are.
+
+        Raises:
+            ArgumentError: it does not.
+        """
         heads = None if self.pattern is None else self.pattern.heads
         if heads not in (None, n_heads):
             raise ArgumentError("pattern", f"offsets for n_heads = {n_heads}", f"{heads} lists")

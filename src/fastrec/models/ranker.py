@@ -7,7 +7,7 @@
     score     = MLP([candidate, context, candidate * context])     [B, m]
 
 Position counts back from the newest event (0 = newest), so that recency means the same thing
-whatever the length of the history. Ids: 0 is padding in every table.
+for any length of the history. Ids: 0 is padding in every table.
 """
 
 from __future__ import annotations
@@ -239,13 +239,28 @@ class Ranker(nn.Module):
         return self.tower(z).squeeze(-1)
 
     def encode(self, item: Tensor, category: Tensor, behaviour: Tensor, length: Tensor) -> Tensor:
-        """Encode histories: int64 [B, L] x 3 and int64 [B] -> [B, L, d]."""
+        """Encodes histories.
+
+        Args:
+            item, category, behaviour, length: as in :meth:`forward`.
+
+        Returns:
+            [B, L, d], for :meth:`score`.
+        """
         return self._encode(item, category, behaviour, length)[0]
 
     def score(
         self, encoded: Tensor, length: Tensor, cand_item: Tensor, cand_category: Tensor
     ) -> Tensor:
-        """Score candidates int64 [B, m] against :meth:`encode`'s output -> [B, m]."""
+        """Scores candidates of encoded histories.
+
+        Args:
+            encoded: :meth:`encode`'s output.
+            length, cand_item, cand_category: as in :meth:`forward`.
+
+        Returns:
+            [B, m].
+        """
         mask = self._mask(self._age(length, encoded.shape[1]), length, encoded.dtype)
         return self._score(encoded, mask, cand_item, cand_category)
 

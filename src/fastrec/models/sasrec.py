@@ -108,10 +108,10 @@ class SASRec(nn.Module):
         return hidden.gather(1, index).squeeze(1) * (length > 0).to(hidden.dtype)[:, None]
 
     def item_table(self) -> Tensor:
-        """The item vectors [n_items, d], whatever module holds them.
+        """The item vectors [n_items, d] as a lookup gives them.
 
-        Those that are looked up: of a quantised table, and of one that trains with rounding and
-        pruned blocks, what it gives, not what it is made of.
+        Of a quantised table, and of one that trains with rounding or pruned blocks, these are the
+        looked-up rows, not the stored weights.
         """
         if type(self.item_embedding) is nn.Embedding:
             return self.item_embedding.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastrec.nn.grouped_linear import GroupedLinear
+from fastrec.nn.hstu_block import HstuBlock
 from fastrec.nn.int8_embedding import Int8Embedding
 from fastrec.nn.layer_norm import LayerNorm
 from fastrec.nn.low_rank_linear import LowRankLinear
@@ -14,6 +15,7 @@ from fastrec.nn.window_sparse_int8_attention import WindowSparseInt8Attention
 
 __all__ = [
     "GroupedLinear",
+    "HstuBlock",
     "Int8Embedding",
     "LayerNorm",
     "LowRankLinear",

@@ -1,4 +1,4 @@
-"""What the projection modules share."""
+"""Checks and casts of the projection modules."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def like(tensor: torch.Tensor) -> dict[str, Any]:
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype where it is on for the first one's device.
 
-    Ops of ours are unknown to autocast; ``nn.Linear`` would be cast, so its twins are too.
+    Ops of ours are unknown to autocast; ``nn.Linear`` would be cast, so its replacements are too.
     float64 stays, as it does in torch.
     """
     first = tensors[0]

@@ -10,7 +10,13 @@ from fastrec.kernels._checks import check_length_values, check_lengths
 
 
 def bias_of_mask(name: str, mask: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """A bool (True: not seen) or float mask as what is added to the scores.
+    """A mask as floats to add to the scores.
+
+    Args:
+        name: of the mask.
+        mask: bool (True: not seen) or float.
+        shape: that it must have.
+        x: on whose device it must lie.
 
     Raises:
         ShapeError, DtypeError, DeviceError: it is not one for x.

@@ -27,9 +27,16 @@ def make_projection(
     shuffle: bool = False,
     **like_torch: Any,
 ) -> nn.Module:
-    """The module of ``kind``; ``shuffle`` is for "grouped", ``causal`` for "separable".
+    """The module of a kind.
 
-    ``like_torch`` are bias, device and dtype.
+    Args:
+        kind: one of :data:`PROJECTIONS`.
+        inputs, outputs: channels.
+        groups: of "grouped" and "separable".
+        kernel_size, causal: of "separable".
+        rank: of "low_rank".
+        shuffle: of "grouped".
+        like_torch: bias, device and dtype.
     """
     if kind == "grouped":
         return GroupedLinear(inputs, outputs, groups, shuffle=shuffle, **like_torch)

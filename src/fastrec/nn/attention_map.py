@@ -15,7 +15,7 @@ from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 
 @dataclass(frozen=True, eq=False)
 class AttentionMap:
-    """The softmax weights of one attention call, computed only where somebody asks for them.
+    """The softmax weights of one attention call, computed on request.
 
     Attributes:
         q: queries [B, H, Lq, D].

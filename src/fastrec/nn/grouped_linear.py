@@ -70,9 +70,9 @@ class GroupedLinear(nn.Module):
     def from_float(cls, linear: nn.Linear, groups: int, *, shuffle: bool = False) -> GroupedLinear:
         """The best block-diagonal approximation of a dense layer: its own diagonal blocks.
 
-        The squared Frobenius error is a sum over entries. Those outside the blocks are lost
-        whatever the blocks hold, and those inside are exact: nothing is nearer to W, and for white
-        inputs nothing gives a smaller mean squared error of the output. Expect to fine-tune.
+        The squared Frobenius error is a sum over entries. Entries outside the blocks are lost in
+        any case, and those inside are exact: no block-diagonal weight is nearer to W, and for
+        white inputs none has a smaller mean squared error of the output. Expect to fine-tune.
         With ``shuffle`` the blocks are those of W's rows in shuffled order, so that each output
         stays in its place. Exact for ``groups=1``.
 

@@ -1,4 +1,4 @@
-"""``LayerNorm``: torch's, whose inference on the CPU rounds as the native engine does."""
+"""``LayerNorm``: torch's, with CPU inference that rounds as the native engine does."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LayerNorm(nn.LayerNorm):
         """The same norm; it shares the parameters."""
         affine = norm.weight is not None
         shape = list(norm.normalized_shape)
-        twin = cls(shape, norm.eps, affine, affine and norm.bias is not None, device="meta")
-        twin.weight, twin.bias = norm.weight, norm.bias
-        return twin.train(norm.training)
+        copy = cls(shape, norm.eps, affine, affine and norm.bias is not None, device="meta")
+        copy.weight, copy.bias = norm.weight, norm.bias
+        return copy.train(norm.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] -> [..., D]."""

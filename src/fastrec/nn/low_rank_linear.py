@@ -53,6 +53,16 @@ class LowRankLinear(nn.Module):
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product [out_features, in_features], for parents that read a layer's weight."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias of ``up``."""
+        return self.up.bias
+
     def reset_parameters(self) -> None:
         """The product's entries get the variance of ``nn.Linear``'s weight, 1 / (3 in_features)."""
         # var(sum over r of down * up) = r * (1 / in) * (1 / 3r)

@@ -12,7 +12,7 @@ from fastrec.nn.sparse_int8_linear import SparseInt8Linear
 
 
 class SeparableInt8Projection(nn.Module):
-    """What :class:`SeparableProjection` becomes in INT8; inference only.
+    """The INT8 form of :class:`SeparableProjection`; inference only.
 
     The taps are kernel_size multiply-adds a channel and stay float; the projection, out_features
     multiply-adds a channel, runs on ``sparse_int8_linear`` with its input quantised behind the

@@ -17,9 +17,16 @@ from fastrec.nn._common import autocast, check_groups, check_linear, check_size,
 def depthwise_rows(
     x: torch.Tensor, depthwise: torch.Tensor, lengths: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
-    """The convolution alone: x [B, L, C] or [L, C] and taps [C, W] -> x's shape.
+    """The convolution alone; result rows beyond the lengths mean nothing.
 
-    Rows beyond the lengths are read as zeros; what comes out there means nothing.
+    Args:
+        x: [B, L, C] or [L, C].
+        depthwise: taps [C, W].
+        lengths: int64 [B]; rows from there on are read as zeros.
+        causal: taps look at the row and those before it.
+
+    Raises:
+        ShapeError: lengths without a batch.
     """
     length, width = x.shape[-2], depthwise.shape[1]
     if lengths is not None:

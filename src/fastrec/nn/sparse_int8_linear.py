@@ -12,6 +12,7 @@ from torch import nn
 
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.kernels._compiled import Signature
+from fastrec.kernels._gpu import ceil_div
 from fastrec.kernels.sparse_int8_linear import (
     BACKENDS,
     _cpu,
@@ -21,7 +22,7 @@ from fastrec.kernels.sparse_int8_linear import (
     check_numbers,
     check_quantisation,
 )
-from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight, ceil_div
+from fastrec.kernels.sparse_int8_linear.packed import PANEL_OUTPUTS, PackedWeight
 from fastrec.kernels.sparse_int8_linear.reference import sparse_int8_linear_reference
 
 # Buffers that may be None, and buffers whose length depends on what was pruned.
@@ -35,7 +36,7 @@ _SOURCE = "_fastrec_source"  # on bytes: the float tensor with a gradient that t
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What can be asked of an INT8 layer's weight: its values are not those of a float tensor."""
+    """Dtype, device and shape of an INT8 layer's weight, whose values are no float tensor."""
 
     dtype: torch.dtype
     device: torch.device

@@ -50,7 +50,7 @@ class WindowSparseAttention(nn.Module):
         add_bias_kv, add_zero_attn, kdim, vdim: there for the signature.
         batch_first: [B, L, d] if True, [L, B, d] if False.
         device, dtype: of the parameters, as in torch.
-        pattern: who sees whom; None means a window of 16 and the powers of two.
+        pattern: which keys each query sees; None means a window of 16 and the powers of two.
         projection: what computes q, k, v (``in_proj``) and the result (``out_proj``): "dense",
             an ``nn.Linear``; "grouped", a ``GroupedLinear``, the inner one shuffled, so that each
             head sees all groups; "separable", a ``SeparableProjection``; "low_rank", a
@@ -60,7 +60,7 @@ class WindowSparseAttention(nn.Module):
         kernel_size: of "separable", which is causal where the pattern is.
         rank: of "low_rank".
         qk_rank: r, width of a head of q and k; None means d / H. Fewer weights and multiply-adds
-            in ``in_proj``, and in the scores where they are spelled out; the kernel wants q as wide
+            in ``in_proj``, and in scores over L x L; the kernel wants q as wide
             as v and gets zeros to fill it up.
 
     Attributes:
@@ -294,7 +294,7 @@ class WindowSparseAttention(nn.Module):
         if need_weights or drops or attn_mask is not None or hidden is not None:
             if lengths is not None:
                 hidden = bias_of_lengths(lengths, inputs[0])
-            heads, weights = self._spelled_out(q, k, v, hidden, attn_mask)
+            heads, weights = self._attend_in_full(q, k, v, hidden, attn_mask)
         else:
             q, k = (self._as_wide_as_v(x) for x in (q, k))
             heads = self._attend(q, k, v, lengths)
@@ -343,7 +343,7 @@ class WindowSparseAttention(nn.Module):
     def _as_wide_as_v(self, x: Tensor) -> Tensor:
         return x if self.qk_dim == self.head_dim else F.pad(x, (0, self.head_dim - self.qk_dim))
 
-    def _spelled_out(
+    def _attend_in_full(
         self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Result and weights [B, H, L, L] by the definition; ``hidden`` [B, L] is added."""

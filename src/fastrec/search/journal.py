@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastrec.errors import ArtifactError
 from fastrec.files import atomic_write
+from fastrec.train.checkpoint import tensors_digest
 
 
 class Journal:
@@ -59,8 +58,4 @@ class Journal:
 
 def fingerprint(model: nn.Module, *parts: Any) -> str:
     """Of a model's tensors and anything JSON can hold."""
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return tensors_digest(model.state_dict(), parts)[:32]

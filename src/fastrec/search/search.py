@@ -14,7 +14,6 @@ import numpy as np
 from torch import nn
 
 from fastrec.compress.artifact import load, save
-from fastrec.compress.calibration import evaluating
 from fastrec.compress.layer_sensitivity import sensitivity
 from fastrec.compress.patterns import BlockPruning
 from fastrec.compress.quantization import Int8
@@ -39,6 +38,7 @@ from fastrec.search.front import Candidate, pick, sweep
 from fastrec.search.journal import Journal, fingerprint
 from fastrec.search.result import AutotuneResult, Point
 from fastrec.search.space import Choice, Chosen, Space, pruned_, quantised_, restructured
+from fastrec.train.evaluation import evaluating
 
 Evaluate = Callable[[nn.Module], float]
 FineTune = Callable[[nn.Module, int], Any]

@@ -69,11 +69,11 @@ class Client:
         credentials: of gRPC, for TLS; None = plain text.
         token: sent as ``authorization: Bearer``; None = none.
         probing: how servers are probed.
-        tries: servers that a request is sent to before a failure to reach one is told.
+        tries: servers that are tried before a failure to reach one is raised.
         message_mib: largest request or answer.
 
     Raises:
-        ArgumentError: no target, or one that comes twice.
+        ArgumentError: no target, or one that is listed twice.
     """
 
     def __init__(

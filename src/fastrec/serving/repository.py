@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from pathlib import Path
 from fastrec import __version__
 from fastrec.errors import ArtifactError, FastrecError
 from fastrec.runtime.native.file import is_engine_file
+from fastrec.runtime.screening import SUFFIX as SCREEN_SUFFIX
 from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.core.request import Kind, Rejected
 
@@ -71,6 +73,8 @@ class ModelRepository:
         self._cache = cache or Path.home() / ".cache" / "fastrec" / "engines"
         self._loaded: dict[tuple[str, str], Found] = {}
         self._reasons: dict[tuple[str, str], str] = {}
+        # Private copies of engine files, by model and version.
+        self._copies: dict[tuple[str, str], Path] = {}
         self._left_out: set[tuple[Path, str]] = set()
         self._changing = asyncio.Lock()
 
@@ -139,8 +143,8 @@ class ModelRepository:
     async def load(self, name: str) -> None:
         """Serve the latest version of a model as it is on disk now.
 
-        Until that is loaded and warm, what was served before goes on, and it goes on where the new
-        one cannot be loaded.
+        The version served before continues until the new one is warm, and where it cannot be
+        loaded.
 
         Raises:
             Rejected: NOT_FOUND: the repository has no such model.
@@ -160,7 +164,7 @@ class ModelRepository:
                     raise
             for key in [key for key in self._loaded if key[0] == name and key[1] != latest]:
                 await self._core.unload(*key)
-                del self._loaded[key]
+                self._forget(key)
 
     async def unload(self, name: str) -> None:
         """Drain and unload all versions of a model.
@@ -171,16 +175,37 @@ class ModelRepository:
         async with self._changing:
             await self._core.unload(name)
             for key in [key for key in self._loaded if key[0] == name]:
-                del self._loaded[key]
+                self._forget(key)
+
+    def close(self) -> None:
+        """Remove the private copies of engine files, once the engines are closed."""
+        for key in list(self._loaded):
+            self._forget(key)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        del self._loaded[key]
+        _remove(self._copies.pop(key, None))
 
     async def _load(self, name: str, version: str, found: Found) -> None:
-        path = found.path
+        key, path, copy = (name, version), found.path, None
         if found.kind == "checkpoint":
             path = await compiled(path, self._cache)
-        replace = (name, version) in self._loaded
-        await self._core.load(name, path, version=version, weight=1.0, replace=replace)
-        self._loaded[name, version] = found
-        self._reasons.pop((name, version), None)
+        elif path.is_file():
+            path = copy = await asyncio.to_thread(_copied, path)
+        try:
+            replace = key in self._loaded
+            await self._core.load(name, path, version=version, weight=1.0, replace=replace)
+        except BaseException as error:
+            _remove(copy)
+            if copy is not None and isinstance(error, ArtifactError):
+                text = str(error).replace(str(copy), str(found.path))
+                raise ArtifactError(text) from error
+            raise
+        _remove(self._copies.pop(key, None))
+        if copy is not None:
+            self._copies[key] = copy
+        self._loaded[key] = found
+        self._reasons.pop(key, None)
         log.info("%s version %s: loaded from %s", name, version, found.path)
 
     def _versions(self, child: Path) -> dict[str, Found]:
@@ -211,6 +236,31 @@ class ModelRepository:
         if (path, reason) not in self._left_out:
             self._left_out.add((path, reason))
             log.warning("%s is left out of the model repository: %s", path, reason)
+
+
+def _copied(file: Path) -> Path:
+    """A private copy of an engine file, and of its screen.
+
+    Engines map their file. One that is overwritten in place, as ``cp`` does, would change the
+    scores of the engine that runs, and end the process where it is cut.
+
+    Raises:
+        ArtifactError: the copy cannot be made.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fastrec-serving-"))
+    try:
+        for path in (file, file.with_name(file.name + SCREEN_SUFFIX)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    except OSError as error:
+        _remove(folder / file.name)
+        raise ArtifactError(f"{file}: cannot be copied to {folder}: {error.strerror}") from error
+    return folder / file.name
+
+
+def _remove(copy: Path | None) -> None:
+    if copy is not None:
+        shutil.rmtree(copy.parent, ignore_errors=True)
 
 
 async def compiled(checkpoint: Path, cache: Path) -> Path:

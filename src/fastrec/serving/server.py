@@ -71,7 +71,7 @@ class ServerOptions:
         reuse_port: whether several processes share the ports.
         limits: of the gRPC port; messages over HTTP have the same limit.
         drain_s: how long requests in flight are waited for at the end.
-        linger_s: how long the server goes on serving once it is told to end and says NOT_SERVING,
+        linger_s: how long the server still answers after SIGTERM while probes say NOT_SERVING,
             so that load balancers can look away first.
         cache: where compiled checkpoints are kept.
         tracer_provider: OpenTelemetry's, where requests' spans go; None = no tracing.
@@ -120,6 +120,8 @@ class Server:
         self._tasks: list[asyncio.Task[None]] = []
         self._grpc: GrpcServer | None = None
         self._http: HttpServer | None = None
+        self._rest: Rest | None = None
+        self.repository: ModelRepository | None = None
         self._begun = False
 
     @property
@@ -172,7 +174,7 @@ class Server:
             self.core.subscribe(_Changes(self._grpc.health.changed))
             await self._grpc.start()
         if options.http_port is not None:
-            rest = Rest(
+            self._rest = rest = Rest(
                 self.handler,
                 metrics=self.metrics.exposition,
                 status=self.status,
@@ -217,7 +219,11 @@ class Server:
             await _within(_CLOSE_S, self._grpc.stop(1.0), "gRPC")
         if self._http is not None:
             await self._http.stop(1.0)
+        if self._rest is not None:
+            self._rest.close()
         await _within(_CLOSE_S, self.core.close(), "engines")
+        if self.repository is not None:
+            self.repository.close()
         sys.setswitchinterval(self._switch_s)
         gc.unfreeze()
 
@@ -228,18 +234,18 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end.set)
         starting = asyncio.ensure_future(self.start())
-        told = asyncio.ensure_future(end.wait())
+        ended = asyncio.ensure_future(end.wait())
         try:
-            await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({starting, ended}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
                 if on_start is not None:
                     on_start(self)
-                await told
+                await ended
         finally:
-            told.cancel()
+            ended.cancel()
             starting.cancel()
-            await asyncio.wait({starting, told}, timeout=_CLOSE_S)
+            await asyncio.wait({starting, ended}, timeout=_CLOSE_S)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             await self.stop()

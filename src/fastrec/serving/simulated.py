@@ -32,7 +32,14 @@ def signature() -> ModelSignature:
 
 
 class SimulatedEngine(EngineHandle):
-    """Takes ``cost(users, rows)`` virtual seconds a call; can be made to fail, die and hang."""
+    """Takes virtual time for each call; can be made to fail, die and hang.
+
+    Args:
+        name: unique.
+        clock: whose time passes.
+        cost: users, rows -> seconds of a call.
+        compute: whether scores are computed.
+    """
 
     def __init__(self, name: str, clock: VirtualClock, cost: Cost, *, compute: bool = True) -> None:
         super().__init__(name)
@@ -96,8 +103,16 @@ def add_engines(
     line: Cost | None = None,
     **options: Any,
 ) -> list[SimulatedEngine]:
-    """Engines whose latency models know the truth (``line``, where costs scatter about it), as
-    after warming."""
+    """Add engines whose latency models know the truth, as after warming.
+
+    Args:
+        scheduler: that takes them.
+        clock: its clock.
+        costs: of each engine, see :class:`SimulatedEngine`.
+        name: prefix of their names.
+        line: the usual cost, where ``costs`` scatter about it.
+        options: of :class:`SimulatedEngine`.
+    """
     made = []
     for i, cost in enumerate(costs):
         engine = SimulatedEngine(f"{name}{i}", clock, cost, **options)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,34 @@ from fastrec.models import MODELS
 FORMAT = 1
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor], *others: Any) -> str:
+    """SHA-256 of named tensors, in their order, and of ``others`` as JSON; hex."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for other in others:
+        digest.update(json.dumps(other, sort_keys=True, default=str).encode())
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(data.view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return tensors_digest(dict(sorted(tensors.items())))
+
+
 def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and JSON metadata to ``path`` in one step: a reader sees old or new, whole."""
+    """Write tensors and JSON metadata to ``path`` in one step: a reader sees old or new, whole.
+
+    Args:
+        path: the file.
+        kind: "checkpoint" or "model"; :func:`read_tensors` asks for it.
+        tensors: by name, on any device.
+        meta: plain JSON values.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "fastrec": json.dumps({"kind": kind, "format": FORMAT, "sha256": _checksum(host), **meta})
@@ -73,7 +91,14 @@ def save_checkpoint(
 ) -> None:
     """Everything that a bit-exact continuation needs.
 
-    Weights, optimiser state, torch's random state, and ``state``.
+    Args:
+        path: the file.
+        model: its weights are kept.
+        optimizer: its state is kept.
+        state: plain JSON values of the loop; torch's random state is added.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     state_dict = unwrapped(model).state_dict()
     tensors = {f"model.{name}": tensor for name, tensor in state_dict.items()}
@@ -133,7 +158,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Write a trained model's weights, with its name and config where it is one of ours."""
+    """Write a trained model's weights, with name and config for a model of ``fastrec.models``."""
     model = unwrapped(model)
     meta: dict[str, Any] = {"model": None, "config": None}
     for name, (cls, _) in MODELS.items():

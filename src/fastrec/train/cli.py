@@ -34,7 +34,7 @@ class NegativesName(str, Enum):
 def train(
     data: Annotated[str, typer.Argument(help="A log, or a folder of `fastrec data prepare`.")],
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint and the trained model.")],
-    model: Annotated[ModelName, typer.Option(help="What to train.")] = ModelName.ranker,
+    model: Annotated[ModelName, typer.Option(help="Model to train.")] = ModelName.ranker,
     columns: ColumnsOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the users.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Users a step.")] = None,
@@ -45,7 +45,7 @@ def train(
     negatives: Annotated[
         NegativesName | None, typer.Option(help="How training negatives are drawn (ranker).")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps.")] = None,
     patience: Annotated[
         int | None, typer.Option(help="Epochs without improvement before stopping; 0 = never stop.")
     ] = None,

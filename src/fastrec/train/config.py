@@ -30,12 +30,12 @@ class TrainConfig(Config):
         clip: gradient norm limit; None = no clipping.
         seed: seed of batches, negatives, dropout.
         amp: mixed precision where it is faster on the device.
-        max_steps: stop after so many steps; also sets the length of the schedule when it is less
+        max_steps: stop after this many steps; also sets the length of the schedule when it is less
             than ``epochs`` give.
-        patience: stop when the validation metric has not improved for so many epochs; None = never.
+        patience: stop after this many epochs without a better validation metric; None = never.
         metric: the validation metric (candidates protocol): "ndcg_10", "hit_rate_10", "mrr", ...
-        valid_users: users validated after each epoch; 0 = no validation, the last weights are kept.
-        checkpoint_steps: also write a checkpoint every so many steps, not only after each epoch.
+        valid_users: users validated after each epoch; 0 = none, the last weights are kept.
+        checkpoint_steps: also write a checkpoint every this many steps, not only after each epoch.
 
     Raises:
         ArgumentError: a value out of range.
@@ -100,7 +100,7 @@ class TrainConfig(Config):
 
 @dataclass
 class TrainReport:
-    """What :func:`fastrec.train.fit` did.
+    """Result of :func:`fastrec.train.fit`.
 
     Attributes:
         steps, epochs: done in all, resumed part included.

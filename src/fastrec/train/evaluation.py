@@ -83,7 +83,7 @@ def _scorer(model: Any, history: tuple[Tensor, ...]) -> Score:
 def _catalogue_ranks(
     score: Score, item: Tensor, target: Tensor, item_category: Tensor, exclude_seen: bool
 ) -> Tensor:
-    """Rank of target int64 [B] among all real items, history chunks scored one after another."""
+    """Rank of target int64 [B] among all real items, histories scored in chunks."""
     batch, n_items = len(target), len(item_category)
     positive = score(target[:, None], item_category[target][:, None]).float()
     above = torch.zeros(batch, dtype=torch.int64, device=item.device)
@@ -99,20 +99,18 @@ def _catalogue_ranks(
 
 
 @contextmanager
-def inference(model: Any) -> Iterator[torch.device]:
-    """Evaluation mode and no gradients; puts the mode back. Yields the model's device."""
-    if not isinstance(model, nn.Module):
-        with torch.no_grad():
-            yield torch.device("cpu")
-        return
-    training = model.training
-    parameter = next(model.parameters(), None)
-    model.eval()
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode without gradients; each module's own training flag comes back afterwards."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    flags = [module.training for module in modules]
     try:
+        for module in modules[:1]:
+            module.eval()
         with torch.no_grad():
-            yield torch.device("cpu") if parameter is None else parameter.device
+            yield
     finally:
-        model.train(training)
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
 
 
 def evaluate(
@@ -177,7 +175,9 @@ def evaluate(
     ranks: list[NDArray[np.int64]] = []
     users: list[NDArray[np.int64]] = []
     done = 0
-    with inference(model) as device:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = torch.device("cpu") if parameter is None else parameter.device
+    with evaluating(model):
         item_category = to_tensors([np.asarray(dataset.item_category, np.int64)], device)[0]
         context = torch.autocast(device.type, autocast) if autocast else nullcontext()
         with context:

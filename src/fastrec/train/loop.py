@@ -14,14 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrec import terminal
 from fastrec.errors import ArgumentError, FastrecError
 from fastrec.models import SASRec
-from fastrec.train.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_model
+from fastrec.train.checkpoint import (
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+    save_model,
+    unwrapped,
+)
 from fastrec.train.config import TrainConfig, TrainReport
 from fastrec.train.evaluation import evaluate
 from fastrec.train.losses import default_loss, model_device
 from fastrec.train.precision import autocast_dtype
-from fastrec.train.progress import TrainingProgress
 
 LossFn = Callable[[Any, Any], Tensor]
 Batches = Callable[[int], Iterable[Any]]
@@ -184,7 +190,8 @@ class _Run:
             metric = float(row[self.config.metric])
             if state["best_metric"] is None or metric > state["best_metric"]:
                 state |= {"best_metric": metric, "best_epoch": state["epoch"], "waited": 0}
-                self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+                weights = unwrapped(self.model).state_dict()
+                self.best = {name: weight.detach().clone() for name, weight in weights.items()}
                 if self.out is not None:
                     save_model(self.out / MODEL, self.model)
             else:
@@ -214,7 +221,7 @@ def fit(
 
     Args:
         model: a :class:`~fastrec.models.Ranker`, a :class:`~fastrec.models.SASRec`, or any module
-            that takes the six inputs (or whatever ``loss_fn`` feeds it).
+            that takes the six inputs (or those that ``loss_fn`` passes).
         dataset: a :class:`fastrec.data.SequenceDataset` or an object with its methods.
         config: settings; the defaults are the measured recipe.
         out: folder for ``checkpoint.safetensors`` (after each epoch) and ``model.safetensors`` (the
@@ -273,13 +280,17 @@ def _train(
     started = time.perf_counter()
     state, config, model = run.state, run.config, run.model
     first, training_seconds = state["step"], 0.0
-    with TrainingProgress(total, first, enabled=progress) as bar:
+    smooth: float | None = None
+    validated = ""
+    with terminal.progress(enabled=progress) as tell:
         while state["stopped"] is None:
             model.train()
             clock = time.perf_counter()
             for batch in _rest_of_epoch(batches, state):
                 loss = run.train_step(loss_fn, batch, total)
-                bar.step(state["step"], loss, state["epoch"])
+                smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+                note = f"epoch {state['epoch'] + 1}  loss {smooth:.4f}{validated}"
+                tell("training", state["step"], total, note)
                 if on_step is not None and on_step(state["step"], loss):
                     state["stopped"] = "on_step"
                 elif config.checkpoint_steps and state["step"] % config.checkpoint_steps == 0:
@@ -291,7 +302,9 @@ def _train(
                 break
             if not state["step_in_epoch"]:
                 raise ArgumentError("batches", "at least one batch an epoch", "none")
-            bar.epoch(run.end_epoch(validate))
+            row = run.end_epoch(validate)
+            shown = [name for name in ("hit_rate_10", "ndcg_10") if name in row]
+            validated = "".join(f"  {name} {row[name]:.4f}" for name in shown)
             if state["step"] >= total:
                 state["stopped"] = "max_steps" if total < config.epochs * per_epoch else "finished"
             elif config.patience is not None and state["waited"] >= config.patience:
@@ -301,7 +314,7 @@ def _train(
     run.checkpoint()
     if state["stopped"] != "on_step":
         if run.best is not None:
-            model.load_state_dict(run.best)
+            unwrapped(model).load_state_dict(run.best)
         elif run.out is not None:
             save_model(run.out / MODEL, model)
     examples = (state["step"] - first) * config.batch_size

@@ -1,7 +1,7 @@
 """Ranking metrics from ranks, with bootstrap intervals over users.
 
 A rank counts from 0 (best). Everything here is a function of ranks alone, which makes the bootstrap
-cheap: a resample of users is a multinomial draw over the distinct values, whatever their number.
+cheap: a resample of users is a multinomial draw over the distinct values.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def gains(ranks: NDArray[np.int64], metric: str) -> NDArray[np.float64]:
 def metric_names(ks: Iterable[int], n_candidates: int) -> list[str]:
     """Names to report for cut-offs ``ks``.
 
-    ``hit_rate_k`` is left out for k >= n_candidates, where it is 1 whatever the model does.
+    ``hit_rate_k`` is left out for k >= n_candidates, where it is 1 for every model.
     """
     names = []
     for k in ks:
@@ -104,7 +104,7 @@ def bootstrap_ci(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`fastrec.train.evaluate` found.
+    """Result of :func:`fastrec.train.evaluate`.
 
     Attributes:
         ranks: int64 [users], 0 = best; ties count against the positive.
@@ -134,7 +134,16 @@ class Evaluation:
         seed: int = 0,
         intervals: bool = True,
     ) -> Evaluation:
-        """Compute metrics, and ``intervals`` unless told not to, from ranks int64 [users].
+        """Compute metrics from ranks.
+
+        Args:
+            ranks: int64 [users], 0 = best.
+            users: int64 [users], the dataset's user indices; None numbers them from 0.
+            protocol: for the record; see :func:`fastrec.train.evaluate`.
+            n_candidates: size of the set each positive was ranked in.
+            ks: cut-offs of hit rate and NDCG.
+            seed: of the bootstrap.
+            intervals: whether 95 % intervals are computed.
 
         Raises:
             ArgumentError: no users, or a rank outside 0..n_candidates - 1.
@@ -179,6 +188,12 @@ def paired_difference(
 
     The users' own difficulty cancels, so the interval is much tighter than the two intervals apart.
 
+    Args:
+        a, b: evaluations of the same users on sets of the same size.
+        metric: its name; see :func:`gains`.
+        resamples: bootstrap resamples of the users.
+        seed: of the resamples.
+
     Raises:
         ArgumentError: different users, protocols or candidate-set sizes.
     """
@@ -192,6 +207,8 @@ def paired_ratio(
     a: Evaluation, b: Evaluation, metric: str, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float] | None:
     """Mean of ``a`` over mean of ``b`` on the same users, with its 95 % interval.
+
+    Args: see :func:`paired_difference`.
 
     Returns:
         (ratio, low, high), from both means of the same resampled users; None where ``b`` scores

@@ -12,7 +12,7 @@ import pytest
 
 from fastrec.kernels import _cuda
 
-# What setup.py builds for.
+# The architectures that setup.py builds for.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 

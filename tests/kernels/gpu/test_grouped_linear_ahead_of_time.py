@@ -95,7 +95,7 @@ def test_the_sum_of_slices_compiles(target: str, tmp_path: Path) -> None:
 
 
 def test_the_loads_of_the_next_terms_overlap_the_products() -> None:
-    """What shared memory beyond one tile of each operand shows."""
+    """The number of pipeline stages, from shared memory beyond one tile of each operand."""
     kernel, _ = build("sm_90", "forward", "bf16", (65536, 2, 256, 256), "ieee")
     config = heuristic(65536, 256, 256, 2, 2)
     one_tile = 2 * config.block_terms * (config.block_rows + config.block_cols)

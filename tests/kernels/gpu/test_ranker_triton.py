@@ -296,7 +296,7 @@ def test_without_a_gpu_the_reason_is_given() -> None:
 
 @pytest.mark.skipif(WHY_NOT is not None or env.triton_interpret(), reason="needs a GPU")
 class TestOnTheGpu:
-    """What the interpreter does not have: streams, graphs, tensors on the device."""
+    """Stand-ins for what the interpreter lacks: streams, graphs, tensors on the device."""
 
     def test_tensors_on_the_gpu_stay_there_and_follow_the_current_stream(
         self, model: Ranker, engine: Any

@@ -86,7 +86,7 @@ def emulated_index(config: CudaConfig) -> int:
     """Its place in params.cuh."""
     lines = (ROOT / "csrc/cuda/sparse_int8_linear/params.cuh").read_text().splitlines()
     listed = [line.split("X(")[1].split(")")[0] for line in lines if line.startswith("  X(")]
-    return listed.index(op.spelled(config))
+    return listed.index(op.template_arguments(config))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)

@@ -52,6 +52,16 @@ def refused(call, request, code, text, **settings):
     call(good())  # and goes on
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**62, 0], [2**32, 2**32], [0, 2**31, 2**31]])
+def test_shapes_that_no_array_can_have(call, shape):
+    wrong = good()
+    wrong.inputs[0].shape[:] = shape
+    wrong.raw_input_contents[0] = b""
+    refused(call, wrong, "INVALID_ARGUMENT", "item: expected")
+    with pytest.raises(FastrecError, match="x: expected"):
+        tensor_of("x", "INT64", shape, [])
+
+
 def test_bytes_that_are_no_message(call):
     refused(call, b"\xff\xff\xff\xff", "INVALID_ARGUMENT", "4 bytes that do not parse")
     whole = good().SerializeToString()

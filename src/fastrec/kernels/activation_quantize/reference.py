@@ -29,7 +29,7 @@ def activation_quantize_reference(
     out_scale: float | None = None,
     out_zero_point: int = 0,
 ) -> torch.Tensor:
-    """Same arguments and result as :func:`fastrec.kernels.activation_quantize`; exact GELU."""
+    """Arguments, results and errors of :func:`fastrec.kernels.activation_quantize`; exact GELU."""
     value = pre_activation(x, scale, bias)
     if activation == "relu":
         value = value.relu()

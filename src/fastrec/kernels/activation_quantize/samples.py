@@ -24,7 +24,14 @@ def sample(
     bias: bool = True,
     bench: bool = False,
 ) -> Sample:
-    """One case; some values clip."""
+    """One case; some values clip.
+
+    Args:
+        shape, dtype: of x.
+        activation, out: as in the op.
+        bias: whether int32 sums have one.
+        bench: whether the bench times it.
+    """
     kind = str(dtype).removeprefix("torch.")
     size = "x".join(map(str, shape)) or "scalar"
     name = "-".join([size, kind, activation or "none", out or "float32"] + ["nobias"] * (not bias))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from fastrec.kernels.window_sparse_attention.keys import blocks
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
-from fastrec.kernels.window_sparse_attention.reference import blocks
 
 
 def divergence_and_gradients(
@@ -23,6 +23,8 @@ def divergence_and_gradients(
     teacher_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sums over valid rows [B, H] of KL(T || S), and d/dstudent_q, d/dstudent_k of each sum.
+
+    Args: as of :func:`fastrec.kernels.attention_map_kl`.
 
     The sums are differentiable by torch's own autograd too, which the tests hold against the
     gradients that come with them.
@@ -46,7 +48,7 @@ def divergence_and_gradients(
             log_s = own.log_softmax(-1)
             log_t = target.masked_fill(~taught, -torch.inf).log_softmax(-1)
             t = log_t.exp()
-            # A key without weight in the teacher's map adds 0, whatever the student does.
+            # A key without weight in the teacher's map adds 0.
             difference = (log_t - log_s).masked_fill(~taught | (t == 0), 0.0)
             sums[b * heads + head] = sums[b * heads + head] + (t * difference).sum()
             slope = (s_scale * (log_s.exp() - t)).detach()

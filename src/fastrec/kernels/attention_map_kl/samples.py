@@ -28,7 +28,17 @@ def sample(
     bench: bool = False,
     **options: Any,
 ) -> Sample:
-    """``merged``: strided views of one projection. NaNs fill what lies beyond the length."""
+    """One case; NaNs fill the rows beyond the lengths.
+
+    Args:
+        batch, heads, length, dims: B, H, L and the student's D.
+        pattern: the student's.
+        teacher_dims: the teacher's D, where it differs.
+        lengths: of each sequence.
+        merged: strided views of one projection.
+        bench: whether the bench times it.
+        options: further arguments of the op.
+    """
     teacher_dims = dims if teacher_dims is None else teacher_dims
     kind = f"w{pattern.window}-{str(pattern.offsets).replace(' ', '')}"
     parts = [f"B{batch}-H{heads}-L{length}-D{teacher_dims}-{dims}-{kind}"]

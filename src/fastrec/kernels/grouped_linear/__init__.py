@@ -97,7 +97,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x as [M, channels] whose channels are contiguous; a view wherever there is one."""
+    """x as [M, channels] whose channels are contiguous; a view where possible."""
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()

@@ -41,7 +41,16 @@ def grouped_linear_backward_reference(
     shuffle: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, dweight, dbias) for the gradient ``dy`` of the result, computed in ``dtype``."""
+    """The gradients in closed form.
+
+    Args:
+        dy: gradient of the result.
+        x, weight, shuffle: as in :func:`fastrec.kernels.grouped_linear`.
+        dtype: to compute in, as in :func:`grouped_linear_reference`.
+
+    Returns:
+        dx, dweight and dbias, in x's dtype.
+    """
     dtype = dtype or (torch.float32 if x.dtype.itemsize < 4 else x.dtype)
     groups, outputs, inputs = weight.shape
     by_group = x.reshape(x.shape[:-1].numel(), groups, inputs).to(dtype)

@@ -24,7 +24,16 @@ def sample(
     strided: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """``strided``: x is the first channels of wider rows, whose rest is NaN."""
+    """One case.
+
+    Args:
+        rows, groups, outputs, inputs: M, G, and O and I of a group.
+        dtype: of all tensors.
+        shuffle: as in the op.
+        bias: whether there is one.
+        strided: x is the first channels of wider rows, filled up with NaN.
+        bench: whether the bench times it.
+    """
     parts = [f"M{rows}-G{groups}-O{outputs}-I{inputs}", str(dtype).removeprefix("torch.")]
     parts += [
         name
@@ -87,12 +96,19 @@ def within(
 ) -> None:
     """Asserts |actual - exact| <= 2 x torch's largest error + a floor.
 
-    ``magnitude`` is the sum of the absolute values of the terms. Each addition is off by at most
+    Each addition is off by at most
     2^-24 of the partial sum. For terms of random sign partial sums grow like the root of their
     number, so the errors of n additions together are of the order of 2^-24 n^(1/2) n^(1/2) / 3 =
     a third of 2^-24 times the magnitude; 4 of it leaves 10 standard deviations. Half-precision
     results add their own rounding, half a unit in the last place; an underflow adds less than
-    2^-126 a term. ``rounded`` is what an intermediate result's rounding may add.
+    2^-126 a term.
+
+    Args:
+        actual: the result.
+        exact: in float64.
+        torch_error: of the same formula in torch, in the result's dtype.
+        magnitude: sums of the absolute values of the terms.
+        rounded: error that the rounding of an intermediate result may add.
     """
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     if not exact.numel():

@@ -38,7 +38,11 @@ def check_table(table: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 def gather(ids: torch.Tensor, table: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The compiled kernel on arguments that :func:`check_table` has passed, all contiguous."""
+    """The compiled kernel on arguments that :func:`check_table` has passed, all contiguous.
+
+    Raises:
+        IdRangeError: an id lies outside the table.
+    """
     rows, dims = table.shape
     # Sizes one by one: torch takes a microsecond more for a tuple.
     out = scale.new_empty(*ids.shape, dims)
@@ -99,7 +103,14 @@ define_op(
 
 
 def sample(name: str, shape: tuple[int, ...], rows: int, dims: int, bench: bool = False) -> Sample:
-    """Random ids, first and last row among them."""
+    """One case: random ids, first and last row among them.
+
+    Args:
+        name: of the case.
+        shape: of the ids.
+        rows, dims: the table is [rows, dims].
+        bench: whether the bench times it.
+    """
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(rows * 1009 + dims)

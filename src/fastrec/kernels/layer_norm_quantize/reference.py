@@ -41,7 +41,7 @@ def layer_norm_quantize_reference(
     return_sum: bool = False,
     sum_out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Same arguments and result as :func:`fastrec.kernels.layer_norm_quantize`, bit for bit."""
+    """Arguments, results and errors of :func:`fastrec.kernels.layer_norm_quantize`, bit for bit."""
     total = x if residual is None else x + residual
     dims = x.shape[-1]
     rows = total.reshape(-1, dims)

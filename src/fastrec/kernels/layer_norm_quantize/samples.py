@@ -21,7 +21,16 @@ def sample(
     return_sum: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """One case; rows have means of their own, and some outputs clip."""
+    """One case; rows have means of their own, and some outputs clip.
+
+    Args:
+        rows, dims: x is [rows, dims].
+        affine: whether there are a weight and a bias.
+        residual: whether there is a residual.
+        quantised: whether y is uint8.
+        return_sum: as in the op.
+        bench: whether the bench times it.
+    """
     flags = {"affine": affine, "residual": residual, "u8": quantised, "sum": return_sum}
     name = "-".join([f"M{rows}-D{dims}", *(flag for flag, on in flags.items() if on)])
 

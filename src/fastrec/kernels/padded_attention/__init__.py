@@ -149,7 +149,14 @@ def sample(
     merged: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """``merged``: q, k and v are views of one projection. NaNs fill what lies beyond the length."""
+    """One case; NaNs fill the rows beyond the lengths.
+
+    Args:
+        batch, heads, queries, keys, dims: B, H, Lq, Lk and D.
+        lengths: of each sequence.
+        merged: q, k and v are views of one projection.
+        bench: whether the bench times it.
+    """
 
     def make() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(queries * 1009 + keys * 31 + dims)

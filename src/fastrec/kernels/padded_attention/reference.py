@@ -16,8 +16,8 @@ def padded_attention_reference(
 ) -> torch.Tensor:
     """Same arguments and result as :func:`fastrec.kernels.padded_attention`, computed in ``dtype``.
 
-    Spelled out on purpose: keys beyond the length are cut away, not masked, so that whatever they
-    hold plays no part.
+    Keys beyond the length are cut away, not masked, so that their values, NaNs included, play no
+    part.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.zeros(q.shape, dtype=q.dtype)

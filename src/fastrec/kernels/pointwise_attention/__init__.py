@@ -122,17 +122,18 @@ def pointwise_attention(
         lengths: int64 [B], 0 to L: rows from there on belong to no sequence. They are not read,
             NaNs included, and give 0.
         cu_seqlens: int64 or int32 [B + 1], rising from 0 to T: sequence b is rows
-            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``.
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. Excludes ``lengths``. On a GPU the values of
+            these and of ``targets`` are not waited for: what is out of range is moved into it.
         targets: int64 [B], or one number for all: how many rows at a sequence's end are candidates.
         scale: factor of q . k; None means D ** -0.5 (HSTU's research code has 1).
         norm_length: N, > 0. None means L; a jagged batch needs it.
         causal: whether history rows see no later row.
-        backend: None picks the best once per signature; "cpu" or "reference" forces one.
+        backend: None picks the best once per signature; "cpu", "triton" or "reference" forces one.
 
     Returns:
         q's shape with v's D, q's dtype, a view of contiguous [B, L, H, D] (or contiguous
         [T, H, D]). Differentiable once with respect to q, k, v and both tables; gradients are the
-        same for any number of threads.
+        same for any number of threads (on a GPU, the tables' differ in their last bits).
 
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.
@@ -143,9 +144,9 @@ def pointwise_attention(
     if lengths is not None and jagged:
         raise ArgumentError("lengths", "None where cu_seqlens is given", "both")
     cu_seqlens = _integers("cu_seqlens", cu_seqlens, q, None)
-    if cu_seqlens is not None and len(cu_seqlens) == 0:
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
         raise ShapeError("cu_seqlens", "shape [B + 1]", [0])
-    batch = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     lengths = _integers("lengths", lengths, q, (batch,))
     if isinstance(targets, int):
         if targets < 0:
@@ -154,7 +155,7 @@ def pointwise_attention(
     targets = _integers("targets", targets, q, (batch,))
     position_bias = _table("position_bias", position_bias, q)
     time_bias = _table("time_bias", time_bias, q)
-    rows = (len(q),) if jagged else (batch, q.shape[2])
+    rows = q.shape[:1] if jagged else (batch, q.shape[2])
     if time_bias is None:
         given = {
             "time_edges": time_edges,
@@ -179,13 +180,12 @@ def pointwise_attention(
     if norm_length is None:
         if jagged:
             raise ArgumentError("norm_length", "a number with cu_seqlens", None)
-        norm_length = max(q.shape[2], 1)
     elif not (math.isfinite(norm_length) and norm_length > 0):
         raise ArgumentError("norm_length", "a finite number > 0", norm_length)
     tables = (position_bias, time_bias)
     args = (
         *(q, k, v, *tables, time_edges, timestamps, query_timestamps),
-        *(lengths, cu_seqlens, targets, float(scale), float(norm_length), causal, backend),
+        *(lengths, cu_seqlens, targets, float(scale), norm_length, causal, backend),
     )
     # Subclasses and functorch's wrappers have no address to hand out.
     plain = type(q) in _PLAIN and not torch._C._are_functorch_transforms_active()

@@ -26,6 +26,7 @@ class Options:
         timestamps, query_timestamps: int64 [B, L] or [T].
         lengths, targets: int64 [B].
         cu_seqlens: int64 [B + 1].
+        norm_length: N; None: L, of a padded batch.
     """
 
     position_bias: torch.Tensor | None
@@ -37,8 +38,12 @@ class Options:
     cu_seqlens: torch.Tensor | None
     targets: torch.Tensor | None
     scale: float
-    norm_length: float
+    norm_length: float | None
     causal: bool
+
+    def inverse_norm(self, q: torch.Tensor) -> float:
+        """1 / N."""
+        return 1.0 / (max(q.shape[-2], 1) if self.norm_length is None else self.norm_length)
 
 
 def empty_rows(q: torch.Tensor, dims: int) -> torch.Tensor:
@@ -95,7 +100,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> to
         _shape(q, v, o),
         _bias(o),
         o.scale,
-        1.0 / o.norm_length,
+        o.inverse_norm(q),
         o.causal,
         q_rows,
         k_rows,
@@ -128,7 +133,7 @@ def backward(
         _shape(q, v, o),
         _bias(o),
         o.scale,
-        1.0 / o.norm_length,
+        o.inverse_norm(q),
         o.causal,
         *inputs,
         *(row_view(x)[1] for x in (dq, dk, dv)),

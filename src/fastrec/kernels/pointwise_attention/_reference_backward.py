@@ -26,19 +26,20 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    norm_length: float,
+    norm_length: float | None,
     **options: Any,
-) -> list[torch.Tensor | None]:
+) -> tuple[Any, ...]:
     """dq, dk, dv and those of the tables, or None where there is none."""
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     q, k, v, d_out = (x.to(dtype) for x in (q, k, v, d_out))
+    norm = q.shape[-2] if norm_length is None else norm_length
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     position, time = options["position_bias"], options["time_bias"]
     d_position, d_time = (None if x is None else torch.zeros_like(x) for x in (position, time))
     for span, scores, seen, buckets in scores_of_sequences(q, k, **options):
         sigmoid = scores.sigmoid()
-        weights = (scores * sigmoid / norm_length).masked_fill(~seen, 0.0)
-        slopes = sigmoid * (1 + scores * (1 - sigmoid)) / norm_length
+        weights = (scores * sigmoid / norm).masked_fill(~seen, 0.0)
+        slopes = sigmoid * (1 + scores * (1 - sigmoid)) / norm
         own = rows_of(d_out, span)
         grads = (slopes * (own @ rows_of(v, span).mT)).masked_fill(~seen, 0.0)
         rows_of(dq, span).copy_(grads @ rows_of(k, span) * options["scale"])
@@ -50,4 +51,4 @@ def backward(
         if d_time is not None:
             assert buckets is not None
             d_time += _by_entry(time, buckets, grads)
-    return [dq, dk, dv, d_position, d_time]
+    return dq, dk, dv, d_position, d_time

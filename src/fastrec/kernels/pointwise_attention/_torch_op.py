@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastrec.kernels._compiled import Signature, cpu_takes
+from fastrec.kernels._gpu import triton_can_run
 from fastrec.kernels._registry import Backends, always
 from fastrec.kernels._torch_op import FLOAT_NAMES, define_op
 from fastrec.kernels.pointwise_attention import _cpu, _reference_backward
@@ -16,7 +17,11 @@ from fastrec.kernels.pointwise_attention.reference import pointwise_attention_re
 
 BACKENDS = Backends(
     "pointwise_attention",
-    {"cpu": cpu_takes("float32", "bfloat16", "float16"), "reference": always},
+    {
+        "cpu": cpu_takes("float32", "bfloat16", "float16"),
+        "triton": triton_can_run,
+        "reference": always,
+    },
 )
 
 
@@ -26,7 +31,7 @@ def choose(q: torch.Tensor, backend: str | None) -> str:
 
 
 def check_values(q: torch.Tensor, o: Options) -> None:
-    """What the compiled kernel checks itself, for the reference."""
+    """The checks of values that the compiled kernel makes itself, for the reference."""
     length, sizes = q.shape[-2], None
     if o.cu_seqlens is not None:
         length = len(q)
@@ -55,9 +60,15 @@ def check_values(q: torch.Tensor, o: Options) -> None:
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> torch.Tensor:
     """The output, outside autograd."""
     o = Options(*options[:11])
-    if choose(q, options[11] if len(options) > 11 else None) == "cpu":
+    kind = choose(q, options[11] if len(options) > 11 else None)
+    if kind == "cpu":
         return _cpu.forward(q, k, v, o)
-    check_values(q, o)
+    if kind == "reference" or q.is_cpu:
+        check_values(q, o)
+    if kind == "triton":
+        from fastrec.kernels.pointwise_attention import _triton
+
+        return _triton.forward(q, k, v, o)
     # float32 sums, whatever comes in.
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     with torch.no_grad():
@@ -71,16 +82,21 @@ def backward(
     """dq, dk, dv and those of the tables, empty where there is none."""
     o = Options(*options[:11])
     tables = (o.position_bias, o.time_bias)
-    if choose(q, options[11] if len(options) > 11 else None) == "cpu":
-        *grads, d_position, d_time = _cpu.backward(d_out, q, k, v, o)
+    kind = choose(q, options[11] if len(options) > 11 else None)
+    if kind == "reference":
+        dq, dk, dv, *of_tables = _reference_backward.backward(d_out, q, k, v, **vars(o))
+        grads = [_cpu.empty_rows(q, x.shape[-1]).copy_(x) for x in (dq, dk, dv)]
+    else:
+        if kind == "triton":
+            from fastrec.kernels.pointwise_attention import _triton
+
+            *grads, d_position, d_time = _triton.backward(d_out, q, k, v, o)
+        else:
+            *grads, d_position, d_time = _cpu.backward(d_out, q, k, v, o)
         of_tables = [
             None if x is None or table is None else (x if table.dim() == 2 else x.sum(0))
             for x, table in zip((d_position, d_time), tables, strict=True)
         ]
-    else:
-        *grads, d_position, d_time = _reference_backward.backward(d_out, q, k, v, **vars(o))
-        grads = [_cpu.empty_rows(q, x.shape[-1]).copy_(x) for x in grads]
-        of_tables = [d_position, d_time]
     return *grads, *(q.new_empty(0) if x is None else x for x in of_tables)
 
 
@@ -131,7 +147,7 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 _OPTIONS = (
     "Tensor? position_bias, Tensor? time_bias, Tensor? time_edges, Tensor? timestamps, "
     "Tensor? query_timestamps, Tensor? lengths, Tensor? cu_seqlens, Tensor? targets, "
-    "float scale, float norm_length, bool causal, str? backend=None"
+    "float scale, float? norm_length, bool causal, str? backend=None"
 )
 define_op(
     f"pointwise_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> Tensor",

@@ -16,7 +16,7 @@ def taps_before(width: int, causal: bool) -> int:
 
 
 def valid_rows(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """x [B, L, C], zeros beyond the lengths, whatever is there."""
+    """x [B, L, C] with zeros beyond the lengths."""
     if lengths is None:
         return x
     valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
@@ -64,7 +64,13 @@ def separable_projection_backward_reference(
     causal: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, ddepthwise, dpointwise, dbias) for the gradient ``dy`` of the result, in ``dtype``."""
+    """The gradients in closed form: dx, ddepthwise, dpointwise, dbias.
+
+    Args:
+        dy: gradient of the result.
+        x, depthwise, pointwise, lengths, causal: as in the op.
+        dtype: to compute in; None: x's, float32 for 16 bits.
+    """
     dtype = dtype or (torch.float32 if x.dtype.itemsize < 4 else x.dtype)
     width = depthwise.shape[1]
     before = taps_before(width, causal)

@@ -28,7 +28,18 @@ def sample(
     strided: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """NaNs fill what lies beyond the lengths; ``strided``: rows are wider than the channels."""
+    """One case; NaNs fill the rows beyond the lengths.
+
+    Args:
+        batch, length: B and L.
+        groups, outputs, inputs: G, and O and I of a group.
+        width: taps.
+        dtype: of all tensors.
+        lengths, causal: as in the op.
+        bias: whether there is one.
+        strided: rows are wider than the channels.
+        bench: whether the bench times it.
+    """
     parts = [f"B{batch}-L{length}-G{groups}-O{outputs}-I{inputs}-W{width}"]
     parts += [str(dtype).removeprefix("torch.")]
     flags = {"lengths": lengths is not None, "causal": causal, "nobias": not bias}

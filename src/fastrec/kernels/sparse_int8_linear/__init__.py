@@ -57,7 +57,15 @@ def check_epilogue(
     out_scale: float | None,
     out_zero_point: int | None,
 ) -> None:
-    """Checks all that does not depend on the input."""
+    """Checks the arguments that do not depend on the input.
+
+    Args:
+        outputs: N.
+        bias, activation, out_scale, out_zero_point: as in :func:`sparse_int8_linear`.
+
+    Raises:
+        ShapeError, DtypeError, ArgumentError: a bad one.
+    """
     if bias is not None:
         check_vector("bias", bias, outputs)
         if not bool(torch.isfinite(bias).all()):

@@ -34,19 +34,22 @@ class CudaConfig:
 
     @property
     def threads(self) -> int:
+        """Of a block."""
         return 32 * self.panels * self.slices * self.bands
 
     @property
     def shared_bytes(self) -> int:
+        """Shared memory of a block."""
         sums = self.slices * self.panels * self.wide * self.rows * _SUMS_ROW_BYTES
         return max(_STAGES * self.rows * _ROW_BYTES, sums)
 
     def blocks(self, rows: int, panels: int) -> int:
+        """Blocks of a launch."""
         return ceil_div(rows, self.rows) * ceil_div(panels, self.panels * self.wide)
 
 
-# What is compiled, largest tiles first: the more rows share a weight and the more panels share an
-# activation, the less is read.
+# The compiled kernels, largest tiles first: the more rows share a weight and the more panels share
+# an activation, the less is read.
 CUDA_CONFIGS = (
     CudaConfig(128, 2, 4, 1, 1, 2),
     CudaConfig(128, 1, 8, 1, 1, 2),

@@ -76,10 +76,10 @@ def _alignment(rows: torch.Tensor) -> int:
 
 def kernel_name(config: CudaConfig) -> str:
     """The instantiation as C++ writes it."""
-    return f"fastrec::sparse_int8_linear::multiply<{spelled(config)}>"
+    return f"fastrec::sparse_int8_linear::multiply<{template_arguments(config)}>"
 
 
-def spelled(config: CudaConfig) -> str:
+def template_arguments(config: CudaConfig) -> str:
     """The arguments as params.cuh lists them."""
     return ", ".join(str(value).lower() for value in astuple(config))
 
@@ -106,7 +106,7 @@ def table(device: int) -> _tuning.Table:
 
 
 def shape_key(rows: int, panels: int, steps: int, paired: bool, two_four: bool) -> str:
-    """What an entry of the table is for; rows count in powers of two."""
+    """The key of a shape in the table; rows count in powers of two."""
     return f"{power_of_two(rows, 8, 1 << 30)} {panels} {steps} {int(paired)} {int(two_four)}"
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fastrec.kernels._gpu import ceil_div
 from fastrec.kernels.sparse_int8_linear import sparsity_2_4
 from fastrec.kernels.sparse_int8_linear.packed import (
     GROUP_BYTES,
     GROUP_INPUTS,
     PANEL_OUTPUTS,
     PackedWeight,
-    ceil_div,
 )
 
 STEP_GROUPS = 8
@@ -58,17 +58,21 @@ class DeviceWeight:
 
     @property
     def two_four(self) -> bool:
+        """Whether the values are in the 2:4 form."""
         return self.meta is not None
 
     @property
     def panels(self) -> int:
+        """P."""
         return self.step_start.shape[0]
 
     @property
     def chunks(self) -> int:
+        """C."""
         return self.step_start.shape[1] - 1
 
     def to(self, device: torch.device) -> DeviceWeight:
+        """The same weight on that device."""
         moved = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in self.__dict__.items()

@@ -1,4 +1,4 @@
-"""What the GPU backends of ``sparse_int8_linear`` share: the prepared weight and the call."""
+"""The prepared weight and the call of the GPU backends of ``sparse_int8_linear``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prepared:
         start: int32; -zero point * sum of the output's weights.
         start_of_signed: the same for inputs of which 128 is taken: (128 - zero point) * sum.
         scale: float32; x_scale * w_scale, rounded once.
-        bias: float32; -0 where there is none: adding it changes no value.
+        bias: float32; -0 without a bias: adding it changes no value.
     """
 
     weight: DeviceWeight

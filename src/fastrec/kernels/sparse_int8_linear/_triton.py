@@ -97,7 +97,7 @@ def _finish(
     return value.to(OUT)
 
 
-# What changes with calls or weights would ask for other kernels by its divisibility.
+# Sizes that change with calls or weights: specialised by divisibility they would compile anew.
 @triton.jit(do_not_specialize=["M", "x_zero_point", "y_zero_point"])
 def multiply(
     x_ptr,

@@ -1,4 +1,4 @@
-"""What ``fastrec tune`` times of ``sparse_int8_linear``: the shapes that rankers have."""
+"""The shapes of ``sparse_int8_linear`` that ``fastrec tune`` times: those of rankers."""
 
 from __future__ import annotations
 

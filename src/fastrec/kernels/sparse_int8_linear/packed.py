@@ -8,16 +8,13 @@ from typing import Any
 import torch
 
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
+from fastrec.kernels._gpu import ceil_div
 
 PANEL_OUTPUTS = 32
 GROUP_INPUTS = 4
 GROUP_BYTES = PANEL_OUTPUTS * GROUP_INPUTS
 # floor((2**31 - 1) / (255 * 128)): beyond, a sum of u8 x s8 products may overflow int32.
 MAX_INPUTS = 65793
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,11 @@ class PackedWeight:
         return self.__dict__ | {"_handles": {}}
 
     def parts(self) -> tuple[torch.Tensor, ...]:
+        """values, group_index, panel_start, scale and sum."""
         return self.values, self.group_index, self.panel_start, self.scale, self.sum
 
     def versions(self) -> tuple[int, ...] | None:
-        """What changes when a part is written to in place; None where torch does not count."""
+        """The parts' version counters, raised by in-place writes; None in inference mode."""
         try:
             return tuple(part._version for part in self.parts())
         except RuntimeError:  # tensors made in inference mode
@@ -109,6 +107,9 @@ class PackedWeight:
         inputs: int,
     ) -> PackedWeight:
         """Rebuilds a packed weight from stored parts; checks every rule of the format.
+
+        Args:
+            values, group_index, panel_start, scale, outputs, inputs: as the attributes.
 
         Raises:
             ShapeError, DtypeError, ArgumentError: a part breaks the format.
@@ -182,6 +183,7 @@ class PackedWeight:
 
 
 def check_inputs(inputs: int) -> None:
+    """Raises ArgumentError unless int32 holds every sum over ``inputs`` inputs."""
     if not 0 < inputs <= MAX_INPUTS:
         raise ArgumentError(
             "weight", f"1 <= K <= {MAX_INPUTS}, for an exact int32 accumulator", f"K = {inputs}"
@@ -189,6 +191,7 @@ def check_inputs(inputs: int) -> None:
 
 
 def check_vector(name: str, tensor: torch.Tensor, length: int) -> None:
+    """Raises DtypeError or ShapeError unless the tensor is float32 [length]."""
     if tensor.dtype != torch.float32:
         raise DtypeError(name, "float32", tensor.dtype)
     if tensor.shape != (length,):

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from fastrec.kernels._gpu import ceil_div
 from fastrec.kernels._registry import Sample
 from fastrec.kernels.sparse_int8_linear.packed import (
     GROUP_INPUTS,
     PANEL_OUTPUTS,
     PackedWeight,
-    ceil_div,
 )
 from fastrec.kernels.sparse_int8_linear.reference import quantise, sparse_int8_linear_reference
 
@@ -26,8 +26,14 @@ def random_weight(
     *,
     two_four: bool = False,
 ) -> PackedWeight:
-    """Random s8 weight with round(density * groups) kept groups in each panel; with ``two_four``
-    each output keeps 2 of the 4 inputs of a group at most."""
+    """A random s8 weight [outputs, inputs].
+
+    Args:
+        outputs, inputs: N and K.
+        density: round(density * groups) groups are kept in each panel.
+        generator: draws the weight.
+        two_four: each output keeps 2 of the 4 inputs of a group at most.
+    """
     panels, groups = ceil_div(outputs, PANEL_OUTPUTS), ceil_div(inputs, GROUP_INPUTS)
     kept = torch.rand(panels, groups, generator=generator).argsort(1) < round(density * groups)
     mask = kept.repeat_interleave(PANEL_OUTPUTS, 0).repeat_interleave(GROUP_INPUTS, 1)
@@ -54,7 +60,17 @@ def sample(
     two_four: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """One case; extreme values (0 and 255) are always among the inputs."""
+    """One case; extreme values (0 and 255) are always among the inputs.
+
+    Args:
+        rows, outputs, inputs: M, N and K.
+        density: share of the groups that is kept.
+        activation, out: as in the op; ``out="uint8"`` brings a scale at which some outputs clip.
+        x_dtype: of the input.
+        bias: whether there is one.
+        two_four: see :func:`random_weight`.
+        bench: whether the bench times it.
+    """
     parts = [f"M{rows}-N{outputs}-K{inputs}-d{density:g}", str(x_dtype).removeprefix("torch.")]
     parts += [activation or "linear", out or "float32", *([] if bias else ["nobias"])]
     parts += ["2of4"] * two_four

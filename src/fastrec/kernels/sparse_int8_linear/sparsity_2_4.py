@@ -20,7 +20,7 @@ def keeps_two_of_four(packed: PackedWeight) -> bool:
 
 
 def fragments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the lanes of a warp hold of each step.
+    """The values and metadata of each step that every lane of a warp holds.
 
     Args:
         values: int8 [16 T, 128], whole steps of groups of 32 outputs x 4 inputs.

@@ -99,7 +99,7 @@ def window_sparse_attention(
         q, k, v: [B, H, L, D], or jagged [T, H, D] with ``cu_seqlens``; one dtype of float32,
             bfloat16, float16 (all computed in float32) or float64 (reference only); D from 1 to
             256. Any strides: views of a merged projection are read in place if D is contiguous.
-        pattern: who sees whom; in a jagged batch each sequence on its own.
+        pattern: which keys each query sees; in a jagged batch each sequence on its own.
         lengths: int64 [B], 0 to L: keys from there on are never read, NaNs included. Rows beyond
             the length are queries like any other; one that sees no valid key returns 0.
         cu_seqlens: int64 or int32 [B + 1], rising from 0 to T: sequence b is rows

@@ -19,8 +19,8 @@ _NOTHING = (0, 0, 0, 0)
 
 @functools.lru_cache(maxsize=4096)
 def _pattern(window: int, offsets: str, causal: bool, heads: int, length: int) -> Any:
-    """The compiled pattern. Distances that a shorter sequence lacks reach none of its keys, so one
-    made for the longest serves all."""
+    """The compiled pattern. A distance beyond a sequence reaches no key of it, so the pattern of
+    the longest sequence serves all."""
     pattern = decode(window, offsets, causal)
     lists = [pattern.distances(length, h) for h in range(heads if pattern.per_head else 1)]
     # Nothing lies further away than the sequence is long, and sums of positions stay in range.

@@ -10,8 +10,8 @@ import itertools
 
 import torch
 
+from fastrec.kernels.window_sparse_attention.keys import blocks
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
-from fastrec.kernels.window_sparse_attention.reference import blocks
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -35,7 +35,7 @@ def choose(q: torch.Tensor, backend: str | None) -> str:
 def _check_values(
     q: torch.Tensor, lengths: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> None:
-    """What the compiled kernel checks itself, for the reference."""
+    """The checks of values that the compiled kernel makes itself, for the reference."""
     if cu_seqlens is not None:
         check_start_values(cu_seqlens, len(q))
     elif lengths is not None:

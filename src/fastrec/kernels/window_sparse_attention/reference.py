@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
+from fastrec.kernels.window_sparse_attention.keys import blocks
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
-
-# Rows worked on at once: bounds the memory to ROWS x keys x D, whatever L is.
-ROWS = 2048
-
-
-def keys_of_rows(
-    pattern: AttentionPattern, head: int, rows: torch.Tensor, length: int, keys: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the rows see: key numbers int64 [R, n], moved into range, and bool [R, n] valid."""
-    near = min(pattern.window, length)
-    far = pattern.distances(length, head)
-    steps = [*range(-near, near + 1), *far, *(-distance for distance in far)]
-    steps = [step for step in steps if step <= 0 or not pattern.causal]
-    key = rows[:, None] + torch.tensor(steps, device=rows.device)
-    return key.clamp(0, max(keys - 1, 0)), (key >= 0) & (key < keys)
-
-
-def blocks(
-    pattern: AttentionPattern, rows: int, heads: int, keys: int, device: torch.device
-) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
-    """Head, rows, and :func:`keys_of_rows` of each block of one sequence."""
-    for head in range(heads):
-        for first in range(0, rows, ROWS):
-            span = slice(first, min(first + ROWS, rows))
-            numbers = torch.arange(span.start, span.stop, device=device)
-            yield head, span, *keys_of_rows(pattern, head, numbers, max(rows, keys), keys)
 
 
 def one_sequence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: AttentionPattern, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [H, L, D], k and v [H, valid keys, D] -> out [H, L, D], lse [H, L]."""
+    """Attention of one sequence: out [H, L, D] and lse [H, L].
+
+    Args:
+        q, k, v: [H, L, D], k and v with valid keys alone.
+        pattern, scale: as in the op.
+    """
     heads, rows, _ = q.shape
     keys = k.shape[1]
     out: list[torch.Tensor] = []

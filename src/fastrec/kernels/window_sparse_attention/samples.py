@@ -37,9 +37,18 @@ def sample(
     scale: float | None = None,
     bench: str | None = None,
 ) -> Sample:
-    """``jagged``: the sequences' lengths, in place of batch and length. ``layout``: "plain";
-    "merged", views of one projection; "strided", D not contiguous. NaNs fill what lies beyond the
-    length. ``bench``: the row of the results table that it is."""
+    """One case; NaNs fill the rows beyond the lengths.
+
+    Args:
+        batch, heads, length, dims: B, H, L and D.
+        pattern: which keys each query sees.
+        dtype: of q, k and v.
+        lengths: of each sequence.
+        jagged: the sequences' lengths, in place of batch and length.
+        layout: "plain"; "merged", views of one projection; "strided", D not contiguous.
+        scale: as in the op.
+        bench: its row in the results table; None: not timed.
+    """
     if jagged is not None:
         batch, length = len(jagged), sum(jagged)
     offsets = "random" if pattern.offsets == "random" else str(pattern.offsets).replace(" ", "")

@@ -149,7 +149,7 @@ def window_sparse_attention_int8(
         v: float32, k's shape, which is brought to int8 by the largest valid |v| of each (batch,
             head): the dynamic range of the paper's Value branch; or int8 around 0, or uint8 around
             128, with ``v_scale``.
-        pattern: who sees whom; a query sees at most 65,536 keys (its sums are int32). Where Lk is
+        pattern: which keys each query sees, at most 65,536 (its sums are int32). Where Lk is
             not L (cross attention), positions of queries and keys count from the same start, and a
             window as wide as both shows all of them.
         q_scale, k_scale: step sizes, > 0.

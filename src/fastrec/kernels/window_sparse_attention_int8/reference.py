@@ -7,8 +7,8 @@ import math
 import torch
 
 from fastrec.kernels._sequences import sequences
+from fastrec.kernels.window_sparse_attention.keys import blocks
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
-from fastrec.kernels.window_sparse_attention.reference import blocks
 
 # 255 * 2^f = 255 + f * (C1 + f * (C2 + f * C3)) within 1.02e-4 of itself on |f| <= 1/2: a minimax
 # fit with the value at 0 held, so that the largest score weighs exactly 255.

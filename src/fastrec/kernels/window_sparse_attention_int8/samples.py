@@ -34,10 +34,18 @@ def sample(
     merged: bool = False,
     bench: bool = False,
 ) -> Sample:
-    """``merged``: strided views of one projection. NaNs fill a float v beyond the length.
-    ``keys``: of another number than the queries.
+    """One case; NaNs fill a float v beyond the lengths.
 
-    ``starts``: the batch's one sequence, merged, is cut there into a jagged batch.
+    Args:
+        batch, heads, length, dims: B, H, L and D.
+        pattern: which keys each query sees.
+        lengths: of each sequence.
+        starts: the batch's one sequence, merged, is cut there into a jagged batch.
+        q_dtype, k_dtype, v_dtype: of q, k and v.
+        keys: their number, where it is not that of the queries.
+        out: as in the op.
+        merged: strided views of one projection.
+        bench: whether the bench times it.
     """
     key_rows = length if keys is None else keys
     shape = f"B{batch}-H{heads}-L{length}-D{dims}"

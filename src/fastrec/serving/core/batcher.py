@@ -18,7 +18,15 @@ _CHEAP = 1.1
 
 
 class Batch:
-    """Sub-requests that share a call."""
+    """Sub-requests that share a call.
+
+    Args:
+        subs: the members, at least one.
+        queue: ``express`` or ``standard``.
+        rows: candidates of each user that are scored in full.
+        model: predicts the call's time.
+        started: seconds on the scheduler's clock.
+    """
 
     __slots__ = (
         "given_up",
@@ -197,6 +205,14 @@ class Batcher:
 
         No sub-request becomes late because of those that join it. Each of ``engines`` is left its
         share of the queue: what one call takes, the next idle engine cannot.
+
+        Args:
+            seed: the first member.
+            queues: where the others wait.
+            model: of the engine that runs the call.
+            now: seconds on the scheduler's clock.
+            engines: that take requests.
+            too_late: drops a sub-request that can no longer be answered in time.
         """
         share = -(-queues.count // max(engines, 1))
         queues.take(seed)
@@ -233,7 +249,14 @@ class Batcher:
     def wait_until(
         self, seed: SubRequest, queues: Queues, model: LatencyModel, now: float
     ) -> float:
-        """When to start a call that is not full: ``now``, unless it may be delayed."""
+        """When to start a call that is not full: ``now``, unless it may be delayed.
+
+        Args:
+            seed: its first member.
+            queues: where others wait.
+            model: of the engine that runs the call.
+            now: seconds on the scheduler's clock.
+        """
         delay = self.config.max_delay_ms / 1e3
         if not delay or seed.solo or not self.config.enabled or not self.signature.joins:
             return now

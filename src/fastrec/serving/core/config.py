@@ -191,7 +191,7 @@ class Pool:
             the batching limits and the model's spec.
         warm_calls: runs of each bucket.
         start_timeout_s: loading and warming may take so long.
-        max_tries: engines that a request is run on before its failure is told.
+        max_tries: engines that are tried before a request fails.
         stall_factor, stall_floor_ms: a call that takes longer than ``stall_factor`` x the predicted
             time, and the floor, is run on another engine, and its own is taken out.
         eject_errors: failed calls in a row that take an engine out.
@@ -244,7 +244,7 @@ class Admission:
         window: requests between two steps of the limit.
         smoothing: weight of a step.
         long_window: requests over which the usual service time is averaged.
-        check_deadlines: refuse at once what cannot be done in time.
+        check_deadlines: refuse requests at arrival that cannot be answered in time.
         margin: times the 99th percentile of the prediction's error that is kept in hand.
         throttled_high, throttled_low: share of time throttled by the cgroup at which the guard
             steps in, and out (hysteresis); the same for memory and for the loop's lag.

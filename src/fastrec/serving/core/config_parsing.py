@@ -20,7 +20,17 @@ Own = TypeVar("Own", bound="ParsedConfig")
 def check(
     name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
 ) -> None:
-    """``value`` is a number in low..high (above low where ``above``)."""
+    """Check a number.
+
+    Args:
+        name: its path in the configuration, for the error.
+        value: what was given.
+        low, high: bounds, both allowed.
+        above: ``low`` itself is not allowed.
+
+    Raises:
+        ConfigError: it is no number within the bounds.
+    """
     fine = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     if not fine or value > high or value < low or (above and value == low):
         wanted = f"a number above {low:g}" if above else f"a number from {low:g}"

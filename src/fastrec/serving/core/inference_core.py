@@ -101,7 +101,7 @@ class InferenceCore:
 
     Attributes:
         loading: the server is starting: not ready as a whole, even if single models are.
-        ending: the server was told to end: nothing is ready, requests are still answered.
+        ending: the server is shutting down: nothing is ready, requests are still answered.
 
     Args:
         config: see :class:`ServingConfig`; its defaults where None.
@@ -218,8 +218,14 @@ class InferenceCore:
     ) -> Rollout:
         """Load a version and let it take over, step by step, unless it proves bad.
 
-        Returns once the first step has begun; :class:`RolloutChanged` tells the rest. The version
-        that loses is drained and unloaded: no accepted request is lost.
+        Returns once the first step has begun; :class:`RolloutChanged` events report the rest. The
+        version that loses is drained and unloaded: no accepted request is lost.
+
+        Args:
+            model: its name.
+            source: see :meth:`load`.
+            version: of the new one.
+            engines, kind: instead of the configured ones.
 
         Raises:
             ArgumentError: the version is there already, or a release of the model is under way.
@@ -358,7 +364,7 @@ class InferenceCore:
     def ready(self, model: str = "", version: str = "") -> bool:
         """Whether the server ("" = all its models, at least one) or a model is ready.
 
-        All probes tell this: gRPC's health service, ServerReady, ModelReady, HTTP, metrics, page.
+        All probes report this: gRPC's health service, ServerReady, ModelReady, HTTP, metrics, page.
         """
         if self.ending or self._draining or (self.loading and not model):
             return False

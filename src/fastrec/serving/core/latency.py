@@ -34,7 +34,13 @@ class LatencyModel:
         return self.beta + self.gamma * users + self.alpha * rows
 
     def observe(self, users: int, rows: int, seconds: float, *, seed: bool = False) -> None:
-        """A call took ``seconds``; ``seed``: take it as it is and solve at once."""
+        """Learn from a call.
+
+        Args:
+            users, rows: of the call.
+            seconds: its time.
+            seed: use the time unclipped, and solve at once.
+        """
         if self.count == 0:
             self.beta, self.gamma, self.alpha = seconds / 2, 0.0, seconds / 2 / max(rows, 1)
         self.count += 1

@@ -57,7 +57,7 @@ class EngineState(str, enum.Enum):
 
 @dataclass(eq=False)
 class Instance:
-    """One engine and where it stands; ``slot`` once it has taken requests."""
+    """One engine and its state; ``slot`` once it has taken requests."""
 
     handle: EngineHandle
     state: EngineState = EngineState.COLD
@@ -67,6 +67,15 @@ class Instance:
 
 class EnginePool:
     """Makes, warms, replaces and ends the engines of one model version.
+
+    Args:
+        name, version: of the model.
+        source: see :func:`fastrec.serving.core.engines.open_source`.
+        config: of the server.
+        clock: the core's.
+        emit: receives the engines' events.
+        make_scheduler: called once, with the signature that the first engine shows.
+        engines, kind: instead of the configured ones.
 
     Attributes:
         scheduler: of the version; there once the first engine is warm.
@@ -193,7 +202,7 @@ class EnginePool:
             return list(sizes)
         low, high = signature.spec.limits.get(symbol, (1, None))
         usual = min(max(50, low), high or 50)
-        # A second size tells the cost of candidates from that of users.
+        # A second size separates the cost of candidates from that of users.
         return sorted({usual, max(usual // 4, low)})
 
     # --- running
@@ -216,8 +225,8 @@ class EnginePool:
                 taking += 1
 
     def lost(self, slot: Slot, reason: str) -> None:
-        """The scheduler has taken an engine out: a spare goes in, the engine is ended and made
-        anew, or, where it was only slow or failing, comes back after a while."""
+        """The scheduler has taken an engine out: a spare replaces it, and it is restarted; one that
+        was only slow or failing returns after a while."""
         instance = next((i for i in self.instances if i.slot is slot), None)
         if instance is None:
             return

@@ -125,8 +125,15 @@ class ProbePool(Generic[Host]):
     def add(
         self, host: Host, in_flight: float, latency_s: float, now: float, each_s: float = 0.0
     ) -> None:
-        """A probe's answer: requests the host holds, seconds that a new one would take, and how
-        much later each one makes the next."""
+        """Keep a probe's answer.
+
+        Args:
+            host: that was asked.
+            in_flight: requests it holds.
+            latency_s: seconds that a new one would take.
+            now: the caller's clock.
+            each_s: the delay that one more request adds.
+        """
         if len(self._seen) == _SEEN:
             self._sorted.pop(bisect_right(self._sorted, self._seen[0]) - 1)
         self._seen.append(in_flight)

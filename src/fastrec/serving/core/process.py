@@ -45,7 +45,7 @@ def receive(peer: socket.socket) -> tuple[dict[str, Any], list[np.ndarray]]:
 
     Raises:
         EOFError: the peer is gone.
-        ServingError: what came is no frame.
+        ServingError: the frame is malformed.
     """
     text_bytes, total = _LENGTHS.unpack(_exactly(peer, _LENGTHS.size))
     if total > _MOST_BYTES:
@@ -128,7 +128,7 @@ class _Remote:
 
 
 class ProcessEngine(ThreadEngine):
-    """An engine in a process of its own."""
+    """An engine in its own process."""
 
     def __init__(self, name: str, source: Source, threads: int | None = None) -> None:
         if not isinstance(source, str | Path | EntryPoint):

@@ -95,7 +95,15 @@ class PendingRequest:
 
 
 class SubRequest:
-    """The unit of batching: a request, or a piece of a large one."""
+    """The unit of batching: a request, or a piece of a large one.
+
+    Args:
+        pending: the request.
+        arrays: inputs of this piece.
+        users, candidates: their sizes.
+        key: equal for those that can share a call.
+        cost_s: predicted engine seconds.
+    """
 
     __slots__ = (
         "arrays",
@@ -227,7 +235,7 @@ class Queues:
         return sum([queue.queued_s for queue in self.tiers.values()])
 
     def of(self, pending: PendingRequest) -> TierQueue:
-        """The queue a request's sub-requests stand in."""
+        """The queue of a request's sub-requests."""
         return self.express if pending.queue == EXPRESS else self.tiers[pending.tier]
 
     def enter(self, pending: PendingRequest) -> None:
@@ -277,7 +285,7 @@ class Queues:
 
     def tier_next(self, aged_before: float) -> TierQueue | None:
         """The tier whose turn it is: one whose head arrived before ``aged_before``, else the one
-        that is furthest behind its share."""
+        that is furthest below its share."""
         best, aged = None, None
         oldest = aged_before
         for queue in self.tiers.values():

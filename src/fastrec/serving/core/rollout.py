@@ -33,7 +33,7 @@ class Rollout:
 
     Args:
         set_weight: gives the new version a share, and the old one the rest.
-        ended: told "promote" or "rollback", and why.
+        ended: called with "promote" or "rollback", and the reason.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Rollout:
         if self.done:
             return
         enough = self.new.count >= self.config.min_requests
-        # A window with too few answers for a verdict goes on.
+        # A window with too few answers for a verdict is extended.
         self.windows += enough
         fault = self.verdict() if enough else ""
         if fault:

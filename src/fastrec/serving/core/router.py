@@ -89,8 +89,18 @@ class Router:
     def pick(
         self, idle: list[Slot], seed: SubRequest, queues: Queues, gain: float, now: float
     ) -> Slot | None:
-        """The engine for the batch that ``seed`` begins; None where a busy one would be done with
-        it earlier than every idle one, and there is not enough queued to use both."""
+        """The engine for the batch that ``seed`` begins; None = wait for a busy one.
+
+        Waiting is better where a busy engine would be done earlier than every idle one, and too
+        little is queued to use both.
+
+        Args:
+            idle: engines to choose from.
+            seed: the batch's first sub-request.
+            queues: what else waits.
+            gain: engine time over the summed costs of what shares calls.
+            now: seconds on the scheduler's clock.
+        """
         best = self.fastest(idle, seed.avoid)
         if len(self.slots) == len(idle):
             return best
@@ -146,7 +156,17 @@ class Router:
             self._idle.append(slot)
 
     def observe(self, slot: Slot, batch: Batch, seconds: float, now: float) -> bool:
-        """A call went well. Whether its engine is out now for being slower than its peers."""
+        """Learn from a call that succeeded.
+
+        Args:
+            slot: the engine.
+            batch: what it ran.
+            seconds: the call's time.
+            now: seconds on the scheduler's clock.
+
+        Returns:
+            whether the engine was taken out for being slower than the others.
+        """
         users, rows = batch.users, batch.rows
         slot.errors = 0
         slot.calls += 1

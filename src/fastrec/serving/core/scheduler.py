@@ -51,9 +51,9 @@ class Scheduler:
         name, version: of the model.
         signature: how its requests are cut and joined.
         quotas: tier -> its tenants' buckets, shared by all models.
-        emit: told every event.
+        emit: receives every event.
         guard: the system guard's factor on the limit.
-        on_lost: told of engines that died, hang, or were taken out.
+        on_lost: called for engines that died, hang, or were taken out.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Scheduler:
 
     def _start_at_once(self, pending: PendingRequest, now: float) -> bool:
         """Start a request that nothing is ahead of, past the queue: most are such while there is
-        no overload. What is not plain goes through the queue, which decides the same."""
+        no overload. Other cases go through the queue, with the same result."""
         if (
             self.queues.count
             or pending.sub_count != 1
@@ -433,7 +433,7 @@ class Scheduler:
         self.dispatch()
 
     def _again(self, subs: list[SubRequest], slot: Slot, error: Exception) -> None:
-        """Sub-requests whose engine failed: once more, on another one where there is one."""
+        """Retry sub-requests whose engine failed, on another engine if possible."""
         for sub in subs:
             pending = sub.pending
             if sub.state != RUNNING:

@@ -35,6 +35,13 @@ def open_screened(
 ) -> Screened:
     """The engine at ``path`` behind its screen.
 
+    Args:
+        path, screen: files of the engine and of its screen.
+        threads: of the engine; None = as saved.
+        keep: candidates of a user that are scored in full.
+        audit: share of calls that are scored whole as well.
+        audit_k: recall is measured over this many of the best candidates.
+
     Raises:
         ArtifactError: either file is damaged.
         ArgumentError: the screen is another engine's.

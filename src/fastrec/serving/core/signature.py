@@ -134,7 +134,13 @@ class ModelSignature:
         )
 
     def slice_outputs(self, outputs: Outputs, start: int, users: int, candidates: int) -> Outputs:
-        """The outputs of the users from ``start`` on, without padding."""
+        """Outputs of one sub-request, without padding.
+
+        Args:
+            outputs: of the whole call.
+            start: its first user.
+            users, candidates: its sizes.
+        """
         cut: Outputs = {}
         for name, value in outputs.items():
             part = value[start : start + users]

@@ -1,4 +1,4 @@
-"""Where a scheduler stands, for statistics and the status page."""
+"""Snapshot of a scheduler's state, for statistics and the status page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load: an open-loop generator, what it sends and what came of it (``fastrec loadtest``)."""
+"""Load tests: an open-loop generator, its requests and results (``fastrec loadtest``)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ async def find_capacity(
 ) -> float:
     """Doubles the rate until the goal is missed, then halves the interval.
 
-    A probe that misses is asked once more: one pause of the machine is no capacity.
+    A rate that misses is tried once more: one pause of the machine says nothing of capacity.
 
     Args:
         probe: runs a load at a rate (requests a second) and returns its summary.
@@ -29,7 +29,7 @@ async def find_capacity(
         target: share of the offered requests that must be in time.
         precision: the answer is at most this share below the true rate.
         most: never tried beyond.
-        note: told each rate and what it reached.
+        note: called with each rate and its attainment.
 
     Returns:
         the highest rate that met the goal; 0.0 where a thousandth of ``start`` misses it.

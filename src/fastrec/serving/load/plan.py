@@ -119,7 +119,7 @@ class Retry:
         tries: in all; 1 = they give up at once.
         backoff_ms: before the second try; a random part of it is waited (full jitter).
         factor: by which it grows with each try.
-        obey: whether they wait as long as the server says, and give up where it tells them to.
+        obey: whether they follow the server's advice to wait or to give up.
     """
 
     tries: int = 1

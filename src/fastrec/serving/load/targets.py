@@ -58,8 +58,8 @@ def requests_of(
 
 
 def requests_in(path: str | Path) -> list[list[dict[str, np.ndarray]]]:
-    """The one request that a ``.npz`` file holds, input by input: for servers that do not tell
-    which ids they take.
+    """The one request that a ``.npz`` file holds, input by input: for servers that do not report
+    their id ranges.
 
     Raises:
         ArgumentError: it cannot be read.
@@ -151,7 +151,7 @@ class GrpcTarget:
             await channel.close()
 
     async def spec(self) -> InputSpec | None:
-        """The model's inputs with their id ranges; None where the server does not tell them.
+        """The model's inputs with their id ranges; None where the server does not report them.
 
         Raises:
             ServingError: the server cannot be reached, or has no such model.

@@ -24,7 +24,7 @@ STATES = ("LOADING", "WARMING", "READY", "EJECTED", "DRAINING", "FAILED")
 
 
 class Metrics:
-    """A collector over a recorder; built when somebody asks, so requests pay nothing for it."""
+    """A collector over a recorder; built when it is scraped, so requests pay nothing for it."""
 
     def __init__(self, recorder: Recorder, core: InferenceCore, handler: RequestHandler) -> None:
         self._recorder, self._core, self._handler = recorder, core, handler

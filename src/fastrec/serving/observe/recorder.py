@@ -74,19 +74,21 @@ class _Statistics:
         self.s = self.queue_s = self.compute_s = self.failed_s = 0.0
 
     def row(self) -> dict[str, Any]:
-        """In the protocol's names and nanoseconds; kinds that never happened are left out."""
-        spent = {}
-        if self.answered:
-            spent["success"] = (self.answered, round(self.s * 1e9))
-            spent["queue"] = (self.answered, round(self.queue_s * 1e9))
-            spent["compute_infer"] = (self.answered, round(self.compute_s * 1e9))
-        if self.failed:
-            spent["fail"] = (self.failed, round(self.failed_s * 1e9))
+        """In the protocol's names and nanoseconds. Triton's clients need equal counts of all kinds
+        of computing; here copies in and out are part of the engine's call."""
+        good = self.answered
         return {
             "last_inference": self.last_ms,
-            "inference_count": self.answered,
+            "inference_count": good,
             "execution_count": self.calls,
-            "inference_stats": spent,
+            "inference_stats": {
+                "success": (good, round(self.s * 1e9)),
+                "fail": (self.failed, round(self.failed_s * 1e9)),
+                "queue": (good, round(self.queue_s * 1e9)),
+                "compute_input": (good, 0),
+                "compute_infer": (good, round(self.compute_s * 1e9)),
+                "compute_output": (good, 0),
+            },
         }
 
 
@@ -121,6 +123,9 @@ class Recorder:
         elif isinstance(event, BatchDone):
             self._batch(event)
         elif isinstance(event, EngineChanged):
+            if event.new == "READY":
+                # A model that was never called has statistics, too.
+                _ = self._statistics[event.model, event.version]
             self._note("engine", f"{event.engine}: {event.old} -> {event.new}", event.reason)
         elif isinstance(event, RolloutChanged):
             self.rollouts[event.model, event.action] += 1

@@ -87,6 +87,15 @@ class Traces:
     def root(
         self, opened: OpenTrace, request: Request, version: str, outcome: str, slow: bool
     ) -> trace.Span:
+        """Start the span of a whole request.
+
+        Args:
+            opened: its trace.
+            request: what was asked.
+            version: of the model that answered, or was asked for.
+            outcome: ``ok`` or a refusal's kind.
+            slow: whether it missed its tier's goal.
+        """
         attributes: dict[str, str | int | bool] = {
             "rpc.method": "ModelInfer",
             "fastrec.model": request.model,
@@ -114,6 +123,15 @@ class Traces:
         links: Sequence[trace.Link] = (),
         **attributes: str | int,
     ) -> None:
+        """Record a part of a request.
+
+        Args:
+            name: of the span.
+            within: the parent's context.
+            start, end: nanoseconds since 1970.
+            links: to other spans.
+            attributes: without the prefix ``fastrec.``.
+        """
         named = {f"fastrec.{key}": value for key, value in attributes.items()}
         span = self.tracer.start_span(name, within, links=links, attributes=named, start_time=start)
         span.end(end)
@@ -235,7 +253,7 @@ class WorstToo(Sampler):
         links: Sequence[trace.Link] | None = None,
         trace_state: trace.TraceState | None = None,
     ) -> SamplingResult:
-        """As the SDK asks."""
+        """The SDK's interface (:class:`opentelemetry.sdk.trace.sampling.Sampler`)."""
         given = self._other.should_sample(
             parent_context, trace_id, name, kind, attributes, links, trace_state
         )
@@ -252,7 +270,7 @@ class WorstToo(Sampler):
         return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes, given.trace_state)
 
     def get_description(self) -> str:
-        """For people."""
+        """The sampler's name and bound."""
         return f"WorstToo({self._other.get_description()}, {self._per_second}/s)"
 
 

@@ -57,7 +57,9 @@ class Replica:
         self.core.subscribe(recorder)
         self._load = LoadMeter(self.core)
         self.core.subscribe(self._load)
-        repository = ModelRepository(path, self.core, cache=None if cache is None else Path(cache))
+        self._repository = repository = ModelRepository(
+            path, self.core, cache=None if cache is None else Path(cache)
+        )
         self._handler = RequestHandler(
             self.core,
             repository,
@@ -106,6 +108,7 @@ class Replica:
     async def __del__(self) -> None:
         """Serve awaits it once the requests in flight are answered."""
         await self.core.close()
+        self._repository.close()
 
     async def _answer(self, name: str, data: bytes, context: Any) -> _Bytes:
         try:

@@ -47,9 +47,15 @@ def ranks(
 ) -> list[list[RunningReplica]]:
     """Replicas by when they are expected to answer.
 
-    Of those within ``near_s`` of the best, two at random come first: with what replicas told a
-    second ago, all callers would otherwise send to the same one (Ray takes the one of the two with
+    Of those within ``near_s`` of the best, two at random come first: with reports a second
+    old, all callers would otherwise send to the same one (Ray takes the one of the two with
     fewer requests). The others follow, the best first.
+
+    Args:
+        replicas: to choose from, at least one.
+        here: region, zone and node of the caller.
+        network_s: cost of each kind of :func:`way`, in seconds.
+        near_s: expected times this close count as equal.
     """
     scored = []
     for replica in replicas:

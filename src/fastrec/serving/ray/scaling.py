@@ -34,7 +34,7 @@ class QueueDelay:
         busy, delays = (list((metrics.get(n) or {}).values()) for n in ("busy", "queue_delay_s"))
         if not busy or not delays:
             return ctx.target_num_replicas, {}
-        # Replicas that have told nothing yet are new: the work is that of the others.
+        # Replicas without reports yet are new: the others do the work.
         wanted = math.ceil(sum(busy) / self.busy - 1e-9)
         late = sum(delays) / len(delays) / self.goal_s
         if late > 1:

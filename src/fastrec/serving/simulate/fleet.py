@@ -345,8 +345,8 @@ class _Cell:
                 strict=True,
             )
 
-    def run(self, told: Callable[[float], None]) -> Outcome:
-        """All of it; ``told`` hears the share done."""
+    def run(self, report: Callable[[float], None]) -> Outcome:
+        """Run the cell; ``report`` is called with the share done."""
         clock, steps = self.clock, 50
         self._next()
         for step in range(steps):
@@ -356,7 +356,7 @@ class _Cell:
                 # Engines' busy time before counting began.
                 self.out.utilisation = [-host.used_s() for host in self.hosts]
                 counted_from = until
-            told((step + 1) / steps)
+            report((step + 1) / steps)
         self.out.utilisation = [
             (before + host.used_s()) / (self.end - counted_from) / self.fleet.host_engines
             for before, host in zip(self.out.utilisation, self.hosts, strict=True)
@@ -435,7 +435,7 @@ def simulate(
 
     Args:
         config: of every host's scheduler; its pool is not used.
-        progress: hears the share done.
+        progress: called with the share done.
 
     Returns:
         what each cell did.

@@ -36,7 +36,7 @@ class Limits:
     """
 
     message_mib: int = 16
-    streams: int = 1024
+    streams: int = 128
     connection_age_s: float = 300.0
     rpcs: int = 16_384
 

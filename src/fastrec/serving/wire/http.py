@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import ssl
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,6 +23,7 @@ from fastrec.serving.wire.tls import Tls, names_of
 
 _CHUNK = 1 << 16
 _HEAD_BYTES = 16 << 10
+_ERRORS = {413: "the request is too large", 503: "the server holds too many requests: try again"}
 _KINDS = {"json": "application/json", "html": "text/html; charset=utf-8"}
 
 
@@ -48,9 +51,17 @@ class HttpReply:
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """Bounds of what clients may make the server hold."""
+    """Bounds of what clients may make the server hold.
+
+    Args:
+        message_mib: largest body, also after decompression.
+        total_mib: bodies held at once, all connections together; more are refused with 503.
+        head_s, body_s, idle_s: longest time for a head, for a body, and between requests.
+        connections: open at once; more are closed.
+    """
 
     message_mib: int = 16
+    total_mib: int = 256
     head_s: float = 10.0
     body_s: float = 30.0
     idle_s: float = 75.0
@@ -58,7 +69,15 @@ class HttpLimits:
 
 
 class HttpServer:
-    """Serves ``handle`` at ``HOST:PORT``; port 0 takes a free one, see :attr:`port`."""
+    """An HTTP/1.1 server.
+
+    Args:
+        handle: answers one request.
+        address: ``HOST:PORT``; port 0 takes a free one, see :attr:`port`.
+        tls: None = plain text.
+        limits: bounds of what clients may make it hold.
+        reuse_port: whether several processes may listen at this address.
+    """
 
     def __init__(
         self,
@@ -78,6 +97,8 @@ class HttpServer:
         # Connections whose request is being answered.
         self._busy: set[asyncio.Task[None]] = set()
         self._closing = False
+        # Bytes of bodies held, by connection.
+        self._held: dict[asyncio.Task[None], int] = {}
 
     async def start(self) -> None:
         """Listen.
@@ -139,6 +160,7 @@ class HttpServer:
             finally:
                 self._connections.discard(task)
                 self._busy.discard(task)
+                self._held.pop(task, None)
 
     async def _talk(
         self,
@@ -150,14 +172,17 @@ class HttpServer:
         first = True
         while True:
             try:
-                request = await self._read(connection, reader, writer, first)
+                request = await self._read(task, connection, reader, writer, first)
                 if request is None:
                     return
                 self._busy.add(task)
-                reply = await self._handle(request)
+                reply = await _decompressed(request, self._limits.message_mib << 20)
+                if reply is None:
+                    reply = await self._handle(request)
             except h11.RemoteProtocolError as error:
                 if connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                    reply = HttpReply(error.error_status_hint, b'{"error":"malformed request"}')
+                    text = _ERRORS.get(error.error_status_hint, "malformed request")
+                    reply = _error(error.error_status_hint, text)
                     reply.headers.append(("connection", "close"))
                     await self._send(connection, writer, reply, body=True)
                 return
@@ -165,6 +190,7 @@ class HttpServer:
                 reply.headers.append(("connection", "close"))
             await self._send(connection, writer, reply, body=request.method != "HEAD")
             self._busy.discard(task)
+            self._held.pop(task, None)
             if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
                 return
             connection.start_next_cycle()
@@ -172,6 +198,7 @@ class HttpServer:
 
     async def _read(
         self,
+        task: asyncio.Task[None],
         connection: h11.Connection,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -204,6 +231,10 @@ class HttpServer:
                 _check_length(head, limits.message_mib << 20)
             elif isinstance(event, h11.Data):
                 body += event.data
+                self._held[task] = len(body)
+                if sum(self._held.values()) > limits.total_mib << 20:
+                    del self._held[task]
+                    raise h11.RemoteProtocolError("too much at once", error_status_hint=503)
                 if len(body) > limits.message_mib << 20:
                     raise h11.RemoteProtocolError("too large", error_status_hint=413)
             elif isinstance(event, h11.EndOfMessage):
@@ -248,9 +279,40 @@ class HttpServer:
 
 
 def _check_length(head: h11.Request, most: int) -> None:
+    names = {name for name, _ in head.headers}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        # Proxies may take the other one than we: two requests in one.
+        raise h11.RemoteProtocolError("two lengths", error_status_hint=400)
     for name, value in head.headers:
         if name == b"content-length" and int(value) > most:
             raise h11.RemoteProtocolError("too large", error_status_hint=413)
+
+
+async def _decompressed(request: HttpRequest, most: int) -> HttpReply | None:
+    """Decompress the body in place; a reply where that is refused."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity":
+        return None
+    if encoding not in ("gzip", "deflate"):
+        refused = _error(415, "content-encoding: expected gzip, deflate or identity")
+        refused.headers.append(("accept-encoding", "gzip, deflate"))
+        return refused
+    unpack = zlib.decompressobj(31 if encoding == "gzip" else 15)
+    try:
+        # zlib works without the GIL.
+        body = await asyncio.to_thread(unpack.decompress, request.body, most + 1)
+    except zlib.error as error:
+        return _error(400, f"content-encoding: not {encoding} ({error})")
+    if len(body) > most:
+        return _error(413, _ERRORS[413])
+    if not unpack.eof:
+        return _error(400, f"content-encoding: the {encoding} data ends early")
+    request.body = body
+    return None
+
+
+def _error(status: int, text: str) -> HttpReply:
+    return HttpReply(status, json.dumps({"error": text}).encode())
 
 
 def _peer(writer: asyncio.StreamWriter) -> str:

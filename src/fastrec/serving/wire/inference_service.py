@@ -85,7 +85,7 @@ class InferenceService:
     def _guarded(
         self, name: str, kind: Any, call: Callable[..., Awaitable[Any]], *, anyone: bool
     ) -> Call:
-        """A handler that parses, identifies the caller (not for probes) and tells errors."""
+        """A handler that parses, identifies the caller (not for probes) and maps errors."""
 
         async def handle(data: bytes, context: Any) -> bytes:
             try:

@@ -32,7 +32,7 @@ def configuration(info: ModelInfo, queueing: Queueing, details: Mapping[str, str
     dimension left once the batch is taken away, which Triton's configuration cannot express.
 
     Args:
-        queueing: how requests queue, told as Triton's dynamic batching.
+        queueing: how requests queue, reported as Triton's dynamic batching.
         details: shown as the configuration's parameters.
     """
     answer = _ConfigResponse()

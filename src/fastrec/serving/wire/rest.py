@@ -26,12 +26,12 @@ from fastrec.errors import ArgumentError
 from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.wire.auth import Identity
 from fastrec.serving.wire.http import HttpReply, HttpRequest
+from fastrec.serving.wire.json_body import BodyDecoder, read_object
 from fastrec.serving.wire.model_metadata import configuration, metadata
 from fastrec.serving.wire.request_handler import EXTENSIONS, RequestHandler
 from fastrec.serving.wire.request_parameters import from_values, with_headers
 from fastrec.serving.wire.status import Refused
-from fastrec.serving.wire.tensors import datatype, from_raw, to_raw
-from fastrec.serving.wire.tensors import from_values as tensor_of
+from fastrec.serving.wire.tensors import datatype, to_raw
 
 _MODEL = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/ready|/config|/stats|/infer)?")
 _ADMIN = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
@@ -57,7 +57,12 @@ class Rest:
         status: Callable[[], dict[str, Any]],
         page: bytes,
     ) -> None:
+        self._decode = BodyDecoder()
         self._handler, self._metrics, self._status, self._page = handler, metrics, status, page
+
+    def close(self) -> None:
+        """End the process that decodes large bodies."""
+        self._decode.close()
 
     async def handle(self, request: HttpRequest) -> HttpReply:
         """ErrorReply one request; errors become their status codes."""
@@ -98,12 +103,14 @@ class Rest:
             _same_site(request)
             name, action = match.groups()
             if action == "load":
-                if (_object(request.body) if request.body else {}).get("parameters"):
+                if (read_object(request.body) if request.body else {}).get("parameters"):
                     raise ArgumentError("parameters", "none", "some")
                 await self._handler.load(name, identity, request.peer)
             else:
                 await self._handler.unload(name, identity, request.peer)
             return _json({})
+        if get and path == "/v2/models/stats":
+            return self._statistics("", "")
         if match := _MODEL.fullmatch(path):
             name, version, what = match[1], match[2] or "", match[3] or ""
             if what == "/infer":
@@ -122,9 +129,7 @@ class Rest:
             told = configuration(info, core.config.lanes, self._handler.details(info)).config
             return _json(MessageToDict(told, preserving_proto_field_name=True))
         if what == "/stats":
-            return _json(
-                {"model_stats": [_durations(r) for r in self._handler.statistics(name, version)]}
-            )
+            return self._statistics(name, version)
         message = metadata(info, [version] if version else self._handler.versions(name))
         tensors = {
             kind: [
@@ -142,28 +147,24 @@ class Rest:
             }
         )
 
+    def _statistics(self, name: str, version: str) -> HttpReply:
+        rows = self._handler.statistics(name, version)
+        return _json({"model_stats": [_durations(row) for row in rows]})
+
     async def _infer(
         self, request: HttpRequest, name: str, version: str, who: Identity
     ) -> HttpReply:
-        head, binary = _split(request)
-        body = _object(head)
-        parameters = body.get("parameters", {})
-        if not isinstance(parameters, dict):
-            raise ArgumentError("parameters", "an object", type(parameters).__name__)
-        sent = from_values(with_headers(dict(parameters), request.headers.items()))
-        request_id = body.get("id", "")
-        if not isinstance(request_id, str) or len(request_id) > 128:
-            raise ArgumentError("id", "text of up to 128 characters", type(request_id).__name__)
-        inputs = _inputs(body.get("inputs"), binary)
-        wanted = _outputs(body.get("outputs"), bool(parameters.get("binary_data_output")))
+        body = await self._decode(*_split(request))
+        binary, request_id = bool(body.parameters.get("binary_data_output")), body.request_id
+        sent = from_values(with_headers(dict(body.parameters), request.headers.items()))
         response = await self._handler.infer(
             name,
             version,
-            inputs,
+            body.inputs,
             sent,
             who,
             request_id=request_id,
-            outputs=list(wanted),
+            outputs=list(body.wanted),
             headers=request.headers.items(),
         )
         raw: list[bytes] = []
@@ -174,11 +175,11 @@ class Rest:
                 "datatype": datatype(array.dtype),
                 "shape": list(array.shape),
             }
-            if wanted.get(key, bool(parameters.get("binary_data_output"))):
+            if body.wanted.get(key, binary):
                 raw.append(to_raw(array))
                 row["parameters"] = {"binary_data_size": len(raw[-1])}
             else:
-                row["data"] = array.reshape(-1).tolist()
+                row["data"] = _values(key, array)
             rows.append(row)
         told = {"model_name": response.model, "model_version": response.version, "outputs": rows}
         if request_id:
@@ -203,24 +204,22 @@ _PAGE_HEADERS = [
 
 
 def _json(value: Any, status: int = 200) -> HttpReply:
-    # JSON has no NaN: Python's own spelling is what tritonclient and numpy users read.
-    return HttpReply(status, json.dumps(value, separators=(",", ":")).encode())
+    return HttpReply(status, json.dumps(value, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _values(name: str, array: np.ndarray) -> list[Any]:
+    """An output's values for JSON, which has no NaN (null) and no infinities (refused)."""
+    values: list[Any] = array.reshape(-1).tolist()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if np.isinf(array).any():
+            why = f"output '{name}' holds infinities, which JSON has not: ask for binary data"
+            raise Rejected(Kind.INTERNAL, why)
+        values = [None if value != value else value for value in values]
+    return values
 
 
 def _ready(ready: bool) -> HttpReply:
     return _json({"ready": ready}, 200 if ready else 503)
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ArgumentError(
-            "body", "a JSON object", f"{len(body)} bytes that do not parse as JSON"
-        ) from None
-    if not isinstance(value, dict):
-        raise ArgumentError("body", "a JSON object", type(value).__name__)
-    return value
 
 
 def _split(request: HttpRequest) -> tuple[bytes, memoryview]:
@@ -232,65 +231,6 @@ def _split(request: HttpRequest) -> tuple[bytes, memoryview]:
         raise ArgumentError(_LENGTH, "a length within the body", text[:32])
     length = int(text)
     return request.body[:length], memoryview(request.body)[length:]
-
-
-def _inputs(rows: Any, binary: memoryview) -> dict[str, np.ndarray]:
-    if not isinstance(rows, list) or not rows:
-        raise ArgumentError("inputs", "a list of tensors", type(rows).__name__)
-    arrays: dict[str, np.ndarray] = {}
-    at = 0
-    for row in rows:
-        if not isinstance(row, dict):
-            raise ArgumentError("inputs", "objects", type(row).__name__)
-        name, kind, shape = row.get("name"), row.get("datatype"), row.get("shape")
-        if not isinstance(name, str) or not isinstance(kind, str) or len(name) > 256:
-            raise ArgumentError("inputs", "a name and a datatype in each", str(row)[:64])
-        if name in arrays:
-            raise ArgumentError(name[:64], "one input of this name", "two")
-        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-            raise ArgumentError(name[:64], "a shape of whole numbers", str(shape)[:64])
-        parameters = row.get("parameters") or {}
-        size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-        if size is not None:
-            if type(size) is not int or not 0 <= size <= len(binary) - at:
-                raise ArgumentError(name[:64], "a binary_data_size within the body", size)
-            arrays[name] = from_raw(name, kind, shape, binary[at : at + size])
-            at += size
-        else:
-            arrays[name] = tensor_of(name, kind, shape, _flat(name, row.get("data")))
-    if at != len(binary):
-        raise ArgumentError("body", f"{at} binary bytes as the inputs say", f"{len(binary)}")
-    return arrays
-
-
-def _flat(name: str, data: Any) -> list[Any]:
-    """JSON data, nested as the shape or flat."""
-    if not isinstance(data, list):
-        raise ArgumentError(name[:64], "data: a list", type(data).__name__)
-    for _ in range(8):
-        if not any(isinstance(part, list) for part in data):
-            return data
-        if not all(isinstance(part, list) for part in data):
-            break
-        data = [value for part in data for value in part]
-    raise ArgumentError(name[:64], "a list, flat or nested as the shape", "another")
-
-
-def _outputs(rows: Any, binary: bool) -> dict[str, bool]:
-    """Output asked for -> whether it should come binary."""
-    if rows is None:
-        return {}
-    if not isinstance(rows, list):
-        raise ArgumentError("outputs", "a list", type(rows).__name__)
-    wanted = {}
-    for row in rows:
-        name = row.get("name") if isinstance(row, dict) else None
-        if not isinstance(name, str):
-            raise ArgumentError("outputs", "objects with a name", str(row)[:64])
-        parameters = row.get("parameters") or {}
-        own = parameters.get("binary_data") if isinstance(parameters, dict) else None
-        wanted[name] = binary if own is None else bool(own)
-    return wanted
 
 
 def _durations(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Refusals as the two protocols tell them.
+"""Refusals in the two protocols.
 
 | kind | gRPC | HTTP |
 |---|---|---|
@@ -10,8 +10,8 @@
 | internal | INTERNAL | 500 |
 
 Triton answers UNAVAILABLE where a queue is full or a timeout has run out, and the texts are its
-own. The kind itself is the ``reason`` of a google.rpc.ErrorInfo, for programs. Clients that retry
-are told not to while the server sheds load (``grpc-retry-pushback-ms: -1``).
+own. The kind itself is the ``reason`` of a google.rpc.ErrorInfo, for programs. While the server
+sheds load, clients are told not to retry (``grpc-retry-pushback-ms: -1``).
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ _ErrorInfo = message("google.rpc.ErrorInfo")
 class Refused(FastrecError):
     """The caller may not do this: no valid token, or an admin call that is switched off.
 
-    Attributes:
+    Args:
         reason: for programs, e.g. ``"unauthenticated"``.
+        message: for people.
         code: of gRPC.
         http: status.
     """

@@ -36,6 +36,7 @@ _PYTHON: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int,
 _KNOWN: dict[tuple[str, tuple[int, ...]], tuple[np.dtype, int]] = {}
 _MAX_KNOWN = 1024
 _MAX_RANK = 8
+_MAX_EXTENT = 1 << 48
 _MAX_NAME = 256
 
 
@@ -84,6 +85,12 @@ def tensor_inputs(request: Any) -> dict[str, np.ndarray]:
 def from_raw(name: str, kind: str, shape: Sequence[int], data: Any) -> np.ndarray:
     """A read-only view of little-endian row-major bytes.
 
+    Args:
+        name: of the input, for errors.
+        kind: datatype of the protocol.
+        shape: sizes.
+        data: bytes-like.
+
     Raises:
         DtypeError, ShapeError: see :func:`tensor_inputs`.
     """
@@ -107,6 +114,12 @@ def from_raw(name: str, kind: str, shape: Sequence[int], data: Any) -> np.ndarra
 
 def from_values(name: str, kind: str, shape: Sequence[int], values: Iterable[Any]) -> np.ndarray:
     """An array of a flat sequence of Python numbers.
+
+    Args:
+        name: of the input, for errors.
+        kind: datatype of the protocol.
+        shape: sizes.
+        values: row-major.
 
     Raises:
         ArgumentError, DtypeError, ShapeError: see :func:`tensor_inputs`.
@@ -182,11 +195,15 @@ def _dtype(name: str, kind: str) -> np.dtype:
 def _elements(name: str, shape: tuple[int, ...]) -> int:
     if len(shape) > _MAX_RANK:
         raise ShapeError(_shown(name), f"a rank up to {_MAX_RANK}", len(shape))
-    elements = 1
+    elements, extent = 1, 1
     for size in shape:
         if size < 0:
             raise ShapeError(_shown(name), "sizes of 0 or more", list(shape))
         elements *= size
+        # [0, 2^62] has no elements, and numpy cannot make it.
+        extent *= max(size, 1)
+    if extent > _MAX_EXTENT:
+        raise ShapeError(_shown(name), f"sizes whose product is at most {_MAX_EXTENT}", list(shape))
     return elements
 
 

@@ -1,4 +1,4 @@
-"""TLS of both ports."""
+"""TLS for both ports."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Tls:
 
 
 def names_of(certificate: dict[str, Any] | None) -> tuple[str, ...]:
-    """Common name and alternative names of a peer's certificate, as ``ssl`` tells it."""
+    """Common name and alternative names of a peer's certificate, as ``ssl`` reports it."""
     certificate = certificate or {}
     names = [
         value

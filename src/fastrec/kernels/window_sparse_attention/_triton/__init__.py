@@ -50,7 +50,7 @@ def _far(
 def far_table(
     window: int, offsets: str, causal: bool, heads: int, length: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The far positions on the device. Distances that a sequence lacks reach none of its keys, so
+    """The far positions on the device. A distance beyond a sequence reaches no key of it, so
     the table of the next power of two serves all lengths up to it."""
     return _far(window, offsets, causal, heads, power_of_two(length, 256, 1 << 31), device)
 
@@ -96,7 +96,7 @@ def alignment(*tensors: torch.Tensor) -> int:
 
 
 class Call:
-    """What the launches of one call have in common."""
+    """Sizes, tables and constants that all launches of one call share."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Call:
         self.window = min(window, self.length)
         bounds = lengths if cu_seqlens is None else cu_seqlens
         self.far = far_table(window, offsets, causal, self.heads, self.length, q.device)
-        # Anything with an address where there are no bounds.
+        # Without bounds any tensor serves: the kernel wants an address and does not read it.
         self.bounds = self.far[0] if bounds is None else bounds
         self.itemsize = q.element_size()
         self.constants: dict[str, Any] = {
