@@ -25,6 +25,8 @@ from fastrec.runtime.native.buffers import Buffer, Extent
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower
 from fastrec.runtime.native.passes import optimise
+from fastrec.runtime.native.program import Program
+from fastrec.spec import InputField, InputSpec
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
 
@@ -300,7 +302,7 @@ def test_buffers_that_live_together_never_share(ranker: tuple[Ranker, PlanEngine
     for position, step in enumerate(plan["steps"]):
         begin, end = within.get(position, (position, position))
         for operand in step["operands"].values():
-            for view in operand if isinstance(operand[0], list) else [operand]:
+            for view in operand if not operand or isinstance(operand[0], list) else [operand]:
                 spans[view[0]] = (spans.get(view[0], (begin, end))[0], end)
     assert sum(map(len, plan["slots"])) > 2 * len(plan["slots"])
     for buffers in plan["slots"]:
@@ -361,9 +363,10 @@ def test_int8_layers_hand_on_tiles_and_torchs_integers(isa: str, rows: int) -> N
     fastrec.quantize_(model, fastrec.Int8(), calibration=[(x,)])
     with kernels.force_isa(isa):
         engine = engine_of(model, x)
-        layers_int8 = [s for s in engine.plan()["steps"] if s.kind == "linear_int8"]
-        assert [s.x_tiles for s in layers_int8] == [False, True, True, True]
-        assert [s.y_tiles for s in layers_int8] == [True, True, True, False]
+        planned = engine.plan()["steps"]
+        layers_int8 = [s["fields"] for s in planned if s["kind"] == "linear_int8"]
+        assert [fields["x_tiles"] for fields in layers_int8] == [False, True, True, True]
+        assert [fields["y_tiles"] for fields in layers_int8] == [True, True, True, False]
         with torch.inference_mode():
             assert torch.equal(engine(x), model(x))
 

@@ -137,7 +137,7 @@ void require_machine(const json::Value& header, const std::string& path) {
   const std::string& name = header.at("requires").text();
   for (const IsaInfo& info : kIsaTable)
     if (name == info.name && machine_has(info.isa)) return;
-  Refused(path + " needs the instruction set " + name + ", which this CPU lacks");
+  throw Refused(path + " needs the instruction set " + name + ", which this CPU lacks");
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace {
 using json::Value;
 
 // Beyond any model, and small enough for what is allocated on the way.
-constexpr size_t kMaxSteps = 100'000;
+constexpr size_t kMaxSteps = 10'000;
 constexpr int64_t kMaxExponent = 8;
 
 template <size_t N>

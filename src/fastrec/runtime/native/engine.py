@@ -18,7 +18,13 @@ from fastrec.runtime.native import file
 from fastrec.runtime.native.header import described
 from fastrec.runtime.native.profile import profile_rows
 from fastrec.runtime.native.program import Program
-from fastrec.runtime.native.user_state import CANDIDATES, Parts, State, candidate_positions
+from fastrec.runtime.native.user_state import (
+    CANDIDATES,
+    Parts,
+    State,
+    aligned,
+    candidate_positions,
+)
 
 
 class PlanEngine(Engine):
@@ -256,8 +262,3 @@ class PlanEngine(Engine):
             super().close()
             self._parts.clear()
             self._native = None
-
-
-def aligned(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The arrays as the native engine reads them: contiguous, aligned, of the machine's order."""
-    return tuple(np.require(a, a.dtype.newbyteorder("="), ["C", "A"]) for a in arrays)

@@ -158,7 +158,13 @@ class Parts:
         return InputSpec(fields, self._candidates.limits)
 
 
+def aligned(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Arrays that a spec has accepted, as the compiled part reads them: contiguous, aligned, and
+    int64 where they are ``longlong``, which numpy counts as another type."""
+    return tuple(np.require(a, requirements=["C", "A"]).view(a.dtype.str) for a in arrays)
+
+
 def _checked(spec: InputSpec, inputs: tuple[Any, ...]) -> tuple[tuple[np.ndarray, ...], bool]:
     """The inputs as the compiled part reads them, and whether they are torch's."""
     arrays, from_torch = spec.check(inputs)
-    return tuple(np.require(a, a.dtype.newbyteorder("="), ["C", "A"]) for a in arrays), from_torch
+    return aligned(arrays), from_torch
