@@ -30,6 +30,8 @@
 namespace fastrec::pointwise_attention {
 
 constexpr int64_t kMaxDims = 256, kMaxBuckets = 4096;
+// Rows of a part of the forward: a block of the widest kernel.
+constexpr int64_t kPartRows = 32;
 // Differences of times count as at most this, which a double still holds exactly.
 constexpr uint64_t kMaxTime = uint64_t{1} << 53;
 
@@ -172,6 +174,13 @@ const Kernel& select();
 // What stopped a call, and at which entry.
 enum class Bad : int { nothing, lengths, cu_seqlens, targets, edges };
 using Result = std::pair<Bad, int64_t>;
+
+// The sequences, or the first entry that is out of order.
+Result sequences_of(const Shape& shape, const Bias& bias, std::vector<Sequence>* to);
+Tables make_tables(const Shape& shape, const Bias& bias, int64_t longest);
+// Zeros in a padded batch's rows that belong to no sequence.
+void clear_rows(const Shape& shape, const View& view, int64_t dims, int64_t element_bytes,
+                const Sequence& sequence);
 
 Result forward(const Call& call);
 Result backward(const Call& call, const Gradients& to);
