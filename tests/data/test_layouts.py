@@ -362,7 +362,7 @@ def test_properties_of_a_log_are_said(tmp_path: Path) -> None:
     ties = notes([f"{u},{k},{T0}" for u in range(9) for k in range(60)])
     assert "all events have the same time" in ties
     moved = notes([f"{u},{k},{u},pv,{T0 + k}" for u in range(9) for k in range(60)])
-    assert "60 items stand under several categories" in moved
+    assert "items under several categories, which have the smallest id: 60" in moved
 
 
 LASTFM = _each(

@@ -210,7 +210,7 @@ def _notes(reader: LogReader, stored: _Stored, index: ItemIndex) -> list[str]:
         notes.append("the times are plain numbers: good for the order of events, not as dates")
     if index.conflicts:
         notes.append(
-            f"{index.conflicts:,} items stand under several categories: each has the smallest id"
+            f"items under several categories, which have the smallest id: {index.conflicts:,}"
         )
     return notes
 
