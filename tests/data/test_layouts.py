@@ -244,6 +244,13 @@ def test_one_line_a_user(tmp_path: Path) -> None:
     }
 
 
+def test_a_broken_row_makes_no_user_of_each_line(tmp_path: Path) -> None:
+    lines = [f"{u},{100 - u},5,{T0 + u}" for u in range(40)]
+    report, _, line = _read(_write(tmp_path / "log.csv", "\n".join([*lines, "41,9"])))
+    assert "user=1, item=2, time=4 (s), not used: 3" in line
+    assert (report.kept, report.rejected["fields"]) == (40, 1)
+
+
 @pytest.mark.parametrize(
     ("user", "item"),
     [

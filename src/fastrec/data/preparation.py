@@ -28,7 +28,7 @@ from fastrec.data.idmap import ItemIndex, ItemTable, with_padding
 from fastrec.data.layout import ReadOptions
 from fastrec.data.reader import LogReader, Progress, Source
 from fastrec.data.storage import FolderWriter
-from fastrec.data.text_ids import encode_texts
+from fastrec.data.text_ids import TextIds
 from fastrec.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -369,9 +369,17 @@ def _write_sequences(
     ):
         writer.write(f"{role}_ids", ids)
         if role in reader.normaliser.texts:
-            text, text_offsets = encode_texts(reader.normaliser.texts[role].texts_of(ids[1:]))
-            writer.write(f"{role}_text", text)
-            writer.write(f"{role}_text_offsets", text_offsets)
+            _write_texts(writer, role, reader.normaliser.texts[role], ids[1:])
     writer.write("item_category", index.item_category)
     writer.write("item_count", train_count)
     return stored
+
+
+def _write_texts(writer: FolderWriter, role: str, texts: TextIds, keys: NDArray[np.int64]) -> None:
+    """The texts of ids, one after another, and where each ends."""
+    text = writer.array(f"{role}_text", np.uint8)
+    offsets = writer.array(f"{role}_text_offsets", np.int64)
+    offsets.append(np.zeros(1, np.int64))
+    for data, lengths in texts.encoded(keys):
+        offsets.append(text.length + np.cumsum(lengths))
+        text.append(data)
