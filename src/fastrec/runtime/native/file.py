@@ -11,14 +11,12 @@ the right checksums may still be hostile. Processes that open one file share its
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import struct
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import numpy as np
 
 from fastrec import kernels
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, FastrecError
+from fastrec.files import atomic_write
 from fastrec.runtime.engine import PRECISIONS
 from fastrec.runtime.native.buffers import DTYPES
 from fastrec.runtime.native.codec import decode_program, encode_program, integer, text
@@ -87,21 +86,11 @@ def write(program: Program, spec: InputSpec, about: dict[str, Any], path: str | 
     header += b" " * (-(len(header) + _PREFIX.size + _DIGEST) % _LINE)
     begin = _PREFIX.size + _DIGEST + len(header)
     prefix = _PREFIX.pack(MAGIC, VERSION, 0, len(header), begin + position)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(prefix + hashlib.sha256(prefix + header).digest() + header)
-            for data in constants:
-                stream.write(np.ascontiguousarray(data).data)
-                stream.write(bytes(-data.nbytes % _LINE))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
+    with atomic_write(path) as draft, draft.open("wb") as stream:
+        stream.write(prefix + hashlib.sha256(prefix + header).digest() + header)
+        for data in constants:
+            stream.write(np.ascontiguousarray(data).data)
+            stream.write(bytes(-data.nbytes % _LINE))
     return path
 
 
