@@ -1,7 +1,7 @@
 """Ids that are text: a 64-bit key stands for each while a log is sorted, and the text is kept
 beside.
 
-The key is BLAKE2b of the text, so it depends on nothing else. Two texts of one key (one chance in
+The key is a hash of the text alone. Two texts of one key (one chance in
 350,000 among ten million ids) are found and refused.
 """
 
