@@ -548,3 +548,16 @@ def test_requests_are_cut_only_where_that_is_cheap_or_the_pieces_finish_sooner(
     )
     world.clock.run()
     assert pending.error is None
+
+
+def test_cutting_makes_no_request_late_that_is_in_time_in_one_call() -> None:
+    costs = (0.0009, 0.0078, 0.0004)
+    world = World(
+        ServingConfig(slo=SLO(50.0)),
+        costs=[lambda users, rows: costs[0] + costs[1] * users + costs[2] * rows],
+    )
+    # 47.9 ms in one call, 51.4 in five.
+    pending = world.send(users=5, candidates=4, deadline=0.05)
+    world.clock.run()
+    assert pending.error is None
+    assert pending.sub_count == 1
