@@ -1,8 +1,7 @@
-"""Ids that are text: a 64-bit key stands for each while a log is sorted, and the text is kept
-beside.
+"""Ids that are text: a 64-bit key stands for each while a log is sorted; the texts are kept beside.
 
-The key is a hash of the text alone. Two texts of one key (one chance in
-350,000 among ten million ids) are found and refused.
+The key is a hash of the text alone. Two texts of one key (one chance in 350,000 among ten million
+ids) are found and refused.
 """
 
 from __future__ import annotations
