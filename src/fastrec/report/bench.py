@@ -23,7 +23,6 @@ from fastrec.models import Ranker, RankerConfig
 from fastrec.report.engines import Built, Request, Spec, Workshop
 from fastrec.report.layout import ENGINE_TITLES, NULL, number
 from fastrec.report.measuring import latency_of, time_engines
-from fastrec.report.networks import float_twin
 from fastrec.report.schema import ENGINES, PRECISIONS
 from fastrec.report.settings import CANDIDATES, Progress, usable_cpus
 from fastrec.spec import InputSpec
@@ -83,7 +82,6 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="fastrec-bench-") as scratch:
         workshop = Workshop(
             {"model": network},
-            {"model": float_twin(network)},
             requests,
             requests[max(batches)],
             threads or usable_cpus(),
