@@ -210,7 +210,7 @@ def explain_op(op_id: str) -> list[dict[str, str]]:
 
 
 def _isa_rows(spec: OpSpec, chosen: bool) -> list[dict[str, str]]:
-    """What the compiled backend runs under each instruction set as a ceiling, newest first."""
+    """The kernel that runs when each instruction set is the newest allowed, newest first."""
     active, present = kernels.active_isa(), kernels.available_isas()
     newest = present[-1]
     rows = []

@@ -120,12 +120,12 @@ def test_a_second_run_reuses_every_stage(report: dict[str, Any], work: Path) -> 
 def test_a_gate_that_fails_leaves_null_and_why(
     work: Path, monkeypatch: pytest.MonkeyPatch, report: dict[str, Any]
 ) -> None:
-    right = table_module.Workshop.reference
+    right = table_module.EngineBuilder.reference
 
     def wrong(self: Any, network: str, inputs: Any) -> Any:
         return 1.5 * right(self, network, inputs)
 
-    monkeypatch.setattr(table_module.Workshop, "reference", wrong)
+    monkeypatch.setattr(table_module.EngineBuilder, "reference", wrong)
     settings = micro(work / "log.csv", engines=("torch",), seconds_per_engine=0.06)
     rows = table1(settings, work / "out", model_config=CONFIG)["rows"]
     failed = next(row for row in rows if row["variant"] == "baseline")

@@ -1,4 +1,4 @@
-"""The machine card: what a figure was measured on. No host name, user or path in it."""
+"""The machine card: hardware and versions behind a figure, without host name, user or paths."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def machine_card() -> dict[str, Any]:
 
 
 def cpu_identity() -> list[Any]:
-    """What compiled code and timings hold for: the CPU, its instruction sets and how many cores."""
+    """Key for cached code and timings: the CPU, its instruction sets and the usable cores."""
     info = _cpuinfo()
     flags = set(info.get("flags", "").split())
     model = [info.get(key) for key in ("model name", "cpu family", "model", "stepping")]

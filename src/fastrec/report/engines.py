@@ -1,4 +1,4 @@
-"""Which engines a variant is measured on, and building them so that none can end the run."""
+"""The engines that a variant is measured on; one that fails to build does not end the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from fastrec.errors import FastrecError
 from fastrec.measure.timing import Agreement, Tolerance, correctness_gate
-from fastrec.report.networks import float_twin
+from fastrec.report.networks import float_reference
 from fastrec.report.settings import Table1Settings
 from fastrec.runtime import Engine, compile
 
@@ -109,7 +109,7 @@ def _slow_or_told_already(spec: Spec, variant: str) -> bool:
 
 @dataclass
 class Built:
-    """An engine that was built, or why there is none; and how it agreed with fp32 torch."""
+    """An engine, or why it could not be built; and how it agreed with fp32 torch."""
 
     spec: Spec
     engine: Engine | None = None
@@ -123,7 +123,7 @@ class Built:
         return self.engine is not None and self.why is None
 
     def settings(self) -> str:
-        """What it runs: the settings it chose, and the spec's note."""
+        """Settings that the engine chose, its kernels and versions, and the spec's note."""
         parts = []
         if self.engine is not None:
             rows = self.engine.describe()
@@ -138,7 +138,7 @@ class Built:
 def attempt(
     what: str, action: Callable[..., Any], *args: Any, **keywords: Any
 ) -> tuple[Any, str | None]:
-    """What ``action`` returns, or the reason why there is nothing; a reason starts with ``what``.
+    """Return ``action``'s result, or the reason why it failed, which starts with ``what``.
 
     The one place that catches every exception: third-party compilers and quantisers fail in ways of
     their own, and one of them must not cost the reader the other rows. What failed is in the table
@@ -176,8 +176,8 @@ def third_party_output(log: Path) -> Iterator[None]:
 
 
 @dataclass
-class Workshop:
-    """Builds and checks engines; keeps those that several variants share.
+class EngineBuilder:
+    """Builds engines and checks their scores; keeps those that several variants share.
 
     Args:
         networks: name -> model.
@@ -191,7 +191,7 @@ class Workshop:
     threads: int
     log: Path
     shared: dict[tuple[Any, ...], Built] = field(default_factory=dict)
-    twins: dict[str, nn.Module] = field(default_factory=dict)
+    references: dict[str, nn.Module] = field(default_factory=dict)
 
     def built(self, spec: Spec, batch: int, check: Sequence[int]) -> Built:
         """The engine for ``spec``, its settings chosen at ``batch``, checked at sizes ``check``."""
@@ -245,14 +245,14 @@ class Workshop:
             )
 
     def reference(self, network: str, inputs: Request) -> np.ndarray:
-        """What the network's float32 torch twin answers, float32 [B, m]."""
+        """Scores of the network's float32 torch reference, float32 [B, m]."""
         import torch
 
-        if network not in self.twins:
-            self.twins[network] = float_twin(self.networks[network])
+        if network not in self.references:
+            self.references[network] = float_reference(self.networks[network])
         with torch.inference_mode():
             tensors = [torch.from_numpy(np.array(a)) for a in inputs]
-            scores: np.ndarray = self.twins[network](*tensors).float().numpy()
+            scores: np.ndarray = self.references[network](*tensors).float().numpy()
         return scores
 
     def close_shared(self) -> None:

@@ -21,7 +21,7 @@ _HEADER = (
     "offered /s", "goodput /s", "in SLO", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms",
     "tries", "not answered",
 )  # fmt: skip
-# What fits a terminal of 80 columns.
+# Columns that fit a terminal of 80 characters.
 _SHORT = ("offered /s", "goodput /s", "in SLO", "p50 ms", "p99 ms", "tries", "not answered")
 # Okabe-Ito: told apart by readers with any colour vision, and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
@@ -173,7 +173,7 @@ def plot_goodput(result: Mapping[str, Any]) -> Any:
 
 
 def plot_outcomes(result: Mapping[str, Any]) -> Any:
-    """What became of the requests of each moment: good, late, and refused by reason."""
+    """Requests by outcome over time: answered in time, late, and refused by reason."""
     figure, axis = _axes("Outcomes", "seconds", "requests a second")
     series, width = result["series"], result["bin_s"]
     names = sorted({name for s in series for name in s["refused"]})

@@ -1,4 +1,4 @@
-"""What ``fastrec table1`` is asked for, and the presets."""
+"""Settings of ``fastrec table1``, and the presets."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Table1Settings:
         return self.preset == "demo" and not self.full and self.data is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; of paths only the last part (a report names no one's folders)."""
+        """Plain JSON types; of paths only the last part: a report names no user's folders."""
         values = dataclasses.asdict(self)
         for name in ("data", "model"):
             values[name] = None if values[name] is None else Path(values[name]).name

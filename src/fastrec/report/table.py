@@ -17,7 +17,7 @@ from fastrec.measure.machine import machine_card
 from fastrec.models import RankerConfig
 from fastrec.report import accuracy, pipeline
 from fastrec.report.accuracy import Catalogue
-from fastrec.report.engines import Request, Spec, Workshop, specs_of
+from fastrec.report.engines import EngineBuilder, Request, Spec, specs_of
 from fastrec.report.html import render_html
 from fastrec.report.markdown import render_markdown
 from fastrec.report.memory import child_command, peak_memory
@@ -82,7 +82,7 @@ def table1(
     store = Store(Path(out))
     dataset, about_data = pipeline.dataset_of(settings, store, tell)
     baseline, about_model = pipeline.baseline_of(settings, dataset, store, tell, model_config)
-    workshop = Workshop(
+    builder = EngineBuilder(
         {},
         requests_of(dataset, (*settings.batches, *settings.throughput_batches), settings.seed),
         calibration_of(settings, dataset),
@@ -95,8 +95,8 @@ def table1(
     for names in (_FIRST, rest) if settings.quick else (VARIANTS,):
         made = pipeline.variants_of(settings, baseline, dataset, store, tell, names)
         variants |= made
-        _measure(settings, made, workshop, dataset, store, tell, found, measured)
-    workshop.close_shared()
+        _measure(settings, made, builder, dataset, store, tell, found, measured)
+    builder.close_shared()
     peaks = _memory(settings, found, store, tell)
     rows = _rows(settings, found, peaks, variants)
     recipe = pipeline.recipe_of(settings)
@@ -166,7 +166,7 @@ def calibration_of(settings: Table1Settings, dataset: Any) -> list[Request]:
 def _measure(
     settings: Table1Settings,
     variants: Mapping[str, nn.Module],
-    workshop: Workshop,
+    builder: EngineBuilder,
     dataset: Any,
     store: Store,
     progress: Progress,
@@ -174,10 +174,10 @@ def _measure(
     measured: Callable[[str, Mapping[str, Any]], None] | None,
 ) -> None:
     """Add to ``found``: variant -> what :class:`VariantRun` found."""
-    workshop.networks |= variants
+    builder.networks |= variants
     if "distilled" in variants:
         student = copy.deepcopy(variants["distilled"]).float().eval()
-        workshop.networks["distilled_fp32"] = student
+        builder.networks["distilled_fp32"] = student
     asked = settings.to_dict()
     for variant in variants:
         catalogue = next(
@@ -185,7 +185,7 @@ def _measure(
         )
         weights = _weights_key(store.out, [spec.network for spec in specs_of(variant, settings)])
         key = fingerprint(variant, asked, weights, dataset.manifest, catalogue and vars(catalogue))
-        run = VariantRun(variant, settings, workshop, dataset, store.out, progress)
+        run = VariantRun(variant, settings, builder, dataset, store.out, progress)
         found[variant] = store.stage(f"measure-{variant}", key, partial(run.run, catalogue))
         if measured is not None:
             measured(variant, found[variant])

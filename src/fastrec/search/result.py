@@ -1,4 +1,4 @@
-"""What ``autotune`` found: the best model, the points around it, a table and plots."""
+"""Result of ``autotune``: the best model, the points around it, a table and plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AXES = {"latency_ms": "latency of one call [ms]", "size_mb": "artifact [MB]"}
 
 @dataclass(frozen=True)
 class Point:
-    """One choice of choices, made and measured.
+    """One model with a choice for every layer, made and measured.
 
     Attributes:
         key: names it in the journal.
@@ -49,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True)
 class AutotuneResult:
-    """What :func:`fastrec.autotune` found.
+    """Result of :func:`fastrec.autotune`.
 
     Attributes:
         best: the model with the best quality within the budget, in eval mode, ready for
