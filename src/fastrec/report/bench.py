@@ -16,7 +16,7 @@ from torch import nn
 
 from fastrec.errors import ArgumentError
 from fastrec.exporters.model_spec import quantised_module, spec_of
-from fastrec.measure.machine import machine_card
+from fastrec.measure.machine import machine_card, usable_cpus
 from fastrec.measure.timing import Samples
 from fastrec.model_source import ModelSource, example_inputs, find_model
 from fastrec.models import Ranker, RankerConfig
@@ -24,7 +24,7 @@ from fastrec.report.engines import Built, EngineBuilder, Request, Spec
 from fastrec.report.layout import ENGINE_TITLES, NULL, number
 from fastrec.report.measuring import latency_of, time_engines
 from fastrec.report.schema import ENGINES, PRECISIONS
-from fastrec.report.settings import CANDIDATES, Progress, usable_cpus
+from fastrec.report.settings import CANDIDATES, Progress
 from fastrec.spec import InputSpec
 
 _DISTINCT = 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from fastrec.data.storage import is_prepared
 from fastrec.errors import ArgumentError
+from fastrec.measure.machine import usable_cpus
 from fastrec.report.schema import ENGINES, KNOWN_ENGINES
 
 Progress = Callable[[str, int, int], None]
@@ -18,11 +18,6 @@ Progress = Callable[[str, int, int], None]
 
 CANDIDATES = 50
 """Candidates of a request, here and in the paper's metric: one positive and 49 others."""
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
