@@ -173,6 +173,7 @@ def test_zip_parquet_and_folders_of_parts(tmp_path: Path) -> None:
 
 def _read_glob(parts: Path) -> tuple[PrepareReport, SequenceDataset, str]:
     report = prepare(f"{parts}/part-*", parts.parent / "globbed", strict=True)
+    assert report.source.endswith("part-2.csv and 8 more")
     return report, SequenceDataset.open(parts.parent / "globbed"), report.read_as
 
 

@@ -169,7 +169,7 @@ def prepare(
         )
     seconds = clock.monotonic() - started
     return PrepareReport(
-        source=", ".join(file.name for file in reader.files),
+        source=_names([file.name for file in reader.files]),
         out=str(out),
         max_history=max_history,
         first_rejected=reader.first_rejected,
@@ -184,6 +184,11 @@ def prepare(
         out_bytes=sum(file.stat().st_size for file in Path(out).iterdir()),
         **counts,
     )
+
+
+def _names(files: list[str], shown: int = 3) -> str:
+    more = len(files) - shown
+    return ", ".join(files[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _notes(reader: LogReader, stored: _Stored, index: ItemIndex) -> list[str]:
