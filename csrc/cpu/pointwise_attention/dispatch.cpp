@@ -107,7 +107,16 @@ Tables make_tables(const Shape& shape, const Bias& bias, int64_t longest) {
             bias.position[h * bias.position_stride + last +
                           std::clamp(tables.origin - n, -last, last)];
   }
-  if (bias.time) tables.buckets = make_buckets(bias);
+  if (bias.time) {
+    tables.buckets = make_buckets(bias);
+    const int64_t count =
+        (bias.buckets + Tables::kTimeEntries - 1) / Tables::kTimeEntries * Tables::kTimeEntries;
+    tables.time_stride = bias.time_stride ? count : 0;
+    const int64_t heads = bias.time_stride ? shape.heads : 1;
+    tables.time.resize(static_cast<size_t>(heads * count));
+    for (int64_t h = 0; h < heads; ++h)
+      std::copy_n(bias.time + h * bias.time_stride, bias.buckets, tables.time.data() + h * count);
+  }
   return tables;
 }
 

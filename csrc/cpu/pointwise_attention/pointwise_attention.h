@@ -89,10 +89,17 @@ struct Tables {
   // `origin`. Enough for any two rows of one sequence, and for the lanes behind them.
   std::vector<float> position;
   int64_t position_stride = 0, origin = 0;
+  // Time biases by bucket, zeros behind them up to a multiple of kTimeEntries.
+  static constexpr int64_t kTimeEntries = 128;
+  std::vector<float> time;
+  int64_t time_stride = 0;
   Buckets buckets;
 
   const float* position_of(int64_t head) const {
     return position.empty() ? nullptr : position.data() + head * position_stride + origin;
+  }
+  const float* time_of(int64_t head) const {
+    return time.empty() ? nullptr : time.data() + head * time_stride;
   }
 };
 

@@ -223,9 +223,8 @@ FASTREC_VEC void forward(const Call& call, const Tables& tables, const Part& par
           products<false>(queries + h * layout.groups * kBlock,
                           head.keys + (begin + n) * layout.groups, layout.groups, layout.groups,
                           head.key_start + begin + n, scores + n * kBlock);
-        weigh(call, tables.position_of(h),
-              call.bias.time ? call.bias.time + h * call.bias.time_stride : nullptr, buckets, i0,
-              begin, keys, scores, weights, groups, largest);
+        weigh(call, tables.position_of(h), tables.time_of(h), buckets, i0, begin, keys, scores,
+              weights, groups, largest);
         const int32_t* const values = head.values + begin / kGroup * layout.value_dims;
         const int32_t* const start = head.value_start + begin / kRun * layout.value_dims;
         for (int64_t d = 0; d < layout.value_dims; d += kAtOnce) {
