@@ -519,7 +519,7 @@ def test_a_timeout_of_the_requests_own_that_cannot_be_met_is_refused() -> None:
     st.tuples(st.floats(0, 0.02), st.floats(0, 0.05), st.floats(1e-6, 1e-3)),
     st.integers(1, 4),
     st.integers(1, 8),
-    st.integers(1, 600),
+    st.integers(1, 512),  # 8 x 512 rows are the most that one call takes
 )
 def test_requests_are_cut_only_where_that_is_cheap_or_the_pieces_finish_sooner(
     costs: tuple[float, float, float], engines: int, users: int, candidates: int
