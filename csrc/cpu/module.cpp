@@ -16,6 +16,7 @@
 #include "padded_attention/bind.h"
 #include "parallel.h"
 #include "pointwise_attention/bind.h"
+#include "pointwise_attention_int8/bind.h"
 #include "separable_projection/bind.h"
 #include "sparse_int8_linear/bind.h"
 #include "window_sparse_attention/bind.h"
@@ -107,6 +108,7 @@ PYBIND11_MODULE(_native, m) {
   layer_norm_quantize::bind(m);
   padded_attention::bind(m);
   pointwise_attention::bind(m);
+  pointwise_attention_int8::bind(m);
   separable_projection::bind(m);
   sparse_int8_linear::bind(m);
   window_sparse_attention::bind(m);

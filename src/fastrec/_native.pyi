@@ -206,6 +206,22 @@ class pointwise_attention:
         d_time: int,
     ) -> tuple[int, int]: ...
 
+class pointwise_attention_int8:
+    @staticmethod
+    def kernel_isa() -> str: ...
+    @staticmethod
+    def forward(
+        shape: tuple[int, ...],
+        bias: tuple[int, ...],
+        score_scale: float,
+        out_scale: float,
+        causal: bool,
+        q: View,
+        k: View,
+        v: View,
+        out: View,
+    ) -> tuple[int, int]: ...
+
 class separable_projection:
     MAX_WIDTH: ClassVar[int]
     @staticmethod

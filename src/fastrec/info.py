@@ -17,6 +17,7 @@ from fastrec.kernels import _cuda
 from fastrec.kernels._compiled import Signature, reason_missing
 from fastrec.measure.packages import EXTRAS, package_versions
 from fastrec.model_source import ExampleOption, example_inputs, find_model
+from fastrec.plotting import check_png, png
 from fastrec.terminal import JsonOption, stdout, write_json
 
 if TYPE_CHECKING:
@@ -119,8 +120,9 @@ def explain(
     or which kernels an op has, and why."""
     if (model is None) == (op is None):
         raise ArgumentError("explain", "either a model's folder or --op", "both or neither")
-    if plot is not None:
-        _check_plot(plot, op)
+    if plot is not None and op is not None:
+        raise ArgumentError("--plot", "a model's folder", "--op, which has no profile")
+    check_png("--plot", plot)
     if op is not None:
         rows = explain_op(op)
         table = Table("backend", "instruction set", "runs", "why")
@@ -131,17 +133,6 @@ def explain(
         rows, table = _explain_model(model, example, plot)
     stdout().print(table)
     write_json(json_out, rows)
-
-
-def _check_plot(plot: Path, op: str | None) -> None:
-    """Refuse what could not be drawn before a model is compiled for it."""
-    from fastrec.report.plots import _pyplot
-
-    if op is not None:
-        raise ArgumentError("--plot", "a model's folder", "--op, which has no profile")
-    if plot.suffix != ".png":
-        raise ArgumentError("--plot", "a file that ends in .png", plot)
-    _pyplot()
 
 
 def _explain_model(
@@ -164,13 +155,12 @@ def _explain_model(
         engine = fastrec.compile(network, inputs, backend="native")
     described: list[dict[str, Any]] = engine.describe()
     if isinstance(engine, PlanEngine):
-        from fastrec.report.plots import png
         from fastrec.report.profile import plot_profile, table
 
         ceilings = Ceilings(engine.threads)
         profile = engine.profile(inputs, calls=_PROFILED_CALLS, limits=ceilings)
         if plot is not None:
-            plot.write_bytes(png(plot_profile(profile)))
+            png(plot_profile(profile), plot)
         return [*profile, *(r for r in described if "module" not in r)], table(profile, ceilings)
     if plot is not None:
         why = next((r["why"] for r in described if r.get("setting") == "one plan"), "it is slower")
@@ -210,7 +200,7 @@ def explain_op(op_id: str) -> list[dict[str, str]]:
 
 
 def _isa_rows(spec: OpSpec, chosen: bool) -> list[dict[str, str]]:
-    """What the compiled backend runs under each instruction set as a ceiling, newest first."""
+    """The kernel that runs when each instruction set is the newest allowed, newest first."""
     active, present = kernels.active_isa(), kernels.available_isas()
     newest = present[-1]
     rows = []

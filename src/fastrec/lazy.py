@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing typing costs more than all else here
 def attach(
     package: str, names: "Mapping[str, Sequence[str]]", submodules: "Sequence[str]" = ()
 ) -> "tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]":
-    """What a package binds to ``__getattr__``, ``__dir__`` and ``__all__``.
+    """Values for a package's ``__getattr__``, ``__dir__`` and ``__all__``.
 
     Args:
         package: its ``__name__``.

@@ -1,4 +1,4 @@
-"""What a command is given as MODEL, whichever command wrote it, and how it is opened.
+"""The MODEL argument of commands: which kind of thing it names, and how that is opened.
 
 | kind | is | written by |
 |---|---|---|
@@ -170,14 +170,14 @@ class ModelSource:
 
 
 def find_model(given: str | Path) -> ModelSource:
-    """Find out what a MODEL is; nothing is loaded.
+    """Find out which kind of model is given; nothing is loaded.
 
     Args:
         given: a path, or ``module:attribute``.
 
     Raises:
-        ArgumentError: nothing is there, it is nothing of the kind, or a folder of several models:
-            those are named.
+        ArgumentError: nothing is there, it is of another kind, or it is a folder of several models,
+            which are named.
     """
     text = str(given)
     path = Path(given)
@@ -201,11 +201,11 @@ def find_model(given: str | Path) -> ModelSource:
 
 
 def served_path(given: str | Path, example: str | None = None) -> Path:
-    """What a server's repository is made of: an engine or checkpoint as it is, a folder of several
-    models as it is, and anything else compiled (:meth:`ModelSource.engine_path`).
+    """Path for a server's model repository: an engine, a checkpoint or a folder of several models
+    as it is; anything else is compiled first (:meth:`ModelSource.engine_path`).
 
     Raises:
-        ArgumentError: nothing is there, or a file that is none of these.
+        ArgumentError: nothing is there, or a file of another kind.
         ArtifactError: it cannot be compiled, and why.
     """
     try:
@@ -240,7 +240,7 @@ def _held(path: Path) -> list[Path]:
 
 
 def attribute(given: str, argument: str = "MODEL") -> Any:
-    """What ``module:attribute`` names; modules are found from the current folder too.
+    """The object that ``module:attribute`` names; the current folder is searched too.
 
     Args:
         given: as the user wrote it.

@@ -33,8 +33,19 @@ from rich.text import Text
 
 from fastrec.errors import ArgumentError
 
-# Called with stage, what is done, the total (0 where it is unknown) and a note beside the bar.
-Tell = Callable[..., None]
+
+class Tell:
+    """``tell(stage, done, total, note="")`` shows how far a command is; a total of 0 is not known.
+
+    ``console`` prints beside what is shown.
+    """
+
+    def __init__(self, console: Console, show: Callable[[str, int, int, str], None]) -> None:
+        self.console, self._show = console, show
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        self._show(stage, done, total, note)
+
 
 _SILENCE_S = 5.0  # a log gets a line at least this often
 _BARS_A_SECOND = 2.0  # a bar that is drawn often takes time from what is measured
@@ -91,13 +102,9 @@ def _finite(value: Any) -> Any:
 @contextlib.contextmanager
 def progress(*, enabled: bool = True) -> Iterator[Tell]:
     """Show how far a command is, on standard error: a bar for the stage at work on a terminal,
-    lines elsewhere, one at least every five seconds.
-
-    Yields:
-        ``tell(stage, done, total, note="")``; a total of 0 means that it is not known.
-    """
+    lines elsewhere, one at least every five seconds."""
     if not enabled:
-        yield lambda stage, done, total, note="": None
+        yield Tell(stderr(), lambda stage, done, total, note: None)
         return
     with _own_stream() as stream:
         console = Console(file=stream, markup=False, highlight=False, emoji=False)
@@ -144,14 +151,14 @@ def _bar(console: Console) -> Iterator[Tell]:
         task = bars.add_task("starting", total=None, note="")
         current = ""
 
-        def tell(stage: str, done: int, total: int, note: str = "") -> None:
+        def show(stage: str, done: int, total: int, note: str) -> None:
             nonlocal current
             if stage != current:
                 bars.reset(task, description=stage, total=total or None)
                 current = stage
             bars.update(task, completed=done, total=total or None, note=note)
 
-        yield tell
+        yield Tell(console, show)
 
 
 @contextlib.contextmanager
@@ -165,7 +172,7 @@ def _lines(console: Console) -> Iterator[Tell]:
         last = time.monotonic()
         console.print(f"{last - started:6.0f} s  {stage}{share}", soft_wrap=True)
 
-    def tell(now: str, done: int, total: int, note: str = "") -> None:
+    def show(now: str, done: int, total: int, note: str) -> None:
         nonlocal stage, share
         with lock:
             changed = now != stage
@@ -184,7 +191,7 @@ def _lines(console: Console) -> Iterator[Tell]:
     talker = threading.Thread(target=keep_talking, daemon=True, name="fastrec-progress")
     talker.start()
     try:
-        yield tell
+        yield Tell(console, show)
     finally:
         ended.set()
         talker.join()

@@ -7,6 +7,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastrec.compress import QAT, BlockPruning, Int8, prune_, quantize_
@@ -262,3 +264,43 @@ def test_a_dense_checkpoint_in_a_pruned_twin_stays_dense() -> None:
     assert torch.equal(model.eval()(ids), dense.eval()(ids))
     train_with_decay(model)
     assert max(zeros(model)) == 0.0
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sparsity=st.floats(0.1, 0.6),
+    optimiser=st.sampled_from(["sgd", "adamw"]),
+    stop=st.integers(0, 2),
+    fresh_is_pruned=st.booleans(),
+)
+def test_a_run_resumed_anywhere_is_the_run_that_was_not_interrupted(
+    sparsity: float, optimiser: str, stop: int, fresh_is_pruned: bool
+) -> None:
+    def start(pruned: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(1200, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+        if pruned:
+            prune_(model, BlockPruning(sparsity, block=(8, 4), rounds=1))
+        quantize_(model, QAT("prepare"), [torch.arange(100)])
+        if optimiser == "sgd":
+            return model, torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=0.01)
+        return model, torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+
+    def steps(model: nn.Module, update: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            update.zero_grad()
+            model(torch.arange(step, step + 50)).square().mean().backward()
+            update.step()
+
+    whole, update = start(pruned=True)
+    before = zeros(whole)
+    steps(whole, update, 0, stop)
+    state = copy.deepcopy((whole.state_dict(), update.state_dict()))
+    steps(whole, update, stop, 3)
+    resumed, update = start(fresh_is_pruned)
+    resumed.load_state_dict(state[0])
+    update.load_state_dict(state[1])
+    steps(resumed, update, stop, 3)
+    assert zeros(resumed) == zeros(whole) == before
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name

@@ -173,6 +173,7 @@ def test_zip_parquet_and_folders_of_parts(tmp_path: Path) -> None:
 
 def _read_glob(parts: Path) -> tuple[PrepareReport, SequenceDataset, str]:
     report = prepare(f"{parts}/part-*", parts.parent / "globbed", strict=True)
+    assert report.source.endswith("part-2.csv and 8 more")
     return report, SequenceDataset.open(parts.parent / "globbed"), report.read_as
 
 
@@ -242,6 +243,13 @@ def test_one_line_a_user(tmp_path: Path) -> None:
     assert _stored(dataset) == {
         f"u{user}": [(f"i{item}",) for (item,) in events] for user, events in wanted.items()
     }
+
+
+def test_a_broken_row_makes_no_user_of_each_line(tmp_path: Path) -> None:
+    lines = [f"{u},{100 - u},5,{T0 + u}" for u in range(40)]
+    report, _, line = _read(_write(tmp_path / "log.csv", "\n".join([*lines, "41,9"])))
+    assert "user=1, item=2, time=4 (s), not used: 3" in line
+    assert (report.kept, report.rejected["fields"]) == (40, 1)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +370,7 @@ def test_properties_of_a_log_are_said(tmp_path: Path) -> None:
     ties = notes([f"{u},{k},{T0}" for u in range(9) for k in range(60)])
     assert "all events have the same time" in ties
     moved = notes([f"{u},{k},{u},pv,{T0 + k}" for u in range(9) for k in range(60)])
-    assert "60 items stand under several categories" in moved
+    assert "items under several categories, which have the smallest id: 60" in moved
 
 
 LASTFM = _each(

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -257,12 +256,6 @@ def test_without_polars_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "polars", None)
     with pytest.raises(MissingDependencyError, match=r"fastrec-kernels\[data\]"):
         prepare(tmp_path / "log.csv", tmp_path / "out")
-
-
-def test_hash_of_users_is_a_bijection() -> None:
-    values = np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64)
-    values[:3] = 0, 1, 2**64 - 1
-    assert (preparation.unmix64(preparation.mix64(values)) == values).all()
 
 
 @pytest.mark.parametrize("stage", ["read", "sort"])

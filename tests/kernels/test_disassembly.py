@@ -63,6 +63,8 @@ HOT_LOOPS = [
     HotLoop(r"pointwise_attention::.*key_scores<(\d+)>\(", FMA, 4),
     HotLoop(r"pointwise_attention::.*weighted_sum<([48]), (\d+), (?:true|false)>\(", FMA, 8),
     HotLoop(r"pointwise_attention::.*activate(?:_and_derive)?\(", rf"{FMA} .*%zmm", 2, 12),
+    HotLoop(r"pointwise_attention_int8::.*products<(?:true|false)>\(", "vpdpbusd", 2, 16),
+    HotLoop(r"pointwise_attention_int8::.*products<(?:true|false)>\(", "vpmaddwd", 2, 8),
     HotLoop(r"window_sparse_attention::.*near_scores<(\d+)>\(", FMA, 6),
     HotLoop(
         r"window_sparse_attention::.*far_scores<[124], ", "vmulps|vfmadd", 18, 16, straight=True

@@ -15,7 +15,7 @@ from torch import nn
 from fastrec.errors import BackendError
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.report import engines as module
-from fastrec.report.engines import Built, Spec, Workshop, attempt, specs_of, third_party_output
+from fastrec.report.engines import Built, EngineBuilder, Spec, attempt, specs_of, third_party_output
 from fastrec.report.measuring import (
     best_throughput,
     cores_of_others,
@@ -23,7 +23,7 @@ from fastrec.report.measuring import (
     native_ratio,
     time_engines,
 )
-from fastrec.report.networks import count_parameters, float_twin
+from fastrec.report.networks import count_parameters, float_reference
 from fastrec.report.plots import COLOURS
 from fastrec.report.schema import GPU_ENGINES, KNOWN_ENGINES, VARIANTS
 from fastrec.report.settings import Table1Settings
@@ -68,17 +68,17 @@ class FakeClock:
         return self.now
 
 
-def workshop(tmp_path: Path) -> Workshop:
+def builder(tmp_path: Path) -> EngineBuilder:
     identity = nn.Identity()
     log = tmp_path / "third_party.log"
-    return Workshop({"net": identity}, {"net": identity}, {2: [INPUTS]}, [], 1, log)
+    return EngineBuilder({"net": identity}, {2: [INPUTS]}, [], 1, log)
 
 
 def build_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compile_: Callable[..., Any], name: str = "x"
 ) -> Built:
     monkeypatch.setattr(module, "compile", compile_)
-    return workshop(tmp_path).built(Spec(name, "fp32", "net", "fp32"), 2, (2,))
+    return builder(tmp_path).built(Spec(name, "fp32", "net", "fp32"), 2, (2,))
 
 
 def test_a_right_engine_passes_its_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_shared_engines_are_built_once_and_kept(
         return made[-1]
 
     monkeypatch.setattr(module, "compile", make)
-    shop = workshop(tmp_path)
+    shop = builder(tmp_path)
     first = shop.built(Spec("torch_compile", "fp32", "net", "fp32"), 2, (2,))
     second = shop.built(Spec("torch_compile", "fp32", "net", "fp32", "another row"), 2, (2,))
     assert len(made) == 1
@@ -202,7 +202,7 @@ def test_cores_of_others_leaves_out_our_own() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_meets_every_engine_asked_for(variant: str) -> None:
-    specs = specs_of(variant, Table1Settings())
+    specs = specs_of(variant, Table1Settings(full=True))
     assert {s.engine for s in specs} == {
         "native",
         "torch",
@@ -221,14 +221,14 @@ def test_an_engine_without_its_machine_is_a_row_with_a_reason(tmp_path: Path) ->
     if available_backends()["tensorrt"] is None:
         pytest.skip("TensorRT runs here")
     spec = specs_of("baseline", Table1Settings(engines=("tensorrt",)))[0]
-    shop = workshop(tmp_path)
+    shop = builder(tmp_path)
     shop.networks = {"baseline": nn.Identity()}
     built = shop.built(spec, 2, (2,))
     assert not built.usable
     assert "tensorrt" in str(built.why)
 
 
-def test_float_twin_of_int8_layers() -> None:
+def test_float_reference_of_int8_layers() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(32, 64)
     table = nn.Embedding(10, 32)
@@ -237,7 +237,7 @@ def test_float_twin_of_int8_layers() -> None:
     x = torch.randn(64, 32)
     int8 = SparseInt8Linear.from_float(linear, calibration=[x], activation="relu")
     model = nn.Sequential(Int8Embedding.from_float(table), int8)
-    twin = float_twin(model)
+    twin = float_reference(model)
     assert not any(isinstance(m, SparseInt8Linear | Int8Embedding) for m in twin.modules())
     ids = torch.arange(10)
     expected = torch.relu(linear(table(ids)))
@@ -250,6 +250,8 @@ def test_float_twin_of_int8_layers() -> None:
 
 def test_every_engine_has_rows_in_each_variant_and_a_colour_in_the_plots() -> None:
     for variant in VARIANTS:
-        named = {s.engine for s in specs_of(variant, Table1Settings(engines=KNOWN_ENGINES))}
+        named = {
+            s.engine for s in specs_of(variant, Table1Settings(engines=KNOWN_ENGINES, full=True))
+        }
         assert named == set(KNOWN_ENGINES)
     assert set(COLOURS) == set(KNOWN_ENGINES)

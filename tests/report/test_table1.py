@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fastrec.data import generate
 from fastrec.errors import ArgumentError
@@ -14,8 +16,10 @@ from fastrec.models import RankerConfig
 from fastrec.report import Table1Settings, table1, validate
 from fastrec.report import table as table_module
 from fastrec.report.bench import bench
+from fastrec.report.engines import specs_of
 from fastrec.report.schema import VARIANTS
 from fastrec.report.store import Store
+from fastrec.report.terminal import render_variant
 
 CONFIG = RankerConfig(
     n_items=81,
@@ -116,12 +120,12 @@ def test_a_second_run_reuses_every_stage(report: dict[str, Any], work: Path) -> 
 def test_a_gate_that_fails_leaves_null_and_why(
     work: Path, monkeypatch: pytest.MonkeyPatch, report: dict[str, Any]
 ) -> None:
-    right = table_module.Workshop.reference
+    right = table_module.EngineBuilder.reference
 
     def wrong(self: Any, network: str, inputs: Any) -> Any:
         return 1.5 * right(self, network, inputs)
 
-    monkeypatch.setattr(table_module.Workshop, "reference", wrong)
+    monkeypatch.setattr(table_module.EngineBuilder, "reference", wrong)
     settings = micro(work / "log.csv", engines=("torch",), seconds_per_engine=0.06)
     rows = table1(settings, work / "out", model_config=CONFIG)["rows"]
     failed = next(row for row in rows if row["variant"] == "baseline")
@@ -158,3 +162,42 @@ def test_bench_times_a_saved_model(report: dict[str, Any], work: Path) -> None:
 def test_bench_refuses_unknown_names(work: Path) -> None:
     with pytest.raises(ArgumentError, match="engines"):
         bench(work / "out" / "variants" / "baseline", engines=("abacus",))
+
+
+def test_the_demo_shows_two_variants_before_it_makes_the_others(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Table1Settings, "quick", True)
+    made: dict[str, set[str]] = {}
+    console = Console(file=io.StringIO(), width=80, markup=False)
+
+    def measured(variant: str, found: Any) -> None:
+        made[variant] = {path.name for path in (work / "demo" / "variants").iterdir()}
+        render_variant(variant, found, console)
+
+    settings = micro(work / "log.csv")
+    report = table1(settings, work / "demo", model_config=CONFIG, measured=measured)
+    validate(report)
+    assert tuple(made) == VARIANTS
+    assert made["quantized"] == {"baseline", "quantized"}
+    for row in report["rows"]:
+        assert row["latency_ms"]["p50"] is not None, row["why"]
+        assert "--full" in row["why"]["rss_mb"]
+        rival = row["engine"] == "onnxruntime"
+        assert (row["throughput_rps"] is None) == rival
+        assert (row["mrr"] is None) == rival
+        assert not rival or "--full" in row["why"]["throughput_rps"]
+    assert console.file.getvalue().count("fastrec native") == len(VARIANTS)  # type: ignore[attr-defined]
+
+
+def test_the_demo_leaves_slow_rows_to_the_full_run() -> None:
+    short, full = Table1Settings.make(), Table1Settings.make(full=True)
+    assert short.quick
+    assert not full.quick
+    for variant in VARIANTS:
+        left = {spec.name for spec in specs_of(variant, full)}
+        kept = {spec.name for spec in specs_of(variant, short)}
+        assert kept <= left
+        assert {"native", "torch", "onnxruntime", "openvino"} <= {n.split("-")[0] for n in kept}
+    assert "torch_compile-fp32" not in {spec.name for spec in specs_of("pruned", short)}
+    assert short.seconds_per_engine < full.seconds_per_engine

@@ -21,7 +21,7 @@ from fastrec.info import explain
 from fastrec.kernels._compiled import reason_missing
 from fastrec.measure.ceilings import Ceilings
 from fastrec.models import Ranker, RankerConfig
-from fastrec.report.plots import png
+from fastrec.plotting import png
 from fastrec.report.profile import plot_profile, table
 from fastrec.runtime import load_engine
 from fastrec.runtime.native import steps

@@ -23,7 +23,7 @@ import fastrec
 from fastrec.serving import repository
 from fastrec.serving.wire.http import HttpReply, HttpServer
 
-grpc = pytest.importorskip("grpc", reason="fastrec[serve] is not installed")
+grpc = pytest.importorskip("grpc", reason="fastrec-kernels[serve] is not installed")
 grpcclient = pytest.importorskip("tritonclient.grpc", reason="tritonclient is not installed")
 health_pb2 = pytest.importorskip("grpc_health.v1.health_pb2", reason="dev extra is not installed")
 health_pb2_grpc = pytest.importorskip("grpc_health.v1.health_pb2_grpc")

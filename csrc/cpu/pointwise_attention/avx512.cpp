@@ -2,54 +2,18 @@
 #include "pointwise_attention/pointwise_attention.h"
 
 #if defined(__x86_64__)
-#include "vec16_avx512.h"
+#include "pointwise_attention/times_avx512.h"
 
 namespace fastrec::pointwise_attention {
 namespace {
 
-constexpr int kQueryVectors = 2, kKeys = 12, kSumVectors = 4;
+constexpr int kKeys = 12, kSumVectors = 4;
 constexpr int sum_rows_of_vectors(int vectors) { return vectors > 2 ? 4 : 8; }
 
-FASTREC_VEC_INLINE Floats gather(const float* table, const int32_t* numbers) {
-  return _mm512_i32gather_ps(_mm512_loadu_si512(numbers), table, sizeof(float));
-}
-
-// An estimate of 14 bits and two steps of Newton's on its error: off by at most one spacing.
+// An estimate of 14 bits and a step of Newton's: off by about one spacing.
 FASTREC_VEC_INLINE Floats reciprocal(Floats x) {
   const Floats estimate = _mm512_rcp14_ps(x);
   return fma(estimate, fnma(x, estimate, splat(1.0f)), estimate);
-}
-
-// Buckets of eight differences as doubles that are exact.
-FASTREC_VEC_INLINE __m256i buckets_of_eight(const Buckets& buckets, __m512i queries, __m512i key) {
-  const __m512i apart = _mm512_min_epu64(
-      _mm512_sub_epi64(_mm512_max_epi64(queries, key), _mm512_min_epi64(queries, key)),
-      _mm512_set1_epi64(static_cast<int64_t>(kMaxTime)));
-  const __m512i bits = _mm512_castpd_si512(_mm512_cvtepu64_pd(apart));
-  const __m512i cell = _mm512_max_epi64(_mm512_setzero_si512(),
-                                        _mm512_sub_epi64(_mm512_srli_epi64(bits, Buckets::kShift),
-                                                         _mm512_set1_epi64(Buckets::kBase)));
-  __m256i bucket = _mm512_i64gather_epi32(cell, buckets.first.data(), sizeof(int32_t));
-  for (int step = 0; step < buckets.steps; ++step) {
-    const __m512i edge = _mm512_i32gather_epi64(bucket, buckets.edges.data(), sizeof(int64_t));
-    bucket = _mm256_mask_add_epi32(bucket, _mm512_cmpge_epi64_mask(apart, edge), bucket,
-                                   _mm256_set1_epi32(1));
-  }
-  return bucket;
-}
-
-// to[n][lane]: the bucket of the block's query `lane` and key n.
-FASTREC_VEC __attribute__((noinline)) void find_buckets(const Buckets& buckets,
-                                                        const int64_t* query_times,
-                                                        const int64_t* times, int64_t count,
-                                                        int32_t* to) {
-  for (int64_t n = 0; n < count; ++n) {
-    const __m512i key = _mm512_set1_epi64(times[n]);
-#pragma GCC unroll 4
-    for (int lane = 0; lane < kQueryVectors * kLanes; lane += 8)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n * kQueryVectors * kLanes + lane),
-                          buckets_of_eight(buckets, _mm512_loadu_si512(query_times + lane), key));
-  }
 }
 
 }  // namespace

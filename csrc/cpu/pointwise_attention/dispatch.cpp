@@ -17,40 +17,8 @@ constexpr const Kernel* kKernels[] = {
     &kScalar,
 };
 
-// Rows of a part of the forward: a block of the widest kernel.
-constexpr int64_t kPartRows = 32;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kParallelMultiplyAdds = 200'000;
-
-// The sequences, or the first entry that is out of order.
-Result sequences_of(const Call& call, std::vector<Sequence>* to) {
-  const Shape& shape = call.shape;
-  const int64_t* starts = shape.cu_seqlens;
-  if (starts && (starts[0] != 0 || (shape.batch == 0 && shape.rows != 0)))
-    return {Bad::cu_seqlens, 0};
-  for (int64_t b = 0; b < shape.batch; ++b) {
-    Sequence sequence{b, 0, shape.rows, 0};
-    if (starts) {
-      const int64_t end = starts[b + 1];
-      if (end < starts[b] || end > shape.rows || (b + 1 == shape.batch && end != shape.rows))
-        return {Bad::cu_seqlens, b + 1};
-      sequence = {0, starts[b], end - starts[b], 0};
-    } else if (shape.lengths) {
-      sequence.rows = shape.lengths[b];
-      if (sequence.rows < 0 || sequence.rows > shape.rows) return {Bad::lengths, b};
-    }
-    const int64_t targets = shape.targets ? shape.targets[b] : 0;
-    if (targets < 0 || targets > sequence.rows) return {Bad::targets, b};
-    sequence.history = sequence.rows - targets;
-    to->push_back(sequence);
-  }
-  for (int64_t n = 0; call.bias.time && n + 1 < call.bias.buckets; ++n) {
-    const int64_t edge = call.bias.edges[n];
-    if (edge < (n ? call.bias.edges[n - 1] : 1) || static_cast<uint64_t>(edge) > kMaxTime)
-      return {Bad::edges, n};
-  }
-  return {Bad::nothing, 0};
-}
 
 int cell_of(uint64_t difference) {
   const uint64_t bits = std::bit_cast<uint64_t>(static_cast<double>(difference));
@@ -80,36 +48,7 @@ Buckets make_buckets(const Bias& bias) {
   return buckets;
 }
 
-Tables make_tables(const Call& call, int64_t longest) {
-  Tables tables;
-  const Bias& bias = call.bias;
-  if (bias.position) {
-    const int64_t last = bias.positions - 1, count = 2 * longest + 2 * kPartRows;
-    tables.origin = longest + kPartRows;
-    tables.position_stride = bias.position_stride ? count : 0;
-    const int64_t heads = bias.position_stride ? call.shape.heads : 1;
-    tables.position.resize(static_cast<size_t>(heads * count));
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t n = 0; n < count; ++n)
-        tables.position[static_cast<size_t>(h * count + n)] =
-            bias.position[h * bias.position_stride + last +
-                          std::clamp(tables.origin - n, -last, last)];
-  }
-  if (bias.time) tables.buckets = make_buckets(bias);
-  return tables;
-}
-
-// Rows that belong to no sequence give zeros.
-void clear_rows(const Call& call, const View& view, int64_t dims, const Sequence& sequence) {
-  if (call.shape.cu_seqlens || !view.data) return;
-  const int64_t bytes = call.shape.dtype == Dtype::f32 ? 4 : 2;
-  for (int64_t h = 0; h < call.shape.heads; ++h)
-    for (int64_t i = sequence.rows; i < call.shape.rows; ++i)
-      std::memset(static_cast<char*>(view.data) + (sequence.batch * view.batch_stride +
-                                                   h * view.head_stride + i * view.row_stride) *
-                                                      bytes,
-                  0, static_cast<size_t>(dims * bytes));
-}
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 int64_t longest_of(const std::vector<Sequence>& sequences) {
   int64_t longest = 0;
@@ -126,6 +65,72 @@ int threads_for(const Call& call, const std::vector<Sequence>& sequences, int64_
 
 }  // namespace
 
+Result sequences_of(const Shape& shape, const Bias& bias, std::vector<Sequence>* to) {
+  const int64_t* starts = shape.cu_seqlens;
+  if (starts && (starts[0] != 0 || (shape.batch == 0 && shape.rows != 0)))
+    return {Bad::cu_seqlens, 0};
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    Sequence sequence{b, 0, shape.rows, 0};
+    if (starts) {
+      const int64_t end = starts[b + 1];
+      if (end < starts[b] || end > shape.rows || (b + 1 == shape.batch && end != shape.rows))
+        return {Bad::cu_seqlens, b + 1};
+      sequence = {0, starts[b], end - starts[b], 0};
+    } else if (shape.lengths) {
+      sequence.rows = shape.lengths[b];
+      if (sequence.rows < 0 || sequence.rows > shape.rows) return {Bad::lengths, b};
+    }
+    const int64_t targets = shape.targets ? shape.targets[b] : 0;
+    if (targets < 0 || targets > sequence.rows) return {Bad::targets, b};
+    sequence.history = sequence.rows - targets;
+    to->push_back(sequence);
+  }
+  for (int64_t n = 0; bias.time && n + 1 < bias.buckets; ++n) {
+    const int64_t edge = bias.edges[n];
+    if (edge < (n ? bias.edges[n - 1] : 1) || static_cast<uint64_t>(edge) > kMaxTime)
+      return {Bad::edges, n};
+  }
+  return {Bad::nothing, 0};
+}
+
+Tables make_tables(const Shape& shape, const Bias& bias, int64_t longest) {
+  Tables tables;
+  if (bias.position) {
+    const int64_t last = bias.positions - 1, count = 2 * longest + 2 * kPartRows;
+    tables.origin = longest + kPartRows;
+    tables.position_stride = bias.position_stride ? count : 0;
+    const int64_t heads = bias.position_stride ? shape.heads : 1;
+    tables.position.resize(static_cast<size_t>(heads * count));
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t n = 0; n < count; ++n)
+        tables.position[static_cast<size_t>(h * count + n)] =
+            bias.position[h * bias.position_stride + last +
+                          std::clamp(tables.origin - n, -last, last)];
+  }
+  if (bias.time) {
+    tables.buckets = make_buckets(bias);
+    const int64_t count =
+        (bias.buckets + Tables::kTimeEntries - 1) / Tables::kTimeEntries * Tables::kTimeEntries;
+    tables.time_stride = bias.time_stride ? count : 0;
+    const int64_t heads = bias.time_stride ? shape.heads : 1;
+    tables.time.resize(static_cast<size_t>(heads * count));
+    for (int64_t h = 0; h < heads; ++h)
+      std::copy_n(bias.time + h * bias.time_stride, bias.buckets, tables.time.data() + h * count);
+  }
+  return tables;
+}
+
+void clear_rows(const Shape& shape, const View& view, int64_t dims, int64_t element_bytes,
+                const Sequence& sequence) {
+  if (shape.cu_seqlens) return;
+  for (int64_t h = 0; h < shape.heads; ++h)
+    for (int64_t i = sequence.rows; i < shape.rows; ++i)
+      std::memset(static_cast<char*>(view.data) + (sequence.batch * view.batch_stride +
+                                                   h * view.head_stride + i * view.row_stride) *
+                                                      element_bytes,
+                  0, static_cast<size_t>(dims * element_bytes));
+}
+
 int32_t bucket_of(const Buckets& buckets, uint64_t difference) {
   int32_t bucket = buckets.first[static_cast<size_t>(cell_of(difference))];
   for (int step = 0; step < buckets.steps; ++step)
@@ -137,14 +142,15 @@ const Kernel& select() { return select_kernel(kKernels); }
 
 Result forward(const Call& call) {
   std::vector<Sequence> sequences;
-  if (const Result bad = sequences_of(call, &sequences); bad.first != Bad::nothing) return bad;
+  if (const Result bad = sequences_of(call.shape, call.bias, &sequences); bad.first != Bad::nothing)
+    return bad;
   std::vector<Part> parts;
   for (const Sequence& sequence : sequences) {
-    clear_rows(call, call.out, call.shape.value_dims, sequence);
+    clear_rows(call.shape, call.out, call.shape.value_dims, bytes_of(call.shape.dtype), sequence);
     for (int64_t begin = 0; begin < sequence.rows; begin += kPartRows)
       parts.push_back({sequence, begin, std::min(begin + kPartRows, sequence.rows)});
   }
-  const Tables tables = make_tables(call, longest_of(sequences));
+  const Tables tables = make_tables(call.shape, call.bias, longest_of(sequences));
   const Kernel& kernel = select();
   const int64_t floats = kernel.forward_floats(call);
   parallel_for(static_cast<int64_t>(parts.size()), 1, threads_for(call, sequences, 2),
@@ -158,15 +164,16 @@ Result forward(const Call& call) {
 
 Result backward(const Call& call, const Gradients& to) {
   std::vector<Sequence> sequences;
-  if (const Result bad = sequences_of(call, &sequences); bad.first != Bad::nothing) return bad;
+  if (const Result bad = sequences_of(call.shape, call.bias, &sequences); bad.first != Bad::nothing)
+    return bad;
   const Shape& shape = call.shape;
   for (const Sequence& sequence : sequences) {
-    clear_rows(call, to.dq, shape.dims, sequence);
-    clear_rows(call, to.dk, shape.dims, sequence);
-    clear_rows(call, to.dv, shape.value_dims, sequence);
+    clear_rows(shape, to.dq, shape.dims, bytes_of(shape.dtype), sequence);
+    clear_rows(shape, to.dk, shape.dims, bytes_of(shape.dtype), sequence);
+    clear_rows(shape, to.dv, shape.value_dims, bytes_of(shape.dtype), sequence);
   }
   const int64_t longest = longest_of(sequences);
-  const Tables tables = make_tables(call, longest);
+  const Tables tables = make_tables(call.shape, call.bias, longest);
   const int64_t positions = to.d_position ? 2 * call.bias.positions - 1 : 0;
   const int64_t buckets = to.d_time ? call.bias.buckets : 0;
   const int64_t heads = shape.batch * shape.heads;

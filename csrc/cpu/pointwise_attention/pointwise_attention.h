@@ -30,6 +30,8 @@
 namespace fastrec::pointwise_attention {
 
 constexpr int64_t kMaxDims = 256, kMaxBuckets = 4096;
+// Rows of a part of the forward: a block of the widest kernel.
+constexpr int64_t kPartRows = 32;
 // Differences of times count as at most this, which a double still holds exactly.
 constexpr uint64_t kMaxTime = uint64_t{1} << 53;
 
@@ -87,10 +89,17 @@ struct Tables {
   // `origin`. Enough for any two rows of one sequence, and for the lanes behind them.
   std::vector<float> position;
   int64_t position_stride = 0, origin = 0;
+  // Time biases by bucket, zeros behind them up to a multiple of kTimeEntries.
+  static constexpr int64_t kTimeEntries = 128;
+  std::vector<float> time;
+  int64_t time_stride = 0;
   Buckets buckets;
 
   const float* position_of(int64_t head) const {
     return position.empty() ? nullptr : position.data() + head * position_stride + origin;
+  }
+  const float* time_of(int64_t head) const {
+    return time.empty() ? nullptr : time.data() + head * time_stride;
   }
 };
 
@@ -172,6 +181,13 @@ const Kernel& select();
 // What stopped a call, and at which entry.
 enum class Bad : int { nothing, lengths, cu_seqlens, targets, edges };
 using Result = std::pair<Bad, int64_t>;
+
+// The sequences, or the first entry that is out of order.
+Result sequences_of(const Shape& shape, const Bias& bias, std::vector<Sequence>* to);
+Tables make_tables(const Shape& shape, const Bias& bias, int64_t longest);
+// Zeros in a padded batch's rows that belong to no sequence.
+void clear_rows(const Shape& shape, const View& view, int64_t dims, int64_t element_bytes,
+                const Sequence& sequence);
 
 Result forward(const Call& call);
 Result backward(const Call& call, const Gradients& to);

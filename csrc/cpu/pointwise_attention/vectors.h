@@ -290,7 +290,7 @@ FASTREC_VEC void forward(const Call& call, const Tables& tables, const Part& par
                      buckets);
       for (int64_t h = 0; h < heads; ++h) {
         const Pairs pairs{i0, sequence.history, call.causal, tables.position_of(h),
-                          call.bias.time ? call.bias.time + h * call.bias.time_stride : nullptr};
+                          tables.time_of(h)};
         pack(rows_of<const T>(call.k, sequence, h), chunk.begin, chunk.count, dims, 1.0f, packed);
         scores(columns + h * column_floats, packed, chunk.count, dims, weights);
         activate(pairs, chunk, buckets, weights);
@@ -364,8 +364,7 @@ FASTREC_VEC void backward(const Call& call, const Gradients& to, const Tables& t
   const float factor = call.scale * call.inverse_norm;
   for (int64_t i0 = 0; i0 < n_rows; i0 += kBlock) {
     const int64_t count = std::min<int64_t>(kBlock, n_rows - i0);
-    const Pairs pairs{i0, sequence.history, call.causal, tables.position_of(h),
-                      call.bias.time ? call.bias.time + h * call.bias.time_stride : nullptr};
+    const Pairs pairs{i0, sequence.history, call.causal, tables.position_of(h), tables.time_of(h)};
     pack_block(q, i0, count, dims, 1.0f, rows, columns);
     pack_block(d_out, i0, count, value_dims, 1.0f, d_rows, d_columns);
     std::fill_n(sum_q, kBlock * width, 0.0f);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -30,7 +29,8 @@ from fastrec.compress.selection import (
     is_table,
     set_module,
 )
-from fastrec.errors import ArgumentError, DtypeError, MissingDependencyError
+from fastrec.errors import ArgumentError, DtypeError
+from fastrec.plotting import BLUE, ORANGE, figure, png
 from fastrec.train.evaluation import evaluating
 
 Evaluate = Callable[[nn.Module], float]
@@ -108,16 +108,9 @@ class SensitivityReport:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependencyError("matplotlib", "report", "plots") from error
         ranked = self._ranked()[::-1]
-        figure = Figure(figsize=(8, 1 + 0.3 * len(ranked)), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        bars = (("pruned", "#0072B2", 0.2), ("quantized", "#D55E00", -0.2))
+        made, (axes,) = figure(8, 1 + 0.3 * len(ranked))
+        bars = (("pruned", BLUE, 0.2), ("quantized", ORANGE, -0.2))
         for technique, colour, shift in bars:
             rises = [getattr(layer, technique) for _, layer in ranked]
             if any(rise is not None for rise in rises):
@@ -128,11 +121,7 @@ class SensitivityReport:
         axes.set_xlabel(f"rise of the loss (untouched: {self.baseline:.5g})")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        if path is not None:
-            Path(path).write_bytes(buffer.getvalue())
-        return buffer.getvalue()
+        return png(made, path)
 
     def _ranked(self) -> list[tuple[str, LayerSensitivity]]:
         return sorted(

@@ -110,11 +110,16 @@ def _user_lines_delimiter(lines: list[str], options: ReadOptions) -> str | None:
         if options.container == "user-lines":
             if max(lengths) > 1:
                 return delimiter
-        elif len(lengths) > 1 and max(lengths) > 2 and len(first) == len(rows) > 2:
+        elif max(lengths) > 2 and len(first) == len(rows) > 2 and not _alike(rows):
             words = [Values(row).kind for row in rows[:200]]
             if (len(set(words)) == 1 and words[0] == "integer") or options.delimiter is not None:
                 return delimiter
     return None
+
+
+def _alike(rows: list[list[str]]) -> bool:
+    """Whether nearly all have the same number of fields."""
+    return Counter(map(len, rows)).most_common(1)[0][1] >= _MOSTLY * len(rows)
 
 
 def _user_lines(lines: list[str], delimiter: str, options: ReadOptions) -> Layout:
@@ -166,8 +171,7 @@ def _find_delimiter(lines: list[str]) -> str | None:
     """The first delimiter that splits nearly all lines into the same number of fields."""
     for delimiter in _DELIMITERS:
         rows = _split(lines[:200], delimiter, delimiter in _QUOTING and _quoted(lines, delimiter))
-        n_fields, lines_of_it = Counter(len(row) for row in rows).most_common(1)[0]
-        if n_fields >= 2 and lines_of_it >= _MOSTLY * len(rows):
+        if _alike(rows) and Counter(map(len, rows)).most_common(1)[0][0] >= 2:
             return delimiter
     # A log of which many lines are broken: what splits most of them alike.
     best: tuple[int, str] | None = None

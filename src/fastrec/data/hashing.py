@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_WORDS = 8
 _MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _INV1, _INV2 = pow(_MUL1, -1, 1 << 64), pow(_MUL2, -1, 1 << 64)
 
@@ -31,6 +32,18 @@ def unmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def text_keys(texts: Sequence[str]) -> NDArray[np.int64]:
-    """int64 [n]: the first 8 bytes of each text's BLAKE2b."""
-    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    return np.frombuffer(b"".join(digests), "<i8").astype(np.int64)
+    """int64 [n]: a hash of each text's UTF-8: its length and words of 8 bytes through
+    :func:`mix64` one after another; of a text of more than 64 bytes the start of its BLAKE2b."""
+    encoded = [text.encode() for text in texts]
+    lengths = np.array([len(text) for text in encoded], np.int64)
+    keys = mix64(lengths.astype(np.uint64))
+    padded = np.array(encoded, f"S{_WORDS * 8}") if encoded else np.zeros(0, f"S{_WORDS * 8}")
+    words = padded.view("<u8").reshape(len(encoded), _WORDS)
+    for word in range(_WORDS):
+        rows = np.flatnonzero(lengths > 8 * word)
+        if not len(rows):
+            break
+        keys[rows] = mix64(keys[rows] ^ words[rows, word])
+    for row in np.flatnonzero(lengths > 8 * _WORDS).tolist():
+        keys[row] = int.from_bytes(hashlib.blake2b(encoded[row], digest_size=8).digest(), "little")
+    return keys.view(np.int64)

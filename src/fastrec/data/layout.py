@@ -23,6 +23,8 @@ CONTAINERS = ("delimited", "json", "parquet", "user-lines")
 TICKS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 """Time units and their number in a second."""
 
+_SHOWN_UNUSED = 8
+
 Reference = str | int | None
 """A column by its name, by its number (from 1), or None: the log has none."""
 
@@ -168,7 +170,9 @@ class Layout:
         if "time" not in self.columns:
             parts.append("no time: order of the rows")
         if self.unused:
-            parts.append(f"not used: {' '.join(self.unused)}")
+            more = len(self.unused) - _SHOWN_UNUSED
+            shown = " ".join(self.unused[:_SHOWN_UNUSED])
+            parts.append(f"not used: {shown}" + (f" and {more} more" if more > 0 else ""))
         return ", ".join(parts)
 
     def _time_name(self, time: Column) -> str:

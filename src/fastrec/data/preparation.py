@@ -28,7 +28,7 @@ from fastrec.data.idmap import ItemIndex, ItemTable, with_padding
 from fastrec.data.layout import ReadOptions
 from fastrec.data.reader import LogReader, Progress, Source
 from fastrec.data.storage import FolderWriter
-from fastrec.data.text_ids import encode_texts
+from fastrec.data.text_ids import TextIds
 from fastrec.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def prepare(
         )
     seconds = clock.monotonic() - started
     return PrepareReport(
-        source=", ".join(file.name for file in reader.files),
+        source=_names([file.name for file in reader.files]),
         out=str(out),
         max_history=max_history,
         first_rejected=reader.first_rejected,
@@ -184,6 +184,11 @@ def prepare(
         out_bytes=sum(file.stat().st_size for file in Path(out).iterdir()),
         **counts,
     )
+
+
+def _names(files: list[str], shown: int = 3) -> str:
+    more = len(files) - shown
+    return ", ".join(files[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def _notes(reader: LogReader, stored: _Stored, index: ItemIndex) -> list[str]:
@@ -210,7 +215,7 @@ def _notes(reader: LogReader, stored: _Stored, index: ItemIndex) -> list[str]:
         notes.append("the times are plain numbers: good for the order of events, not as dates")
     if index.conflicts:
         notes.append(
-            f"{index.conflicts:,} items stand under several categories: each has the smallest id"
+            f"items under several categories, which have the smallest id: {index.conflicts:,}"
         )
     return notes
 
@@ -369,9 +374,17 @@ def _write_sequences(
     ):
         writer.write(f"{role}_ids", ids)
         if role in reader.normaliser.texts:
-            text, text_offsets = encode_texts(reader.normaliser.texts[role].texts_of(ids[1:]))
-            writer.write(f"{role}_text", text)
-            writer.write(f"{role}_text_offsets", text_offsets)
+            _write_texts(writer, role, reader.normaliser.texts[role], ids[1:])
     writer.write("item_category", index.item_category)
     writer.write("item_count", train_count)
     return stored
+
+
+def _write_texts(writer: FolderWriter, role: str, texts: TextIds, keys: NDArray[np.int64]) -> None:
+    """The texts of ids, one after another, and where each ends."""
+    text = writer.array(f"{role}_text", np.uint8)
+    offsets = writer.array(f"{role}_text_offsets", np.int64)
+    offsets.append(np.zeros(1, np.int64))
+    for data, lengths in texts.encoded(keys):
+        offsets.append(text.length + np.cumsum(lengths))
+        text.append(data)

@@ -1,13 +1,12 @@
-"""Ids that are text: a 64-bit key stands for each while a log is sorted, and the text is kept
-beside.
+"""Ids that are text: a 64-bit key stands for each while a log is sorted; the texts are kept beside.
 
-The key is BLAKE2b of the text, so it depends on nothing else. Two texts of one key (one chance in
-350,000 among ten million ids) are found and refused.
+The key is a hash of the text alone. Two texts of one key (one chance in 350,000 among ten million
+ids) are found and refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,8 +52,13 @@ class TextIds:
         self._pending, self._pending_rows = [], 0
         return self._base
 
-    def texts_of(self, keys: NDArray[np.int64]) -> list[str]:
-        """The text of each key; empty where there is none (the category of items without one).
+    def encoded(
+        self, keys: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """The texts of some keys, a few at a time: (their UTF-8 bytes, the length of each).
+
+        Args:
+            keys: int64; the text of an unknown one (items without a category) is empty.
 
         Raises:
             DataError: two texts have the same key.
@@ -67,14 +71,11 @@ class TextIds:
             raise DataError(
                 f"the ids {pair[0]!r} and {pair[1]!r} have the same hash; rename one of them"
             )
-        at = np.searchsorted(known, keys).clip(max=len(known) - 1)
-        texts = table["text"].gather(at).to_list()
-        return [text if hit else "" for text, hit in zip(texts, known[at] == keys, strict=True)]
-
-
-def encode_texts(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(bytes, offsets): text i is bytes[offsets[i]] .. bytes[offsets[i + 1] - 1], in UTF-8."""
-    encoded = [text.encode() for text in texts]
-    offsets = np.zeros(len(encoded) + 1, np.int64)
-    np.cumsum([len(text) for text in encoded], out=offsets[1:])
-    return np.frombuffer(b"".join(encoded), np.uint8), offsets
+        for start in range(0, len(keys), _PENDING_ROWS):
+            some = keys[start : start + _PENDING_ROWS]
+            at = np.searchsorted(known, some).clip(max=len(known) - 1)
+            texts = [text.encode() for text in table["text"].gather(at).to_list()]
+            hit = (known[at] == some).tolist()
+            texts = [text if found else b"" for text, found in zip(texts, hit, strict=True)]
+            lengths = np.array([len(text) for text in texts], np.int64)
+            yield np.frombuffer(b"".join(texts), np.uint8), lengths

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastrec.kernels.layer_norm_quantize import layer_norm_quantize
     from fastrec.kernels.padded_attention import padded_attention
     from fastrec.kernels.pointwise_attention import pointwise_attention
+    from fastrec.kernels.pointwise_attention_int8 import pointwise_attention_int8
     from fastrec.kernels.separable_projection import separable_projection
     from fastrec.kernels.sparse_int8_linear import PackedWeight, sparse_int8_linear
     from fastrec.kernels.window_sparse_attention import window_sparse_attention
@@ -44,6 +45,7 @@ OP_IDS = (
     "layer_norm_quantize",
     "padded_attention",
     "pointwise_attention",
+    "pointwise_attention_int8",
     "separable_projection",
     "sparse_int8_linear",
     "window_sparse_attention",
@@ -66,6 +68,7 @@ __all__ = [
     "num_threads",
     "padded_attention",
     "pointwise_attention",
+    "pointwise_attention_int8",
     "registry",
     "separable_projection",
     "set_num_threads",

@@ -20,5 +20,7 @@ def row_view(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
         x = x.contiguous()
         strides = x.stride()
     if len(strides) == 4:
-        return x, (x.data_ptr(), strides[0], strides[1], strides[2])
-    return x, (x.data_ptr(), 0, strides[1], strides[0])
+        batch, head, row, _ = strides
+        return x, (x.data_ptr(), batch, head, row)
+    row, head, _ = strides
+    return x, (x.data_ptr(), 0, head, row)

@@ -1,4 +1,4 @@
-"""The machine's limits, measured in the same run as what is held against them: some 0.1 s each."""
+"""The machine's limits (peak operations, bandwidth), measured in the same run: about 0.1 s each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fastrec.kernels._compiled import native
 
-# Working sets that surely lie in each level on the machines that we meet, for the roofline plot.
+# Working sets that fit each cache level on common machines, for the roofline plot.
 LEVELS = {"L1": 16 << 10, "L2": 512 << 10, "L3": 6 << 20, "memory": 256 << 20}
 PEAKS = {
     "fp32": lambda seconds: native().fma_peak_gflops(seconds),
@@ -19,7 +19,7 @@ PEAKS = {
 
 @dataclass
 class Ceilings:
-    """What ``threads`` cores can do at the same time.
+    """Measured limits of ``threads`` cores working at the same time.
 
     Attributes:
         peaks: precision -> 10^9 operations a second on registers alone, the best seen so far.

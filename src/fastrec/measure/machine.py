@@ -1,4 +1,4 @@
-"""The machine card: what a figure was measured on. No host name, user or path in it."""
+"""The machine card: hardware and versions behind a figure, without host name, user or paths."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ def machine_card() -> dict[str, Any]:
     """CPU, memory, OS, versions, threads, date and commit; None where something is not readable."""
     info = _cpuinfo()
     flags = set(info.get("flags", "").split())
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
         "cpu": info.get("model name") or platform.processor() or None,
         "cpu_family_model_stepping": [info.get(key) for key in ("cpu family", "model", "stepping")],
         "cores_online": os.cpu_count(),
-        "cores_usable": affinity,
+        "cores_usable": usable_cpus(),
         "isa": [flag for flag in _FLAGS if flag in flags],
         "caches": _caches(),
         "memory_gb": _memory_gb(),
@@ -58,13 +57,17 @@ def machine_card() -> dict[str, Any]:
     }
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_identity() -> list[Any]:
-    """What compiled code and timings hold for: the CPU, its instruction sets and how many cores."""
+    """Key for cached code and timings: the CPU, its instruction sets and the usable cores."""
     info = _cpuinfo()
     flags = set(info.get("flags", "").split())
     model = [info.get(key) for key in ("model name", "cpu family", "model", "stepping")]
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [platform.machine(), *model, [flag for flag in _FLAGS if flag in flags], affinity]
+    return [platform.machine(), *model, [flag for flag in _FLAGS if flag in flags], usable_cpus()]
 
 
 def int8_products_saturate() -> bool:

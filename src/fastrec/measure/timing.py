@@ -222,7 +222,7 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an engine's scores may differ by from the reference's.
+    """Allowed difference between an engine's scores and the reference's.
 
     Args:
         relative: largest |error| allowed, as a share of the largest |reference| score.
@@ -256,7 +256,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a candidate's scores compare with the reference's; ``reason`` is None where they pass."""
+    """Comparison of scores with the reference's; ``reason`` is None where they pass."""
 
     max_abs_error: float
     relative_error: float
@@ -312,7 +312,7 @@ def correctness_gate(
     tiny = np.finfo(np.float64).tiny
     largest = float(np.abs(error).max(initial=0.0))
     relative = largest / max(float(np.abs(reference).max(initial=0.0)), tiny)
-    # A constant shift of a request's scores does not change its ranking: it is no noise.
+    # Subtract the mean shift of a request: it does not affect the ranking.
     wobble = float(np.sqrt(error.var(axis=-1).mean())) if error.size else 0.0
     spread = float(np.sqrt(reference.var(axis=-1).mean())) if error.size else 0.0
     noise = 0.0 if wobble == 0 else wobble / max(spread, tiny)

@@ -65,8 +65,9 @@ def _without_gradient(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Bytes have no gradient: in a chain of layers they carry the tensor that the first one was given.
     """
-    source = x if x.requires_grad else getattr(x, _SOURCE, None)
-    if source is None:
+    if x.requires_grad:
+        source = x
+    elif x.dtype is not torch.uint8 or (source := getattr(x, _SOURCE, None)) is None:
         return y
     if y.is_floating_point():
         return _NoBackward.apply(source, y)

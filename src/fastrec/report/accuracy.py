@@ -46,7 +46,7 @@ def candidates_note(users: int) -> str:
 
 
 def choose_catalogue(engine: Any, dataset: Any, seconds: float, seed: int) -> Catalogue:
-    """What fits into ``seconds``, from the time that the first users take on this engine.
+    """Choose how many users, over which candidates, fit into ``seconds`` on this engine.
 
     The full catalogue for as many users as the time allows, if that is at least 64; else
     ``sampled:1000``.
@@ -121,7 +121,7 @@ def _evaluation(kept: Mapping[str, Any], seed: int) -> Evaluation:
 def row_fields(
     found: Mapping[str, Any], baseline: Mapping[str, Any] | None, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """What a row gets: ``values``, ``ci95``, ``difference`` (to the baseline) and ``protocol``.
+    """Quality of a row: ``values``, ``ci95``, ``difference`` (to the baseline) and ``protocol``.
 
     A difference is taken over the same users and candidates only.
     """

@@ -16,16 +16,15 @@ from torch import nn
 
 from fastrec.errors import ArgumentError
 from fastrec.exporters.model_spec import quantised_module, spec_of
-from fastrec.measure.machine import machine_card
+from fastrec.measure.machine import machine_card, usable_cpus
 from fastrec.measure.timing import Samples
 from fastrec.model_source import ModelSource, example_inputs, find_model
 from fastrec.models import Ranker, RankerConfig
-from fastrec.report.engines import Built, Request, Spec, Workshop
+from fastrec.report.engines import Built, EngineBuilder, Request, Spec
 from fastrec.report.layout import ENGINE_TITLES, NULL, number
 from fastrec.report.measuring import latency_of, time_engines
-from fastrec.report.networks import float_twin
 from fastrec.report.schema import ENGINES, PRECISIONS
-from fastrec.report.settings import CANDIDATES, Progress, usable_cpus
+from fastrec.report.settings import CANDIDATES, Progress
 from fastrec.spec import InputSpec
 
 _DISTINCT = 8
@@ -81,9 +80,8 @@ def bench(
     specs = [Spec(name, label, "model", _ask(name, precision)) for name in names]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fastrec-bench-") as scratch:
-        workshop = Workshop(
+        builder = EngineBuilder(
             {"model": network},
-            {"model": float_twin(network)},
             requests,
             requests[max(batches)],
             threads or usable_cpus(),
@@ -94,7 +92,7 @@ def bench(
             for i, wanted in enumerate(specs):
                 if progress is not None:
                     progress(f"batch {size}: building and checking {wanted.engine}", i, len(specs))
-                built[wanted.name] = workshop.built(wanted, size, (size,))
+                built[wanted.name] = builder.built(wanted, size, (size,))
             if progress is not None:
                 progress(f"batch {size}: timing", 0, 1)
             samples = time_engines(
@@ -105,8 +103,8 @@ def bench(
                 seed=seed,
             )
             for name, one in built.items():
-                rows.append(_row(one, size, workshop.threads, samples.get(name)))
-            workshop.close(list(built.values()))
+                rows.append(_row(one, size, builder.threads, samples.get(name)))
+            builder.close(list(built.values()))
     config = network.config.to_dict() if isinstance(network, Ranker) else None
     about = {"source": _source(model), "quantised": quantised, "config": config}
     return {"machine": machine_card(), "model": about, "rows": rows}

@@ -54,6 +54,9 @@ def table1(
     preset: Annotated[
         PresetName, typer.Option(help="Size of the generated log, where there is no --data.")
     ] = PresetName.demo,
+    full: Annotated[
+        bool, typer.Option("--full", help="The demo's log with everything measured: half an hour.")
+    ] = False,
     data: Annotated[
         Path | None, typer.Option(help="A log (file or folder of parts) or a prepared folder.")
     ] = None,
@@ -89,11 +92,12 @@ def table1(
     from fastrec.report.schema import KNOWN_ENGINES
     from fastrec.report.settings import Table1Settings
     from fastrec.report.table import table1 as run
-    from fastrec.report.terminal import render_terminal
+    from fastrec.report.terminal import render_terminal, render_variant
 
     names = _names(engines)
     settings = Table1Settings.make(
         preset.value,
+        full=full or None,
         data=data,
         columns=columns,
         model=model,
@@ -109,7 +113,10 @@ def table1(
         seed=seed,
     )
     with progress() as tell:
-        report = run(settings, out, progress=tell)
+        report = run(
+            settings, out, progress=tell,
+            measured=lambda variant, found: render_variant(variant, found, tell.console),
+        )  # fmt: skip
     console = stdout()
     render_terminal(report, console)
     seconds = report["run"]["seconds"]

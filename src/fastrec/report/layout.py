@@ -1,4 +1,4 @@
-"""What every rendering of the table shares: how rows are grouped, and how a figure is written."""
+"""Grouping of rows and formats of figures, shared by all renderings of Table I."""
 
 from __future__ import annotations
 

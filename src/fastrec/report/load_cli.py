@@ -12,7 +12,7 @@ import typer
 
 from fastrec.errors import ArgumentError
 from fastrec.model_source import find_model
-from fastrec.terminal import JsonOption, stderr, stdout, write_json
+from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 _ADDRESS = re.compile(r".+:\d+")
 
@@ -84,18 +84,19 @@ def loadtest(
             slo_ms=slo_ms,
             seed=seed,
         )
-    console = stderr()
-
-    def note(rate: float, reached: float) -> None:
-        console.print(f"{rate:8.1f} /s: {reached:.2%} in time")
-
     engine = None
     if Path(target).exists() or not _ADDRESS.fullmatch(target):
         source = find_model(target).announce()
         model, engine = model or source.name, source.engine_path()
-    result = run_precisely(
-        _measure(target, model, engine, made, capacity, request, token, config, note)
-    )
+    with progress() as tell:
+
+        def note(rate: float, reached: float) -> None:
+            tell.console.print(f"{rate:8.1f} /s: {reached:.2%} in time")
+
+        tell("sending load", 0, 0)
+        result = run_precisely(
+            _measure(target, model, engine, made, capacity, request, token, config, note)
+        )
     print_result(result, stdout())
     write_json(json_out, result)
     if out is not None:

@@ -12,20 +12,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastrec.plotting import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, figure, plain, png
 from fastrec.report.html import image, page, table
 from fastrec.report.markdown import facts
-from fastrec.report.plots import _pyplot, png
 from fastrec.serving.load.results import warnings
 
 _HEADER = (
     "offered /s", "goodput /s", "in SLO", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms",
     "tries", "not answered",
 )  # fmt: skip
-# What fits a terminal of 80 columns.
+# Columns that fit a terminal of 80 characters.
 _SHORT = ("offered /s", "goodput /s", "in SLO", "p50 ms", "p99 ms", "tries", "not answered")
-# Okabe-Ito: told apart by readers with any colour vision, and in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-_GOOD = "#009E73"
+_COLOURS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, GREY)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -95,22 +93,17 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
-    figure_class, canvas = _pyplot()
-    figure = figure_class(figsize=(9, 3.6), dpi=110, layout="constrained")
-    canvas(figure)
-    axis = figure.subplots()
+    made, (axis,) = figure(9, 3.6)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
-    axis.grid(linewidth=0.5, alpha=0.4)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    return figure, axis
+    plain(axis)
+    return made, axis
 
 
 def plot_latency(result: Mapping[str, Any]) -> Any:
     """p50 and p99 of each tier over time."""
-    figure, axis = _axes(
+    made, axis = _axes(
         "Latency by tier, from the moment each request was due", "seconds", "ms, log scale"
     )
     series = result["series"]
@@ -129,12 +122,12 @@ def plot_latency(result: Mapping[str, Any]) -> Any:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     _legend(axis)
-    return figure
+    return made
 
 
 def plot_percentiles(result: Mapping[str, Any]) -> Any:
     """Latency at each percentile, towards the tail."""
-    figure, axis = _axes("Percentiles by tier", "percentile (spread towards 100)", "ms, log scale")
+    made, axis = _axes("Percentiles by tier", "percentile (spread towards 100)", "ms, log scale")
     for colour, (name, curve) in zip(_COLOURS * 9, result["curve"].items(), strict=False):
         inner = [(q, ms) for q, ms in curve if q < 100]
         axis.plot(
@@ -148,37 +141,37 @@ def plot_percentiles(result: Mapping[str, Any]) -> Any:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     _legend(axis)
-    return figure
+    return made
 
 
 def plot_goodput(result: Mapping[str, Any]) -> Any:
     """Offered and good over time; good against offered, where there are stages."""
     stages = result["stages"]
     if len(stages) < 2:
-        figure, axis = _axes("Offered rate and goodput", "seconds", "requests a second")
+        made, axis = _axes("Offered rate and goodput", "seconds", "requests a second")
         at = [s["at_s"] for s in result["series"]]
-        for name, colour in (("offered_rps", "#999999"), ("goodput_rps", _GOOD)):
+        for name, colour in (("offered_rps", "#999999"), ("goodput_rps", GREEN)):
             axis.plot(at, [s[name] for s in result["series"]], color=colour, label=name[:-4])
     else:
-        figure, axis = _axes(
+        made, axis = _axes(
             "Goodput against the offered rate, a point a stage", "offered /s", "good /s"
         )
         points = sorted((s["offered_rps"], s["goodput_rps"]) for s in stages)
-        axis.plot(*zip(*points, strict=True), "o-", color=_GOOD, label="goodput")
+        axis.plot(*zip(*points, strict=True), "o-", color=GREEN, label="goodput")
         top = points[-1][0]
         axis.plot([0, top], [0, top], ":", color="#999999", label="all of it")
     axis.set_ylim(bottom=0)
     _legend(axis)
-    return figure
+    return made
 
 
 def plot_outcomes(result: Mapping[str, Any]) -> Any:
-    """What became of the requests of each moment: good, late, and refused by reason."""
-    figure, axis = _axes("Outcomes", "seconds", "requests a second")
+    """Requests by outcome over time: answered in time, late, and refused by reason."""
+    made, axis = _axes("Outcomes", "seconds", "requests a second")
     series, width = result["series"], result["bin_s"]
     names = sorted({name for s in series for name in s["refused"]})
     layers: list[tuple[str, str, list[float]]] = [
-        ("in time", _GOOD, [s["in_slo"] / width for s in series]),
+        ("in time", GREEN, [s["in_slo"] / width for s in series]),
         ("late", "#F0E442", [(s["answered"] - s["in_slo"]) / width for s in series]),
     ]
     for colour, name in zip(_COLOURS[1:2] + _COLOURS[3:] + _COLOURS, names, strict=False):
@@ -189,7 +182,7 @@ def plot_outcomes(result: Mapping[str, Any]) -> Any:
         axis.bar(at, values, width, bottom=base, color=colour, label=name, align="edge")
         base = [b + v for b, v in zip(base, values, strict=True)]
     _legend(axis)
-    return figure
+    return made
 
 
 def _legend(axis: Any) -> None:

@@ -23,13 +23,13 @@ from torch import nn
 import fastrec
 from fastrec.errors import ArgumentError, ShapeError
 from fastrec.exporters.model_spec import quantised_module, spec_of
-from fastrec.measure.machine import machine_card
+from fastrec.measure.machine import machine_card, usable_cpus
 from fastrec.measure.timing import interleaved
 from fastrec.models import Ranker, RankerConfig
 from fastrec.report.engines import attempt, third_party_output
 from fastrec.report.layout import ENGINE_TITLES
 from fastrec.report.schema import VARIANTS
-from fastrec.report.settings import Progress, usable_cpus
+from fastrec.report.settings import Progress
 from fastrec.runtime import BACKENDS, Engine, available_backends
 
 _TOP = 10

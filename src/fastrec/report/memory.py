@@ -17,7 +17,7 @@ SAVED = ("onnxruntime", "openvino", "litert", "tensorrt")
 
 
 def files_of(built: Built, network: Path, folder: Path) -> tuple[Path, float]:
-    """(what the engine loads, its bytes / 10^6); engines with a file of their own are saved."""
+    """(path that the engine loads, its bytes / 10^6); those with an own format are saved first."""
     if built.spec.engine not in SAVED:
         return network, artifact_bytes(network) / 1e6
     assert built.engine is not None

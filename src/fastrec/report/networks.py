@@ -1,4 +1,4 @@
-"""The networks that engines run: the variants, and float twins of them to compare with."""
+"""The float32 torch model that each variant is checked against, and its parameters."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fastrec.nn import Int8Embedding, SparseInt8Linear
 _ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
-def float_twin(model: nn.Module) -> nn.Module:
+def float_reference(model: nn.Module) -> nn.Module:
     """The float32 torch model that a variant stands for.
 
     INT8 layers and tables become plain torch ones with the dequantised weights, so that what is
     left between the two is the rounding of activations and the kernels themselves.
     """
-    twin = copy.deepcopy(model).float().eval()
-    for name, module in list(twin.named_modules()):
+    reference = copy.deepcopy(model).float().eval()
+    for name, module in list(reference.named_modules()):
         if isinstance(module, SparseInt8Linear):
-            _replace(twin, name, _linear(module))
+            _replace(reference, name, _linear(module))
         elif isinstance(module, Int8Embedding):
             weight = module.weight.float() * module.scale[:, None]
-            _replace(twin, name, nn.Embedding.from_pretrained(weight))
-    return twin.eval()
+            _replace(reference, name, nn.Embedding.from_pretrained(weight))
+    return reference.eval()
 
 
 def _linear(module: SparseInt8Linear) -> nn.Module:
@@ -45,6 +45,6 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(parameters, those that are not zero) of a float model or of an INT8 one's float twin."""
-    tensors = [p.detach() for p in float_twin(model).parameters()]
+    """(parameters, those that are not zero) of a model; INT8 layers count as their float ones."""
+    tensors = [p.detach() for p in float_reference(model).parameters()]
     return sum(t.numel() for t in tensors), sum(int(t.count_nonzero()) for t in tensors)

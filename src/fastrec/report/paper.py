@@ -1,4 +1,4 @@
-"""What is known of the paper's own Table I, each figure with its source.
+"""Known figures of the paper's own Table I, each with its source.
 
 The paper: J. Shao, J. Dong, D. Wang, K. Shih, D. Li, C. Zhou, "Deep Learning Model Acceleration and
 Optimization Strategies for Real-Time Recommendation Systems", MLISE 2025, arXiv:2506.11421. Its
@@ -55,7 +55,7 @@ def paper_cell(variant: str, column: str) -> str:
 
 
 def paper_table() -> dict[str, Any]:
-    """What table1.json carries of the paper: cells (null where not known) and sources."""
+    """The paper's part of table1.json: cells (null where not known) and sources."""
     known = {(f.variant, f.column): f for f in FIGURES}
     cells: dict[str, dict[str, str | None]] = {}
     for variant in VARIANTS:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,20 +238,21 @@ def variants_of(
     dataset: SequenceDataset,
     store: Store,
     progress: Progress,
+    names: Sequence[str] = VARIANTS,
 ) -> dict[str, nn.Module]:
-    """The five variants, saved under ``OUT/variants``; :class:`Recipe` resumes by itself.
+    """The variants named, saved under ``OUT/variants``; :class:`Recipe` resumes by itself.
 
     Variants that ``--model`` holds already are taken from there.
     """
     start = time.perf_counter()
     given = {}
     if settings.model is not None:
-        given = {v: load(settings.model / v) for v in VARIANTS
+        given = {v: load(settings.model / v) for v in names
                  if (settings.model / v / MANIFEST).is_file()}  # fmt: skip
     folder = store.out / "variants"
     for name, model in given.items():
         save(model, folder / name, info={"variant": name})
-    missing = [name for name in VARIANTS if name not in given]
+    missing = [name for name in names if name not in given]
     made = {}
     if missing:
 
@@ -260,4 +262,4 @@ def variants_of(
         recipe = recipe_of(settings)
         made = recipe.run(baseline, dataset, out=folder, progress=tell, variants=missing)
     store.add_seconds("variants", time.perf_counter() - start)
-    return {name: given[name] if name in given else made[name] for name in VARIANTS}
+    return {name: given[name] if name in given else made[name] for name in names}

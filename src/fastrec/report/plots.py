@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastrec.errors import MissingDependencyError
+from fastrec.plotting import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    SKY,
+    YELLOW,
+    figure,
+    plain,
+    png,
+)
 from fastrec.report.layout import (
     METRIC_TITLES,
     VARIANT_TITLES,
@@ -19,41 +30,18 @@ from fastrec.report.layout import (
 )
 from fastrec.report.schema import VARIANTS
 
-# Okabe-Ito: told apart by readers with any colour vision, and in print.
 COLOURS = {
-    "native": "#D55E00",
-    "torch": "#999999",
-    "torch_compile": "#CC79A7",
-    "onnxruntime": "#56B4E9",
-    "openvino": "#0072B2",
-    "litert": "#009E73",
-    "cuda": "#E69F00",
-    "tensorrt": "#F0E442",
+    "native": ORANGE,
+    "torch": GREY,
+    "torch_compile": PINK,
+    "onnxruntime": SKY,
+    "openvino": BLUE,
+    "litert": GREEN,
+    "cuda": AMBER,
+    "tensorrt": YELLOW,
 }
 _BAR = 0.8
 _GAP = 1.0
-
-
-def _pyplot() -> Any:
-    """Matplotlib without a display; never the caller's backend or figures.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "report", "plots") from error
-    return Figure, FigureCanvasAgg
-
-
-def _figure(width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
-    figure_class, canvas = _pyplot()
-    figure = figure_class(figsize=(width, height), dpi=110, layout="constrained")
-    canvas(figure)
-    axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
-    return figure, list(axes)
 
 
 def _places(groups: Sequence[Group]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -108,10 +96,7 @@ def _bars(
                   fontsize=8.5, fontweight="bold")  # fmt: skip
     axis.set_ylim(max(places) + 1, -1)
     axis.set_xlabel(label, fontsize=9)
-    axis.grid(axis="x", which="major", linewidth=0.5, alpha=0.4)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    plain(axis, "x")
 
 
 def _height(groups: Sequence[Group]) -> float:
@@ -121,23 +106,23 @@ def _height(groups: Sequence[Group]) -> float:
 def plot_latency(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Median and 99th percentile of every row, one panel a batch size (figure 5 of the paper)."""
     groups, sizes = group_rows(rows), batches_of(rows)
-    figure, axes = _figure(1.8 + 4.2 * len(sizes), _height(groups), len(sizes))
+    made, axes = figure(1.8 + 4.2 * len(sizes), _height(groups), len(sizes), share_y=True)
     for axis, size in zip(axes, sizes, strict=True):
         values = [group.p(size) for group in groups]
         tails = [group.p(size, "p99") for group in groups]
         _bars(axis, groups, values, tails, f"latency of one call, batch {size} [ms], log scale")
-    figure.suptitle("Latency: bar = median, line = to the 99th percentile (lower is better)")
-    return figure
+    made.suptitle("Latency: bar = median, line = to the 99th percentile (lower is better)")
+    return made
 
 
 def plot_throughput(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Saturated requests per second of every engine (figure 6 of the paper)."""
     groups = group_rows(rows)
-    figure, axes = _figure(8, _height(groups), 1)
+    made, axes = figure(8, _height(groups), 1, share_y=True)
     values = [group.any_row["throughput_rps"] for group in groups]
     _bars(axes[0], groups, values, [None] * len(groups), "requests per second, log scale")
-    figure.suptitle("Throughput when kept busy (higher is better)")
-    return figure
+    made.suptitle("Throughput when kept busy (higher is better)")
+    return made
 
 
 def plot_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -145,7 +130,7 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
     found = native_rows(rows)
     names = [n for n in ("hit_rate_10", "ndcg_10", "mrr", "hit_rate_50", "ndcg_50")
              if any(row[n] is not None for row in found.values())]  # fmt: skip
-    figure, axes = _figure(2.4 + 2.3 * max(1, len(names)), 3.2, max(1, len(names)))
+    made, axes = figure(2.4 + 2.3 * max(1, len(names)), 3.2, max(1, len(names)), share_y=True)
     variants = [v for v in VARIANTS if v in found]
     for axis, name in zip(axes, names, strict=False):
         for y, variant in enumerate(variants):
@@ -159,7 +144,7 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
             axis.annotate(f"{value:.3f}", (value, y), xytext=(0, 6), textcoords="offset points",
                           ha="center", fontsize=7.5)  # fmt: skip
             if variant == "baseline":
-                axis.axvline(value, color="#999999", linewidth=0.8, linestyle=":")
+                axis.axvline(value, color=GREY, linewidth=0.8, linestyle=":")
         axis.set_title(METRIC_TITLES[name], fontsize=10)
         protocol = next((r["protocol"][name] for r in found.values() if name in r["protocol"]), "")
         axis.set_xlabel(protocol.split(" (")[0], fontsize=8)
@@ -168,22 +153,22 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
         axis.margins(x=0.15)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", linewidth=0.5, alpha=0.4)
-    figure.suptitle("Recommendation quality, native engine, 95 % intervals (higher is better)")
-    return figure
+    made.suptitle("Recommendation quality, native engine, 95 % intervals (higher is better)")
+    return made
 
 
 def plot_resources(rows: Sequence[Mapping[str, Any]]) -> Any:
     """File size and peak memory of every engine (figure 7 of the paper)."""
     groups = group_rows(rows)
-    figure, axes = _figure(10.5, _height(groups), 2)
+    made, axes = figure(10.5, _height(groups), 2, share_y=True)
     for axis, name, label in (
         (axes[0], "size_mb", "model file [MB]"),
         (axes[1], "rss_mb", "peak resident memory of a process of its own [MB]"),
     ):
         values = [group.any_row[name] for group in groups]
         _bars(axis, groups, values, [None] * len(groups), label, log=False)
-    figure.suptitle("Resources (lower is better)")
-    return figure
+    made.suptitle("Resources (lower is better)")
+    return made
 
 
 PLOTS = {
@@ -194,16 +179,6 @@ PLOTS = {
 }
 
 
-def png(figure: Any) -> bytes:
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def write_plots(rows: Sequence[Mapping[str, Any]], out: Path) -> dict[str, bytes]:
     """Write ``latency.png`` and the other plots into ``out``; name -> PNG bytes."""
-    images = {name: png(plot(rows)) for name, plot in PLOTS.items()}
-    for name, data in images.items():
-        (out / f"{name}.png").write_bytes(data)
-    return images
+    return {name: png(plot(rows), out / f"{name}.png") for name, plot in PLOTS.items()}

@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fastrec.report.plots import _figure
+from fastrec.plotting import BLUE, GREEN, GREY, ORANGE, figure, plain
 
 if TYPE_CHECKING:
     from fastrec.measure.ceilings import Ceilings
 
-# Okabe-Ito, as in the other plots: what bounds a step.
-COLOURS = {
-    "int8 peak": "#D55E00",
-    "fp32 peak": "#0072B2",
-    "bandwidth": "#009E73",
-    None: "#999999",
-}
+# What bounds a step -> its colour.
+COLOURS = {"int8 peak": ORANGE, "fp32 peak": BLUE, "bandwidth": GREEN, None: GREY}
 _BAR = 0.8
 
 
@@ -65,7 +60,7 @@ def table(rows: Sequence[Mapping[str, Any]], ceilings: Ceilings) -> Table:
 
 def plot_profile(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Time of each step in order, and the part of it that the machine's limit accounts for."""
-    figure, (axis,) = _figure(9, 1.4 + 0.24 * max(len(rows), 1), 1)
+    made, (axis,) = figure(9, 1.4 + 0.24 * max(len(rows), 1))
     for y, row in enumerate(rows):
         colour = COLOURS[row["limit"]]
         axis.barh(y, row["us"], _BAR, color=colour, alpha=0.35)
@@ -85,16 +80,13 @@ def plot_profile(rows: Sequence[Mapping[str, Any]]) -> Any:
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(0, 1.15 * max([1.0, *(row["us_median"] for row in rows)]))
     axis.set_xlabel("microseconds in one call: best (bar) to median (line)", fontsize=9)
-    axis.grid(axis="x", linewidth=0.5, alpha=0.4)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    plain(axis, "x")
     for limit in dict.fromkeys(row["limit"] for row in rows):
         axis.barh([0], [0], color=COLOURS[limit], label=limit or "limit not known")
     axis.legend(title="bound by", fontsize=8, loc="upper right")
     total = sum(row["us"] for row in rows)
-    figure.suptitle(f"Steps of the plan, {total:.0f} us; dark: what the limit accounts for")
-    return figure
+    made.suptitle(f"Steps of the plan, {total:.0f} us; dark: what the limit accounts for")
+    return made
 
 
 def _percent(share: float | None) -> str:

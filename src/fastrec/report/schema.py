@@ -119,14 +119,14 @@ def validate(table: Mapping[str, Any]) -> None:
             ("precision", PRECISIONS),
         ):
             if row[name] not in allowed:
-                raise ArtifactError(f"{where}: {name} {row[name]!r} is none of {allowed}")
+                raise ArtifactError(f"{where}: {name} {row[name]!r} is not one of {allowed}")
         for name in NULLABLE:
             values = row[name].values() if name == "latency_ms" else [row[name]]
             if any(v is None for v in values):
                 if not row["why"].get(name):
                     raise ArtifactError(f"{where}: {name} is null and `why` gives no reason")
             elif not all(_is_figure(v) for v in values):
-                raise ArtifactError(f"{where}: {name} is no figure: {row[name]!r}")
+                raise ArtifactError(f"{where}: {name} is not a finite number >= 0: {row[name]!r}")
 
 
 def _is_figure(value: Any) -> bool:

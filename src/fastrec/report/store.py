@@ -19,7 +19,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 class Store:
-    """``OUT/stages/<name>.json``: what a stage gave, with the fingerprint of what it was given.
+    """``OUT/stages/<name>.json``: the result of a stage and the fingerprint of its inputs.
 
     A stage whose fingerprint differs is done again; a file cut by an interruption counts as absent.
     """
@@ -32,7 +32,7 @@ class Store:
         self.reused: list[str] = []
 
     def read(self, name: str, key: str) -> Any | None:
-        """What the stage gave with this key, or None."""
+        """The stage's stored result for this key, or None."""
         try:
             kept = json.loads((self.folder / f"{name}.json").read_text())
         except (OSError, json.JSONDecodeError):

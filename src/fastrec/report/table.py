@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from fastrec.measure.machine import machine_card
 from fastrec.models import RankerConfig
 from fastrec.report import accuracy, pipeline
 from fastrec.report.accuracy import Catalogue
-from fastrec.report.engines import Request, Spec, Workshop, specs_of
+from fastrec.report.engines import EngineBuilder, Request, Spec, specs_of
 from fastrec.report.html import render_html
 from fastrec.report.markdown import render_markdown
 from fastrec.report.memory import child_command, peak_memory
-from fastrec.report.networks import count_parameters, float_twin
+from fastrec.report.networks import count_parameters
 from fastrec.report.paper import paper_table
 from fastrec.report.plots import write_plots
 from fastrec.report.schema import (
@@ -40,10 +40,9 @@ from fastrec.report.variant import VariantRun
 
 _DISTINCT = {1: 16, 8: 8}
 _BUSY_CORES = 0.2
-_DEMO_MEMORY = ("baseline", "pruned_quantized")
-_DEMO_MEMORY_WHY = (
-    f"the demo starts processes for {' and '.join(_DEMO_MEMORY)} only; any run but the demo for all"
-)
+# The demo makes and measures these first, so that the first figures come early.
+_FIRST = ("baseline", "quantized")
+_NO_MEMORY = "peak memory takes a process for each engine, a minute of the demo: --full has it"
 _NOT_ON_RIVALS = (
     "top-50 retrieval is evaluated on the native engine only: rivals run the same network, and the "
     "catalogue is many times the work"
@@ -56,6 +55,7 @@ def table1(
     *,
     model_config: RankerConfig | None = None,
     progress: Progress | None = None,
+    measured: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Make the paper's Table I on this machine: train or load, compress, check, measure, write.
 
@@ -65,6 +65,8 @@ def table1(
             are not done again.
         model_config: the baseline's sizes in place of those that ``settings.config`` names.
         progress: called with (stage, done, total).
+        measured: called with each variant and what :class:`VariantRun` found, as soon as it is
+            there.
 
     Returns:
         The object of ``out/table1.json`` (DESIGN of the schema: :mod:`fastrec.report.schema`);
@@ -80,8 +82,21 @@ def table1(
     store = Store(Path(out))
     dataset, about_data = pipeline.dataset_of(settings, store, tell)
     baseline, about_model = pipeline.baseline_of(settings, dataset, store, tell, model_config)
-    variants = pipeline.variants_of(settings, baseline, dataset, store, tell)
-    found = _measure(settings, variants, dataset, store, tell)
+    builder = EngineBuilder(
+        {},
+        requests_of(dataset, (*settings.batches, *settings.throughput_batches), settings.seed),
+        calibration_of(settings, dataset),
+        settings.threads,
+        store.out / "third_party.log",
+    )
+    variants: dict[str, nn.Module] = {}
+    found: dict[str, dict[str, Any]] = {}
+    rest = tuple(name for name in VARIANTS if name not in _FIRST)
+    for names in (_FIRST, rest) if settings.quick else (VARIANTS,):
+        made = pipeline.variants_of(settings, baseline, dataset, store, tell, names)
+        variants |= made
+        _measure(settings, made, builder, dataset, store, tell, found, measured)
+    builder.close_shared()
     peaks = _memory(settings, found, store, tell)
     rows = _rows(settings, found, peaks, variants)
     recipe = pipeline.recipe_of(settings)
@@ -151,54 +166,36 @@ def calibration_of(settings: Table1Settings, dataset: Any) -> list[Request]:
 def _measure(
     settings: Table1Settings,
     variants: Mapping[str, nn.Module],
+    builder: EngineBuilder,
     dataset: Any,
     store: Store,
     progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    """variant -> what :class:`VariantRun` found."""
-    networks = dict(variants)
-    networks["distilled_fp32"] = copy.deepcopy(variants["distilled"]).float().eval()
-    workshop = Workshop(
-        networks,
-        _Twins(networks),
-        requests_of(dataset, (*settings.batches, *settings.throughput_batches), settings.seed),
-        calibration_of(settings, dataset),
-        settings.threads,
-        store.out / "third_party.log",
-    )
-    weights = _weights_key(store.out)
+    found: dict[str, dict[str, Any]],
+    measured: Callable[[str, Mapping[str, Any]], None] | None,
+) -> None:
+    """Add to ``found``: variant -> what :class:`VariantRun` found."""
+    builder.networks |= variants
+    if "distilled" in variants:
+        student = copy.deepcopy(variants["distilled"]).float().eval()
+        builder.networks["distilled_fp32"] = student
     asked = settings.to_dict()
-    found: dict[str, dict[str, Any]] = {}
-    catalogue: Catalogue | None = None
-    for variant in VARIANTS:
+    for variant in variants:
+        catalogue = next(
+            (Catalogue(*f["catalogue"]) for f in found.values() if f["catalogue"]), None
+        )
+        weights = _weights_key(store.out, [spec.network for spec in specs_of(variant, settings)])
         key = fingerprint(variant, asked, weights, dataset.manifest, catalogue and vars(catalogue))
-        run = VariantRun(variant, settings, workshop, dataset, store.out, progress)
+        run = VariantRun(variant, settings, builder, dataset, store.out, progress)
         found[variant] = store.stage(f"measure-{variant}", key, partial(run.run, catalogue))
-        if catalogue is None and found[variant]["catalogue"] is not None:
-            catalogue = Catalogue(*found[variant]["catalogue"])
-    for built in workshop.shared.values():
-        if built.engine is not None:
-            built.engine.close()
-    return found
+        if measured is not None:
+            measured(variant, found[variant])
 
 
-class _Twins(dict[str, nn.Module]):
-    """Float twins, made when first asked for."""
-
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self._networks = networks
-
-    def __missing__(self, name: str) -> nn.Module:
-        self[name] = float_twin(self._networks[name])
-        return self[name]
-
-
-def _weights_key(out: Path) -> str:
-    """Changes with any byte of any variant: the artifacts hold their own checksums."""
-    return fingerprint(
-        *(json.loads((out / "variants" / v / "model.json").read_text())["sha256"] for v in VARIANTS)
-    )
+def _weights_key(out: Path, networks: Iterable[str] = VARIANTS) -> str:
+    """Changes with any byte of these networks: the artifacts hold their own checksums."""
+    names = sorted({network.removesuffix("_fp32") for network in networks})
+    files = [out / "variants" / name / "model.json" for name in names]
+    return fingerprint(*(json.loads(file.read_text())["sha256"] for file in files))
 
 
 def _rss_key(spec: Spec) -> str:
@@ -220,8 +217,8 @@ def _memory(
             kept = store.read(name, weights)
             if kept is not None:
                 peaks[name] = kept
-            elif settings.quick and variant not in _DEMO_MEMORY:
-                peaks.setdefault(name, {"peak_mb": None, "why": _DEMO_MEMORY_WHY})
+            elif settings.quick:
+                peaks[name] = {"peak_mb": None, "why": _NO_MEMORY}
             elif source is None:
                 peaks[name] = {"peak_mb": None, "why": "there is no file that a process could load"}
             else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastrec.report import accuracy
 from fastrec.report.accuracy import Catalogue
-from fastrec.report.engines import Built, Spec, Workshop, attempt, specs_of, third_party_output
+from fastrec.report.engines import Built, EngineBuilder, Spec, attempt, specs_of, third_party_output
 from fastrec.report.measuring import (
     best_throughput,
     busy_seconds,
@@ -23,9 +23,9 @@ from fastrec.report.memory import files_of
 from fastrec.report.settings import Progress, Table1Settings
 
 _ONE_COMPILATION = (
-    "left out of the demo: another batch size is another compilation, most of a minute on a cold "
-    "cache; any run but the demo has it"
+    "another batch size is another compilation, half a minute of the demo: --full has it"
 )
+_NO_RIVALS = "the demo takes quality and throughput on native and eager torch alone: --full has it"
 
 
 class VariantRun:
@@ -35,12 +35,12 @@ class VariantRun:
         self,
         variant: str,
         settings: Table1Settings,
-        workshop: Workshop,
+        builder: EngineBuilder,
         dataset: Any,
         out: Path,
         progress: Progress,
     ) -> None:
-        self.variant, self.settings, self.workshop = variant, settings, workshop
+        self.variant, self.settings, self.builder = variant, settings, builder
         self.dataset, self.out, self.progress = dataset, out, progress
         self.specs = specs_of(variant, settings)
         # The demo builds an engine once, at the first batch size, and runs it at all of them;
@@ -56,10 +56,10 @@ class VariantRun:
         found = {spec.name: self._facts(spec) for spec in self.specs}
         ratios = self._time(found)
         self._throughput(found)
-        with third_party_output(self.workshop.log):
+        with third_party_output(self.builder.log):
             self._sizes(found)
         catalogue = self._quality(found, catalogue)
-        self.workshop.close(list(self.built.values()))
+        self.builder.close(list(self.built.values()))
         kept = None if catalogue is None else [catalogue.protocol, catalogue.users]
         return {"engines": found, "ratios": ratios, "catalogue": kept, "others": self.others}
 
@@ -72,6 +72,10 @@ class VariantRun:
         first_only = self.settings.quick and spec.engine == "torch_compile"
         return self.settings.batches[:1] if first_only else self.settings.batches
 
+    def _left_to_full(self, spec: Spec) -> bool:
+        """Whether the demo only times this engine."""
+        return self.settings.quick and spec.engine not in ("native", "torch")
+
     def _build(self) -> None:
         total = len(self.specs) * len(self.builds)
         for i, spec in enumerate(self.specs):
@@ -79,7 +83,7 @@ class VariantRun:
                 stage = f"{self.variant}: building and checking {spec.name}"
                 self.progress(stage, i * len(self.builds) + j, total)
                 check = (batch,) if len(self.builds) > 1 else self._sizes_of(spec)
-                self.built[spec.name, batch] = self.workshop.built(spec, batch, check)
+                self.built[spec.name, batch] = self.builder.built(spec, batch, check)
         self.progress(f"{self.variant}: engines built", total, total)
 
     def _facts(self, spec: Spec) -> dict[str, Any]:
@@ -116,7 +120,7 @@ class VariantRun:
             before, start = busy_seconds(), time.perf_counter()
             samples = time_engines(
                 engines,
-                self.workshop.requests[batch],
+                self.builder.requests[batch],
                 batch=batch,
                 seconds_per_engine=self.settings.seconds_per_engine,
                 seed=self.settings.seed,
@@ -135,6 +139,9 @@ class VariantRun:
     def _throughput(self, found: dict[str, Any]) -> None:
         for i, spec in enumerate(self.specs):
             self.progress(f"{self.variant}: throughput", i, len(self.specs))
+            if self._left_to_full(spec):
+                found[spec.name]["throughput_why"] = _NO_RIVALS
+                continue
             # Several engines where each size has its own: the best of all.
             for batch in self.builds:
                 built = self.built[spec.name, batch]
@@ -155,10 +162,10 @@ class VariantRun:
         self.progress(f"{self.variant}: throughput", len(self.specs), len(self.specs))
 
     def _rate(self, built: Built, sizes: Sequence[int]) -> tuple[dict[str, Any] | None, str | None]:
-        sizes = [b for b in sizes if b in self.workshop.requests]
+        sizes = [b for b in sizes if b in self.builder.requests]
         seconds = self.settings.throughput_seconds
-        with third_party_output(self.workshop.log):
-            return best_throughput(built, self.workshop.requests, sizes, seconds)
+        with third_party_output(self.builder.log):
+            return best_throughput(built, self.builder.requests, sizes, seconds)
 
     def _sizes(self, found: dict[str, Any]) -> None:
         for spec in self.specs:
@@ -182,6 +189,9 @@ class VariantRun:
             batch = max(b for b in sizes if b <= accuracy.BATCH or b == sizes[0])
             built = self._at(spec, batch)
             if not built.usable:
+                continue
+            if self._left_to_full(spec):
+                found[spec.name]["accuracy_why"] = _NO_RIVALS
                 continue
             native = spec.engine == "native"
             if native and catalogue is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from fastrec.errors import (
 from fastrec.exporters.model_spec import Dims, as_tensors, quantised_module, spec_of
 from fastrec.exporters.trace import evaluated
 from fastrec.measure.choice import choice, contest
+from fastrec.measure.machine import usable_cpus
 from fastrec.measure.packages import missing
 from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.runtime.backends import BACKENDS, backend_module
@@ -91,7 +91,7 @@ def compile(
         raise ArgumentError("precision", f"one of {PRECISIONS} or None", repr(precision))
     if fallback not in FALLBACKS:
         raise ArgumentError("fallback", f"one of {FALLBACKS}", repr(fallback))
-    threads = cpus() if threads is None else threads
+    threads = usable_cpus() if threads is None else threads
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError("threads", "a positive integer or None", threads)
     examples = as_tensors("example_inputs", example_inputs)
@@ -113,11 +113,6 @@ def compile(
 def available_backends() -> dict[str, str | None]:
     """Backend -> None where it can run here, else the reason why not."""
     return {name: backend_module(name).can_run() for name in BACKENDS}
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reference(model: nn.Module, examples: tuple[torch.Tensor, ...]) -> np.ndarray:

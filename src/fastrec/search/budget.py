@@ -1,4 +1,4 @@
-"""``Budget``: what a model may cost."""
+"""``Budget``: limits on a model's latency and size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastrec.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model may cost; at least one limit.
+    """Limits on latency and size; at least one of them.
 
     Args:
         latency_ms: of one call of the native engine: the median of the quietest of some rounds.

@@ -11,6 +11,7 @@ import typer
 
 from fastrec.errors import ArgumentError, DataError
 from fastrec.model_source import ModelArgument, calibration_batches, find_model
+from fastrec.plotting import check_png
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 if TYPE_CHECKING:
@@ -56,15 +57,13 @@ def autotune(
     test events at the end.
     """
     from fastrec.data import SequenceDataset
-    from fastrec.measure.machine import machine_card
-    from fastrec.runtime.compiler import cpus
+    from fastrec.measure.machine import machine_card, usable_cpus
     from fastrec.search.budget import Budget
     from fastrec.search.markdown import markdown
     from fastrec.search.search import autotune as search
 
     budget = Budget(latency_ms, size_mb, batch, threads)
-    if plot is not None and plot.suffix != ".png":
-        raise ArgumentError("--plot", "a file that ends in .png", plot)
+    check_png("--plot", plot)
     found_space = _space(space)
     network, dataset = find_model(model).announce().model(), SequenceDataset.open(data)
     console = stdout()
@@ -98,7 +97,7 @@ def autotune(
     if plot is not None:
         result.plot(plot)
     about = {"machine": machine_card(), "metric": metric, "test": tests}
-    report = about | {"threads": threads or cpus(), **result.to_dict()}
+    report = about | {"threads": threads or usable_cpus(), **result.to_dict()}
     if markdown_out is not None:
         markdown_out.write_text(markdown(report))
     write_json(json_out, report)

@@ -1,4 +1,4 @@
-"""What each choice costs on this machine: every layer's time and bytes, measured in whole plans."""
+"""Time and bytes of every choice of every layer, measured on this machine in whole plans."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NATIVE: dict[str, Any] = {"backend": "native", "fallback": "error"}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a latency is measured on: the inputs of one call, threads and how INT8 is calibrated."""
+    """Conditions of a latency: the inputs of one call, threads and INT8 calibration."""
 
     inputs: tuple[np.ndarray, ...]
     threads: int
@@ -51,7 +51,7 @@ class Variant:
 
     Attributes:
         chosen: layer -> name of its choice.
-        us: layer -> microseconds of its steps; "" is everything that belongs to no layer.
+        us: layer -> microseconds of its steps; "" holds the steps outside all layers.
             Empty where nothing was timed.
         size: layer -> bytes in the artifact's tensor file; "" likewise.
         steps: the profile's rows with multiply-adds: op, macs, density, bytes, us.

@@ -39,14 +39,14 @@ def sweep(
 ) -> list[Candidate]:
     """The front of predicted cost and quality, cheapest first.
 
-    With a price on each cost, every layer's best choice is its own affair: minimal loss + price x
-    cost (Lagrange's multipliers). Every price gives a point that no other choice of choices beats;
-    all prices give all such points on the convex hull.
+    With a price on each cost, layers can be chosen independently: each takes the choice of least
+    loss + price x cost (Lagrange multipliers). Each price gives a point of the convex hull of the
+    front, and the sweep over prices gives all of them.
     """
     whole = table.predict({unit.name: unit.choices[0] for unit in units})
     spent = (whole.latency_ms * 1e3, whole.size_mb * 1e6)
     limited = tuple(name in budget.limits for name in ("latency_ms", "size_mb"))
-    # The direction that only one limit has is followed alone.
+    # With one limit, only its cost has a price.
     shares = [(1.0, 0.0)] if limited == (True, False) else [(0.0, 1.0)]
     if all(limited):
         shares = [(share, 1 - share) for share in np.linspace(0.0, 1.0, 11)]

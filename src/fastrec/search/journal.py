@@ -1,4 +1,4 @@
-"""What a search has found so far, in one JSON file, so that an interrupted one goes on."""
+"""Results of a search so far, in one JSON file: an interrupted search continues from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What ``autotune`` found: the best model, the points around it, a table and plots."""
+"""Result of ``autotune``: the best model, the points around it, a table and plots."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastrec.compress.artifact import save
-from fastrec.errors import MissingDependencyError
+from fastrec.plotting import BLUE, GREY, ORANGE, figure, png
 from fastrec.search.budget import Budget
 from fastrec.search.fit import CostModel
 
@@ -22,7 +21,7 @@ _AXES = {"latency_ms": "latency of one call [ms]", "size_mb": "artifact [MB]"}
 
 @dataclass(frozen=True)
 class Point:
-    """One choice of choices, made and measured.
+    """One model with a choice for every layer, made and measured.
 
     Attributes:
         key: names it in the journal.
@@ -49,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class AutotuneResult:
-    """What :func:`fastrec.autotune` found.
+    """Result of :func:`fastrec.autotune`.
 
     Attributes:
         best: the model with the best quality within the budget, in eval mode, ready for
@@ -142,31 +141,20 @@ class AutotuneResult:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependencyError("matplotlib", "report", "plots") from error
         names = list(self.budget.limits)
         panels = len(names) + (self.cost_model is not None)
-        figure = Figure(figsize=(5.2 * panels, 4.2), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        made, axes = figure(5.2 * panels, 4.2, panels)
         for axis, name in zip(axes, names, strict=False):
             self._plot_front(axis, name)
         if self.cost_model is not None:
             _plot_fits(axes[-1], self.cost_model)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        if path is not None:
-            Path(path).write_bytes(buffer.getvalue())
-        return buffer.getvalue()
+        return png(made, path)
 
     def _plot_front(self, axis: Any, name: str) -> None:
         groups = (
-            ("within the budget", "#0072B2", [p for p in self.points[1:] if p.within]),
-            ("above it", "#999999", [p for p in self.points[1:] if not p.within]),
-            ("the model as it came", "#D55E00", self.points[:1]),
+            ("within the budget", BLUE, [p for p in self.points[1:] if p.within]),
+            ("above it", GREY, [p for p in self.points[1:] if not p.within]),
+            ("the model as it came", ORANGE, self.points[:1]),
         )
         for label, colour, points in groups:
             x, y = [getattr(p, name) for p in points], [p.quality for p in points]
@@ -176,7 +164,7 @@ class AutotuneResult:
         for point in sorted(self.points, key=lambda p: (getattr(p, name), -p.quality)):
             if not front or point.quality > front[-1].quality:
                 front.append(point)
-        axis.plot([getattr(p, name) for p in front], [p.quality for p in front], color="#0072B2",
+        axis.plot([getattr(p, name) for p in front], [p.quality for p in front], color=BLUE,
                   linewidth=1, drawstyle="steps-post", label="front")  # fmt: skip
         best = self.chosen
         axis.scatter([getattr(best, name)], [best.quality], s=110, facecolors="none",
@@ -198,7 +186,7 @@ def summary(chosen: Mapping[str, str]) -> str:
 
 def _plot_fits(axis: Any, model: CostModel) -> None:
     """Predicted over measured, layer by layer."""
-    for name, colour in (("paper", "#D55E00"), ("precise", "#0072B2")):
+    for name, colour in (("paper", ORANGE), ("precise", BLUE)):
         fit = model.layers[name]
         ratios = [p / m for p, m in zip(fit.predicted_us, fit.measured_us, strict=True)]
         axis.scatter(fit.measured_us, ratios, s=9, color=colour, alpha=0.6,

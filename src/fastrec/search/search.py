@@ -20,8 +20,8 @@ from fastrec.compress.quantization import Int8
 from fastrec.compress.selection import check_count, check_model
 from fastrec.errors import ArgumentError, ArtifactError, BackendError, BudgetError, DtypeError
 from fastrec.exporters.model_spec import as_tensors, spec_of
+from fastrec.measure.machine import usable_cpus
 from fastrec.models import MODELS
-from fastrec.runtime.compiler import cpus
 from fastrec.search.budget import Budget
 from fastrec.search.costs import (
     CostTable,
@@ -114,7 +114,7 @@ def autotune(
     if not batches:
         raise ArgumentError("calibration", "at least one batch", "none")
     arrays = _inputs(model, batches[0], inputs, budget.batch)
-    setting = Setting(arrays, budget.threads or cpus(), batches, int8 or Int8())
+    setting = Setting(arrays, budget.threads or usable_cpus(), batches, int8 or Int8())
     return _Search(
         model, budget, evaluate, finetune, space or Space(), setting, trials,
         rounds if finetune is not None else 1, None if out is None else Path(out), progress,

@@ -1,4 +1,4 @@
-"""What may be chosen for each layer of a model, and how a choice of choices is carried out."""
+"""Choices for each layer of a model, and how a model with chosen layers is made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STEP = 8  # ranks are multiples of it: a thin layer's outputs fill half a regis
 
 @dataclass(frozen=True)
 class Choice:
-    """What one layer becomes; the default is the layer as it is.
+    """One choice for a layer; the default leaves it as it is.
 
     Args:
         precision: "fp32" or "int8", of weights and input.
@@ -167,7 +167,7 @@ class Space:
                 left.pop(name, None)
             else:
                 left.setdefault(name, _why_none(module))
-        # What a unit holds is chosen for with it.
+        # Layers inside a unit are part of its choice.
         whole = tuple(f"{u.name}." for u in units if u.kind == "attention")
         left = {name: why for name, why in left.items() if not name.startswith(whole)}
         if not units:
@@ -281,7 +281,7 @@ def restructured(model: nn.Module, chosen: Chosen) -> nn.Module:
 def pruned_(model: nn.Module, chosen: Chosen, train: Train | None = None) -> None:
     """Prune to the chosen sparsities, in place; while ``train`` runs, pruned weights stay zero.
 
-    What is pruned already stays so: a second call trains on.
+    Weights that are pruned already stay zero: a second call continues the training.
     """
     shares: dict[float, list[str]] = {}
     for name, choice in chosen.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.data.cli import ColumnsOption, data_progress, say
-from fastrec.terminal import JsonOption, stderr, stdout, write_json
+from fastrec.terminal import JsonOption, progress, stdout, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +103,8 @@ def train(
     for protocol, limit in (("candidates", None), ("full", full_users)):
         if limit == 0:
             continue
-        with stderr().status(f"Testing ({protocol})"):
+        with progress(enabled=not quiet) as tell:
+            tell(f"testing ({protocol})", 0, 0)
             tests.append(
                 evaluate(
                     network,

@@ -64,14 +64,26 @@ def _run(
 ) -> torch.Tensor:
     """The compiled kernel on checked arguments, q of ``shape`` [B, H, Lq, D]."""
     batch, heads, queries, dims = shape
-    (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
+    # Unpacked here: starred arguments would cost the call as much again.
+    q, (q_at, q_batch, q_head, q_row) = row_view(q)
+    k, (k_at, k_batch, k_head, k_row) = row_view(k)
+    v, (v_at, v_batch, v_head, v_row) = row_view(v)
     if lengths is not None:
         lengths = lengths.contiguous()
     out = torch.empty((batch, queries, heads, dims))
     bad = _compiled.native().padded_attention.run(
-        *q_rows,
-        *k_rows,
-        *v_rows,
+        q_at,
+        q_batch,
+        q_head,
+        q_row,
+        k_at,
+        k_batch,
+        k_head,
+        k_row,
+        v_at,
+        v_batch,
+        v_head,
+        v_row,
         out.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
         batch,

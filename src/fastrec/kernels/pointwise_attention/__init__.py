@@ -9,6 +9,7 @@ Source: Zhai et al. 2024, "Actions Speak Louder than Words".
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -80,6 +81,66 @@ def _table(name: str, x: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor |
     return x.to(torch.float64 if q.dtype is torch.float64 else torch.float32).contiguous()
 
 
+def checked_options(
+    q: torch.Tensor,
+    tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    times: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    sequences: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | int | None],
+    scale: float | None,
+    norm_length: float | None,
+    causal: bool,
+) -> tuple[Any, ...]:
+    """What is no q, k or v, in the order of the torch op, or an error."""
+    position_bias, time_bias = tables
+    time_edges, timestamps, query_timestamps = times
+    lengths, cu_seqlens, targets = sequences
+    jagged = cu_seqlens is not None
+    if lengths is not None and jagged:
+        raise ArgumentError("lengths", "None where cu_seqlens is given", "both")
+    cu_seqlens = _integers("cu_seqlens", cu_seqlens, q, None)
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
+        raise ShapeError("cu_seqlens", "shape [B + 1]", [0])
+    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    lengths = _integers("lengths", lengths, q, (batch,))
+    if isinstance(targets, int):
+        if targets < 0:
+            raise ArgumentError("targets", "a number >= 0", targets)
+        targets = torch.full((batch,), targets, device=q.device) if targets else None
+    targets = _integers("targets", targets, q, (batch,))
+    position_bias = _table("position_bias", position_bias, q)
+    time_bias = _table("time_bias", time_bias, q)
+    rows = q.shape[:1] if jagged else (batch, q.shape[2])
+    if time_bias is None:
+        given = {
+            "time_edges": time_edges,
+            "timestamps": timestamps,
+            "query_timestamps": query_timestamps,
+        }
+        for name, x in given.items():
+            if x is not None:
+                raise ArgumentError(name, "None without time_bias", "a tensor")
+    else:
+        for name, x in (("time_edges", time_edges), ("timestamps", timestamps)):
+            if x is None:
+                raise ArgumentError(name, "a tensor with time_bias", None)
+        time_edges = _integers("time_edges", time_edges, q, (time_bias.shape[-1] - 1,))
+        timestamps = _integers("timestamps", timestamps, q, rows)
+        query_timestamps = _integers("query_timestamps", query_timestamps, q, rows)
+        query_timestamps = timestamps if query_timestamps is None else query_timestamps
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not math.isfinite(scale):
+        raise ArgumentError("scale", "a finite number", scale)
+    if norm_length is None:
+        if jagged:
+            raise ArgumentError("norm_length", "a number with cu_seqlens", None)
+    elif not (math.isfinite(norm_length) and norm_length > 0):
+        raise ArgumentError("norm_length", "a finite number > 0", norm_length)
+    tables = (position_bias, time_bias)
+    times = (time_edges, timestamps, query_timestamps)
+    return *tables, *times, lengths, cu_seqlens, targets, float(scale), norm_length, causal
+
+
 def pointwise_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -139,59 +200,22 @@ def pointwise_attention(
         ShapeError, DtypeError, DeviceError, ArgumentError: a bad argument.
         BackendError: the backend asked for can't run.
     """
-    jagged = cu_seqlens is not None
-    _check_rows(q, k, v, jagged)
-    if lengths is not None and jagged:
-        raise ArgumentError("lengths", "None where cu_seqlens is given", "both")
-    cu_seqlens = _integers("cu_seqlens", cu_seqlens, q, None)
-    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
-        raise ShapeError("cu_seqlens", "shape [B + 1]", [0])
-    batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    lengths = _integers("lengths", lengths, q, (batch,))
-    if isinstance(targets, int):
-        if targets < 0:
-            raise ArgumentError("targets", "a number >= 0", targets)
-        targets = torch.full((batch,), targets, device=q.device) if targets else None
-    targets = _integers("targets", targets, q, (batch,))
-    position_bias = _table("position_bias", position_bias, q)
-    time_bias = _table("time_bias", time_bias, q)
-    rows = q.shape[:1] if jagged else (batch, q.shape[2])
-    if time_bias is None:
-        given = {
-            "time_edges": time_edges,
-            "timestamps": timestamps,
-            "query_timestamps": query_timestamps,
-        }
-        for name, x in given.items():
-            if x is not None:
-                raise ArgumentError(name, "None without time_bias", "a tensor")
-    else:
-        for name, x in (("time_edges", time_edges), ("timestamps", timestamps)):
-            if x is None:
-                raise ArgumentError(name, "a tensor with time_bias", None)
-        time_edges = _integers("time_edges", time_edges, q, (time_bias.shape[-1] - 1,))
-        timestamps = _integers("timestamps", timestamps, q, rows)
-        query_timestamps = _integers("query_timestamps", query_timestamps, q, rows)
-        query_timestamps = timestamps if query_timestamps is None else query_timestamps
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise ArgumentError("scale", "a finite number", scale)
-    if norm_length is None:
-        if jagged:
-            raise ArgumentError("norm_length", "a number with cu_seqlens", None)
-    elif not (math.isfinite(norm_length) and norm_length > 0):
-        raise ArgumentError("norm_length", "a finite number > 0", norm_length)
-    tables = (position_bias, time_bias)
-    args = (
-        *(q, k, v, *tables, time_edges, timestamps, query_timestamps),
-        *(lengths, cu_seqlens, targets, float(scale), norm_length, causal, backend),
+    _check_rows(q, k, v, cu_seqlens is not None)
+    options = checked_options(
+        q,
+        (position_bias, time_bias),
+        (time_edges, timestamps, query_timestamps),
+        (lengths, cu_seqlens, targets),
+        scale,
+        norm_length,
+        causal,
     )
+    args = (q, k, v, *options, backend)
     # Subclasses and functorch's wrappers have no address to hand out.
     plain = type(q) in _PLAIN and not torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling() or not plain:
         return torch.ops.fastrec.pointwise_attention(*args)
-    learns = any(x is not None and x.requires_grad for x in (q, k, v, *tables))
+    learns = any(x is not None and x.requires_grad for x in args[:5])
     if torch.is_grad_enabled() and learns:
         return _torch_op.Eager.apply(*args)
     return _torch_op.forward(*args)

@@ -41,9 +41,9 @@ class Options:
     norm_length: float | None
     causal: bool
 
-    def inverse_norm(self, q: torch.Tensor) -> float:
-        """1 / N."""
-        return 1.0 / (max(q.shape[-2], 1) if self.norm_length is None else self.norm_length)
+    def norm(self, q: torch.Tensor) -> float:
+        """N."""
+        return max(q.shape[-2], 1) if self.norm_length is None else self.norm_length
 
 
 def empty_rows(q: torch.Tensor, dims: int) -> torch.Tensor:
@@ -58,16 +58,18 @@ def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _shape(q: torch.Tensor, v: torch.Tensor, o: Options) -> tuple[int, ...]:
+def shape_numbers(q: torch.Tensor, v: torch.Tensor, o: Options) -> tuple[int, ...]:
+    """The sizes as the compiled part takes them; the dtype of int8 numbers is not looked at."""
     if o.cu_seqlens is not None:
         (rows, heads, dims), batch = q.shape, len(o.cu_seqlens) - 1
     else:
         batch, heads, rows, dims = q.shape
-    numbers = (DTYPES[q.dtype], batch, heads, rows, dims, v.shape[-1])
+    numbers = (DTYPES.get(q.dtype, 0), batch, heads, rows, dims, v.shape[-1])
     return (*numbers, _address(o.lengths), _address(o.cu_seqlens), _address(o.targets))
 
 
-def _bias(o: Options) -> tuple[int, ...]:
+def bias_numbers(o: Options) -> tuple[int, ...]:
+    """The tables and times as the compiled part takes them."""
     position, time = o.position_bias, o.time_bias
     sizes = [0 if x is None else x.shape[-1] for x in (position, time)]
     strides = [size if x is not None and x.dim() == 2 else 0
@@ -97,10 +99,10 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: Options) -> to
     (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
     out = empty_rows(q, v.shape[-1])
     bad, entry = _compiled.native().pointwise_attention.forward(
-        _shape(q, v, o),
-        _bias(o),
+        shape_numbers(q, v, o),
+        bias_numbers(o),
         o.scale,
-        o.inverse_norm(q),
+        1.0 / o.norm(q),
         o.causal,
         q_rows,
         k_rows,
@@ -130,10 +132,10 @@ def backward(
     dq, dk, dv = (empty_rows(q, x.shape[-1]) for x in (q, k, v))
     d_position, d_time = table_gradients(q, o)
     bad, entry = _compiled.native().pointwise_attention.backward(
-        _shape(q, v, o),
-        _bias(o),
+        shape_numbers(q, v, o),
+        bias_numbers(o),
         o.scale,
-        o.inverse_norm(q),
+        1.0 / o.norm(q),
         o.causal,
         *inputs,
         *(row_view(x)[1] for x in (dq, dk, dv)),

@@ -11,7 +11,7 @@ from fastrec.errors import ArgumentError
 from fastrec.kernels import _compiled
 from fastrec.kernels._checks import length_error, start_error
 from fastrec.kernels._views import row_view
-from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention._spec import Call, Rows, decode
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = (0, 0, 0, 0)
@@ -65,18 +65,18 @@ def _entry_error(
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int,
-    offsets: str,
-    causal: bool,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    with_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Checked arguments; ``lengths`` and ``cu_seqlens`` are contiguous int64."""
+    """The result and, where it is wanted, the log-sum-exp of each row.
+
+    Args:
+        q, k, v, with_lse: as in the op.
+        call: checked.
+
+    Raises:
+        ArgumentError: an entry of lengths or cu_seqlens is out of order.
+    """
+    window, offsets, causal, lengths, cu_seqlens, scale = call
     shape = _shape(q, lengths, cu_seqlens)
     (q, q_rows), (k, k_rows), (v, v_rows) = row_view(q), row_view(k), row_view(v)
     out = empty_like_rows(q)
@@ -95,22 +95,14 @@ def forward(
     return out, lse
 
 
-def backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    window: int,
-    offsets: str,
-    causal: bool,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv; recomputes the weights from lse."""
+def backward(rows: Rows, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv; recomputes the weights from lse.
+
+    Raises:
+        ArgumentError: an entry of lengths or cu_seqlens is out of order.
+    """
+    d_out, d_lse, q, k, v, out, lse = rows
+    window, offsets, causal, lengths, cu_seqlens, scale = call
     shape = _shape(q, lengths, cu_seqlens)
     # The tensors are held until the kernel is done with their addresses.
     tensors, inputs = zip(*(row_view(x) for x in (q, k, v, out, d_out)), strict=True)

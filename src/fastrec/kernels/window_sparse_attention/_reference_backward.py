@@ -10,6 +10,7 @@ import itertools
 
 import torch
 
+from fastrec.kernels.window_sparse_attention._spec import Call, Rows, decode
 from fastrec.kernels.window_sparse_attention.keys import blocks
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 
@@ -47,20 +48,11 @@ def one_sequence(
         grads[2][h].index_add_(0, flat, d_values.reshape(-1, dims))
 
 
-def backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pattern: AttentionPattern,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-) -> Gradients:
+def backward(rows: Rows, call: Call) -> Gradients:
     """dq, dk and dv, zero where a key is not valid."""
+    d_out, d_lse, q, k, v, out, lse = rows
+    window, offsets, causal, lengths, cu_seqlens, scale = call
+    pattern = decode(window, offsets, causal)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     delta = (d_out.to(dtype) * out.to(dtype)).sum(-1)
     if d_lse is not None:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import functools
 
+import torch
+
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
+
+# Window, offsets, causal, lengths, cu_seqlens and scale of a call: checked, lengths and cu_seqlens
+# contiguous int64.
+Call = tuple[int, str, bool, torch.Tensor | None, torch.Tensor | None, float]
+# d_out, d_lse, q, k, v, out and lse.
+Rows = tuple[
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]
 
 
 def encode(pattern: AttentionPattern) -> str:

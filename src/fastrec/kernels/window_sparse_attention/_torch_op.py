@@ -57,17 +57,15 @@ def forward(
     with_lse: bool = True,
 ) -> tuple[torch.Tensor, Any]:
     """Out and lse (None where it is not wanted), outside autograd."""
-    kind = choose(q, backend)
+    kind, call = choose(q, backend), (window, offsets, causal, lengths, cu_seqlens, scale)
     if kind == "cpu":
-        return _cpu.forward(q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, with_lse)
+        return _cpu.forward(q, k, v, call, with_lse)
     if kind == "triton":
         from fastrec.kernels.window_sparse_attention import _triton
 
         if q.is_cpu:
             _check_values(q, lengths, cu_seqlens)
-        return _triton.forward(
-            q, k, v, window, offsets, causal, lengths, cu_seqlens, scale, with_lse
-        )
+        return _triton.forward(q, k, v, call, with_lse)
     _check_values(q, lengths, cu_seqlens)
     result, lse = window_sparse_attention_reference(
         q,
@@ -103,18 +101,15 @@ def _backward(
     scale: float,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kind = choose(q, backend)
-    args = (d_out, d_lse, q, k, v, out, lse)
+    rows = (d_out, d_lse, q, k, v, out, lse)
+    kind, call = choose(q, backend), (window, offsets, causal, lengths, cu_seqlens, scale)
     if kind == "cpu":
-        return _cpu.backward(*args, window, offsets, causal, lengths, cu_seqlens, scale)
+        return _cpu.backward(rows, call)
     if kind == "triton":
         from fastrec.kernels.window_sparse_attention import _triton
 
-        return _triton.backward(*args, window, offsets, causal, lengths, cu_seqlens, scale)
-    pattern = decode(window, offsets, causal)
-    grads = _reference_backward.backward(
-        d_out, d_lse, q, k, v, out, lse, pattern, lengths, cu_seqlens, scale
-    )
+        return _triton.backward(rows, call)
+    grads = _reference_backward.backward(rows, call)
     dq, dk, dv = (_cpu.empty_like_rows(x).copy_(x) for x in grads)
     return dq, dk, dv
 

@@ -1,7 +1,8 @@
-"""The keys that each row of a sequence sees, as lists of positions, for references."""
+"""A batch as its sequences, and the keys that each row sees as positions, for references."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -44,3 +45,15 @@ def blocks(
             span = slice(first, min(first + ROWS, rows))
             numbers = torch.arange(span.start, span.stop, device=device)
             yield head, span, *keys_of_rows(pattern, head, numbers, max(rows, keys), keys)
+
+
+def sequences(
+    tensors: list[torch.Tensor], lengths: torch.Tensor | None, starts: torch.Tensor | None
+) -> list[tuple[list[torch.Tensor], int]]:
+    """[H, L, D] of each sequence, q and k first, and how many of its keys are valid."""
+    if starts is not None:
+        spans = itertools.pairwise(starts.tolist())
+        return [([x[i:j].transpose(0, 1) for x in tensors], j - i) for i, j in spans]
+    q, k, *_ = tensors
+    keys = [k.shape[2]] * len(q) if lengths is None else lengths.tolist()
+    return [([x[b] for x in tensors], valid) for b, valid in enumerate(keys)]

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from fastrec.kernels._sequences import sequences
-from fastrec.kernels.window_sparse_attention.keys import blocks
+from fastrec.kernels.window_sparse_attention.keys import blocks, sequences
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
 
 # 255 * 2^f = 255 + f * (C1 + f * (C2 + f * C3)) within 1.02e-4 of itself on |f| <= 1/2: a minimax

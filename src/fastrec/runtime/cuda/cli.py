@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastrec.terminal import JsonOption, stderr, write_json
+from fastrec.terminal import JsonOption, progress, stderr, write_json
 
 if TYPE_CHECKING:
     from fastrec.runtime.cuda.executor import Executor
@@ -45,10 +45,10 @@ def tune(
         raise ArgumentError("batches", "numbers of 1 or more, with commas", batches)
     console = stderr()
     shapes = _tune.shapes()
-    for number, shape in enumerate(shapes, 1):
-        with console.status(f"{number} of {len(shapes)}: sparse_int8_linear, {shape}"):
-            line = _tune.tune(shape)
-        console.print(line)
+    with progress() as tell:
+        for number, shape in enumerate(shapes):
+            tell(f"sparse_int8_linear, {shape}", number, len(shapes))
+            tell.console.print(_tune.tune(shape))
     tables = [_tune.table()]
     if model is not None:
         import fastrec
@@ -60,10 +60,10 @@ def tune(
         examples = spec_of(loaded, ()).sample({"B": users[0], "m": candidates})
         engine = fastrec.compile(loaded, examples, "cuda", precision=precision)
         executor: Executor = engine._executor  # type: ignore[attr-defined]
-        for count in users:
-            with console.status(f"the tower, {count} users"):
-                line = tuning.tune_tower(executor, count, candidates)
-            console.print(line)
+        with progress() as tell:
+            for number, count in enumerate(users):
+                tell(f"the tower, {count} users", number, len(users))
+                tell.console.print(tuning.tune_tower(executor, count, candidates))
         if (tower := tuning.table(executor.device)) is not None:
             tables.append(tower)
     for table in tables:

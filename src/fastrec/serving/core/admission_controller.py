@@ -101,11 +101,11 @@ class AdmissionController:
         slack = max(self.slack[pending.tier].value, 0.0)
         late = pending.expected + admission.margin * slack
         waiting = self.queues.count > 0
-        if late <= pending.deadline or not (waiting or pending.expected > pending.deadline):
-            return
         if not waiting and self.router.idle() and not pending.own_deadline:
-            # It can start at once, and only the server's own goal says that it takes too long.
+            # It can start at once, and only the server's own goal could say that it takes too long.
             pending.guaranteed = True
+            return
+        if late <= pending.deadline or not (waiting or pending.expected > pending.deadline):
             return
         raise Rejected(
             Kind.DEADLINE_INFEASIBLE,

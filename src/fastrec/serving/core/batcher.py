@@ -117,7 +117,8 @@ class Batcher:
         for limit_s in (self.batch_s, alone_s / engines + model.beta + model.gamma * users):
             shape = self._within(users, candidates, model, limit_s)
             work_s, finish_s = self._times(pending, shape, model, engines)
-            if finish_s < alone_s or work_s <= _CHEAP * usual_s:
+            in_time = pending.guaranteed or finish_s <= pending.deadline - pending.arrival
+            if finish_s < alone_s or (in_time and work_s <= _CHEAP * usual_s):
                 return shape
         return uncut
 

@@ -74,18 +74,31 @@ def _exactly(peer: socket.socket, count: int) -> bytearray:
     return data
 
 
+def start_worker(module: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process ``python -m module FD``, and our end of its socket."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", module, str(theirs.fileno())]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    theirs.close()
+    return process, ours
+
+
+def worker_socket(argv: Sequence[str]) -> socket.socket:
+    """In such a process: its end of the socket.
+
+    Ctrl-C in a terminal goes to the whole group; the server decides when its workers end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return socket.socket(fileno=int(argv[0]))
+
+
 class _Remote:
     """The worker as something to call; lives in the handle's thread."""
 
     def __init__(self, source: str | Path | EntryPoint, threads: int | None, name: str) -> None:
-        ours, theirs = socket.socketpair()
-        self._peer, self.name = ours, name
+        self.process, self._peer = start_worker("fastrec.serving.core.worker")
+        self.name = name
         self.recall: float | None = None
-        command = [sys.executable, "-m", "fastrec.serving.core.worker", str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-        )
-        theirs.close()
         order: dict[str, Any] = {"threads": threads}
         if isinstance(source, EntryPoint):
             order |= {"entry": source.name, "options": dict(source.options)}

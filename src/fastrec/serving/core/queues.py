@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,78 +23,54 @@ QUEUED, RUNNING, DONE = 0, 1, 2
 EXPRESS, STANDARD = "express", "standard"
 
 
+@dataclass(slots=True, eq=False)
 class PendingRequest:
-    """An admitted request until it is answered."""
+    """An admitted request until it is answered. Times are seconds on the scheduler's clock.
 
-    __slots__ = (
-        "arrival",
-        "batch_rows",
-        "bytes",
-        "candidates",
-        "compute_s",
-        "cost_s",
-        "deadline",
-        "delayed",
-        "done",
-        "engine",
-        "error",
-        "expected",
-        "guaranteed",
-        "open_subs",
-        "order",
-        "outputs",
-        "own_deadline",
-        "policy",
-        "priority",
-        "queue",
-        "request",
-        "rows",
-        "started",
-        "state",
-        "sub_count",
-        "subs",
-        "tier",
-        "tries",
-        "users",
-    )
+    Args:
+        request: what the caller asked.
+        arrays: its inputs, in the model's order.
+        done: called when it is answered or refused.
+    """
 
-    policy: RequestPolicy
-    tier: str
-    priority: int
-    users: int
-    candidates: int
-    rows: int
-    arrival: float
-    deadline: float
-    own_deadline: bool
-    order: float
-    cost_s: float
+    request: Request
+    arrays: InitVar[tuple[np.ndarray, ...]]
+    done: Callable[[PendingRequest], None]
+    bytes: int = field(init=False)
+    policy: RequestPolicy = field(init=False)
+    tier: str = field(init=False)
+    priority: int = field(init=False)
+    users: int = field(init=False)
+    candidates: int = field(init=False)
+    rows: int = field(init=False)
+    arrival: float = field(init=False)
+    deadline: float = field(init=False)
+    own_deadline: bool = field(init=False)
+    order: float = field(init=False)
+    cost_s: float = field(init=False)
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    error: Rejected | None = None
+    state: int = QUEUED
+    queue: str = STANDARD
+    tries: int = 1
+    delayed: bool = False  # timed out under the DELAY policy
+    # Admitted on an idle server: runs, even if the server's own goal passes meanwhile.
+    guaranteed: bool = False
+    started: float = 0.0
+    compute_s: float = 0.0
+    expected: float = 0.0
+    batch_rows: int = 0
+    engine: str = ""
+    # Chunks of users, each of chunks of candidates.
+    subs: list[list[SubRequest]] = field(default_factory=list)
+    open_subs: int = 0
+    sub_count: int = 0
 
-    def __init__(
-        self,
-        request: Request,
-        arrays: tuple[np.ndarray, ...],
-        done: Callable[[PendingRequest], None],
-    ) -> None:
-        self.request = request
-        self.done = done
-        self.outputs: dict[str, np.ndarray] = {}
-        self.error: Rejected | None = None
-        self.state = QUEUED
-        self.queue = STANDARD
-        self.tries = 1
-        self.delayed = False  # timed out under the DELAY policy
-        # Admitted on an idle server: runs, even if the server's own goal passes meanwhile.
-        self.guaranteed = False
-        self.started = self.compute_s = self.expected = 0.0
-        self.batch_rows = 0
-        self.engine = ""
+    def __post_init__(self, arrays: tuple[np.ndarray, ...]) -> None:
         self.bytes = sum([a.nbytes for a in arrays])
-        # Chunks of users, each of chunks of candidates.
-        self.subs: list[list[SubRequest]] = []
-        self.open_subs = self.sub_count = 0
 
 
+@dataclass(slots=True, eq=False)
 class SubRequest:
     """The unit of batching: a request, or a piece of a large one.
 
@@ -105,35 +82,16 @@ class SubRequest:
         cost_s: predicted engine seconds.
     """
 
-    __slots__ = (
-        "arrays",
-        "avoid",
-        "candidates",
-        "cost_s",
-        "key",
-        "outputs",
-        "pending",
-        "rows",
-        "solo",
-        "state",
-        "users",
-    )
-
-    def __init__(
-        self,
-        pending: PendingRequest,
-        arrays: tuple[np.ndarray, ...],
-        users: int,
-        candidates: int,
-        key: Any,
-        cost_s: float,
-    ) -> None:
-        self.pending, self.arrays, self.key, self.cost_s = pending, arrays, key, cost_s
-        self.users, self.candidates, self.rows = users, candidates, users * candidates
-        self.state = QUEUED
-        self.solo = False
-        self.avoid: Any = None
-        self.outputs: dict[str, np.ndarray] = {}
+    pending: PendingRequest
+    arrays: tuple[np.ndarray, ...]
+    users: int
+    candidates: int
+    key: Any
+    cost_s: float
+    state: int = QUEUED
+    solo: bool = False
+    avoid: Any = None
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 _Heap = list[tuple[float, int, SubRequest]]

@@ -5,19 +5,15 @@ Ends when the socket closes. No torch is imported unless the engine's own factor
 
 from __future__ import annotations
 
-import signal
-import socket
 import sys
 
 from fastrec.serving.core.engines import EntryPoint, Source, call, open_source
-from fastrec.serving.core.process import receive, send
+from fastrec.serving.core.process import receive, send, worker_socket
 
 
 def main(argv: list[str]) -> int:
     """Entry point."""
-    # Ctrl-C in a terminal goes to the whole group: the server decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    peer = socket.socket(fileno=int(argv[0]))
+    peer = worker_socket(argv)
     try:
         order, _ = receive(peer)
         source: Source = (

@@ -13,7 +13,7 @@ import typer
 
 from fastrec.errors import ArgumentError
 from fastrec.model_source import ENGINE, find_model
-from fastrec.terminal import JsonOption, stderr, stdout, write_json
+from fastrec.terminal import JsonOption, Tell, progress, stdout, write_json
 
 
 def simulate(
@@ -62,8 +62,6 @@ def simulate(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Plot, PNG.")] = None,
 ) -> None:
     """Simulate a fleet with the real scheduler, in virtual time, with a measured engine."""
-    from rich.progress import Progress
-
     from fastrec.measure.machine import machine_card
     from fastrec.serving.core.config import ServingConfig
     from fastrec.serving.simulate import report
@@ -75,7 +73,6 @@ def simulate(
         raise ArgumentError("engine", "an engine's file, or --profile", "both or neither")
     if rate and load:
         raise ArgumentError("rate", "--rate or --load", "both")
-    console = stderr()
     measured = _profile(engine, profile, candidates)
     if save_profile is not None:
         measured.save(save_profile)
@@ -96,11 +93,10 @@ def simulate(
         for rule in policy or ["probes"]
     ]  # fmt: skip
     rows = []
-    with Progress(console=console) as progress:
+    with progress() as tell:
         for fleet in fleets:
-            task = progress.add_task(f"{fleet.policy}, {fleet.rate:,.0f}/s", total=1.0)
             start = time.perf_counter()
-            told = partial(_tell, progress, task)
+            told = partial(_tell, tell, f"{fleet.policy}, {fleet.rate:,.0f}/s")
             outcomes = run(fleet, measured, servers, progress=told)
             rows.append(report.row(fleet, outcomes, time.perf_counter() - start))
     whole: dict[str, Any] = {
@@ -122,8 +118,8 @@ def simulate(
         report.plot(rows, servers.slo.latency_ms, plot_file)
 
 
-def _tell(progress: Any, task: Any, share: float) -> None:
-    progress.update(task, completed=share)
+def _tell(tell: Tell, stage: str, share: float) -> None:
+    tell(stage, round(1000 * share), 1000)
 
 
 def _profile(engine: str | None, profile: Path | None, candidates: int) -> Any:

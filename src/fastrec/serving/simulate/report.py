@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.errors import MissingDependencyError
+from fastrec.plotting import figure, png
 from fastrec.serving.simulate.fleet import Fleet, Outcome
 
 # Okabe-Ito: told apart by readers with any colour vision, and in print.
@@ -56,14 +56,7 @@ def plot(rows: Sequence[Mapping[str, Any]], goal_ms: float, path: str | Path) ->
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("matplotlib", "report", "plot") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    made, (left, right) = figure(10, 4, 2)
     policies = list(dict.fromkeys(r["policy"] for r in rows))
     for policy in policies:
         mine = sorted((r for r in rows if r["policy"] == policy), key=lambda r: r["rate"])
@@ -82,4 +75,4 @@ def plot(rows: Sequence[Mapping[str, Any]], goal_ms: float, path: str | Path) ->
         axes.set_xlabel("requests a second")
         axes.set_ylim(bottom=0)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    png(made, path)

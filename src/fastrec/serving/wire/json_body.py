@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastrec.errors import ArgumentError, FastrecError
-from fastrec.serving.core.process import receive, send
+from fastrec.serving.core.process import receive, send, start_worker, worker_socket
 from fastrec.serving.core.request import Kind, Rejected
 from fastrec.serving.wire.tensors import from_raw
 from fastrec.serving.wire.tensors import from_values as tensor_of
@@ -108,12 +107,7 @@ class BodyDecoder:
 
     def _ask(self, head: bytes, binary: memoryview) -> tuple[dict[str, Any], list[np.ndarray]]:
         if self._peer is None:
-            self._peer, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "fastrec.serving.wire.json_body", str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
-            theirs.close()
+            self._process, self._peer = start_worker("fastrec.serving.wire.json_body")
         send(self._peer, {}, [np.frombuffer(part, np.uint8) for part in (head, binary)])
         return receive(self._peer)
 
@@ -190,8 +184,7 @@ def _outputs(rows: Any, binary: bool) -> dict[str, bool]:
 
 def main(argv: list[str]) -> int:
     """Entry point of the process; ends when the socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    peer = socket.socket(fileno=int(argv[0]))
+    peer = worker_socket(argv)
     with contextlib.suppress(EOFError, OSError):
         while True:
             _, (head, binary) = receive(peer)

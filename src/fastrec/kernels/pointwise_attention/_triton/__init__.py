@@ -52,7 +52,7 @@ class _Call:
         sizes = [1 if x is None else x.shape[-1] for x in (position, time)]
         table_strides = [0 if x is None or x.dim() == 1 else x.shape[-1] for x in (position, time)]
         self.numbers = (
-            *(o.scale, o.inverse_norm(q), self.batch, self.heads, self.length, self.tiles),
+            *(o.scale, 1.0 / o.norm(q), self.batch, self.heads, self.length, self.tiles),
             *((sizes[0] + 1) // 2, sizes[1], *table_strides),
         )
         self.constants: dict[str, Any] = {

@@ -18,7 +18,7 @@ from fastrec.kernels.window_sparse_attention._config import (
     short,
 )
 from fastrec.kernels.window_sparse_attention._cpu import empty_like_rows
-from fastrec.kernels.window_sparse_attention._spec import decode
+from fastrec.kernels.window_sparse_attention._spec import Call, Rows, decode
 from fastrec.kernels.window_sparse_attention._triton.backward_kernels import (
     attention_backward_keys,
     attention_backward_queries,
@@ -95,7 +95,7 @@ def alignment(*tensors: torch.Tensor) -> int:
     return wide if aligned else 1
 
 
-class Call:
+class Launch:
     """Sizes, tables and constants that all launches of one call share."""
 
     def __init__(
@@ -155,18 +155,15 @@ class Call:
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int,
-    offsets: str,
-    causal: bool,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    with_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Checked arguments; ``lengths`` and ``cu_seqlens`` are contiguous int64."""
+    """The result and, where it is wanted, the log-sum-exp of each row.
+
+    Args:
+        q, k, v, with_lse: as in the op.
+        call: checked.
+    """
+    window, offsets, causal, lengths, cu_seqlens, scale = call
     q, k, v = readable(q), readable(k), readable(v)
     out = empty_like_rows(q)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if with_lse else None
@@ -178,19 +175,19 @@ def forward(
         seen = seen_table(window, offsets, causal, q.shape[1], q.device)
         _short_forward(tensors, lse, lengths, seen, scale, aligned)
         return out, lse
-    call = Call(q, (window, offsets, causal), lengths, cu_seqlens)
-    config = call.config(aligned)
+    launch = Launch(q, (window, offsets, causal), lengths, cu_seqlens)
+    config = launch.config(aligned)
     with device_of(q):
-        attention_forward[call.programs(config.block_rows)](
+        attention_forward[launch.programs(config.block_rows)](
             q,
             k,
             v,
             out,
             out if lse is None else lse,
-            call.bounds,
-            *call.far,
+            launch.bounds,
+            *launch.far,
             scale * LOG2_E,
-            *call.sizes(config.block_rows),
+            *launch.sizes(config.block_rows),
             *(stride // aligned for x in tensors for stride in strides(x)),
             *((0, 0, 0) if lse is None else row_strides(lse)),
             WITH_LSE=lse is not None,
@@ -198,7 +195,7 @@ def forward(
             BLOCK_M=config.block_rows,
             BLOCK_N=config.block_others,
             FAR_STAGES=config.far_stages,
-            **call.constants,
+            **launch.constants,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -243,22 +240,10 @@ def _short_forward(
         )
 
 
-def backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    window: int,
-    offsets: str,
-    causal: bool,
-    lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(rows: Rows, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv; recomputes the weights from lse."""
+    d_out, d_lse, q, k, v, out, lse = rows
+    window, offsets, causal, lengths, cu_seqlens, scale = call
     q, k, v, out, d_out = (readable(x) for x in (q, k, v, out, d_out))
     dq, dk, dv = empty_like_rows(q), empty_like_rows(k), empty_like_rows(v)
     if not q.numel():
@@ -266,11 +251,11 @@ def backward(
     lse = lse.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     delta = torch.empty_like(lse)
-    call = Call(q, (window, offsets, causal), lengths, cu_seqlens)
+    launch = Launch(q, (window, offsets, causal), lengths, cu_seqlens)
     by_queries, by_keys = (q, k, v, out, d_out, dq), (q, k, v, d_out, dk)
     aligned = alignment(*by_queries, dk)
-    config = call.config(aligned, backward=True)
-    grid = call.programs(config.block_rows)
+    config = launch.config(aligned, backward=True)
+    grid = launch.programs(config.block_rows)
     options: dict[str, Any] = {
         "ALIGNED": aligned,
         "BLOCK_M": config.block_rows,
@@ -278,15 +263,15 @@ def backward(
         "FAR_STAGES": config.far_stages,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **call.constants,
+        **launch.constants,
     }
     with device_of(q):
         attention_backward_queries[grid](
             *(q, k, v, out, d_out, lse, lse if d_lse is None else d_lse, delta, dq),
-            call.bounds,
-            *call.far,
+            launch.bounds,
+            *launch.far,
             scale,
-            *call.sizes(config.block_rows),
+            *launch.sizes(config.block_rows),
             *(stride // aligned for x in by_queries for stride in strides(x)),
             *row_strides(lse),
             HAS_D_LSE=d_lse is not None,
@@ -294,10 +279,10 @@ def backward(
         )
         attention_backward_keys[grid](
             *(q, k, v, d_out, lse, delta, dk, dv),
-            call.bounds,
-            *call.far,
+            launch.bounds,
+            *launch.far,
             scale,
-            *call.sizes(config.block_rows),
+            *launch.sizes(config.block_rows),
             *(stride // aligned for x in by_keys for stride in strides(x)),
             *row_strides(lse),
             **options,
