@@ -53,13 +53,16 @@ class ReadFields {
   }
 
   // Throws where there are fields that were not asked for.
-  void end() const;
+  void end();
+  // The field that was read last.
+  const char* current() const { return current_; }
 
  private:
   const json::Value& of(const char* name);
   size_t choice(const char* name, Names names);
 
   const json::Value& fields_;
+  const char* current_ = "fields";
   size_t read_ = 0;
 };
 
@@ -145,8 +148,12 @@ Kind make_kind() {
   kind.read = [](const json::Value& value) -> std::shared_ptr<const void> {
     auto fields = std::make_shared<Fields>();
     ReadFields visit(value);
-    fields->each(visit);
-    visit.end();
+    try {
+      fields->each(visit);
+      visit.end();
+    } catch (const json::Error& error) {
+      throw json::Error(std::string(T::name) + ": " + visit.current() + ": " + error.what());
+    }
     return fields;
   };
   kind.write = [](const void* fields) {

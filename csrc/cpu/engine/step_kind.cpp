@@ -44,6 +44,7 @@ int64_t bytes_of(Dtype dtype) {
 }
 
 const json::Value& ReadFields::of(const char* name) {
+  current_ = name;
   ++read_;
   return fields_.at(name);
 }
@@ -55,10 +56,11 @@ size_t ReadFields::choice(const char* name, Names names) {
     if (given == names[i]) return i;
     known += std::string(i ? ", " : "") + names[i];
   }
-  throw json::Error(std::string(name) + " is one of " + known + ", not " + given);
+  throw json::Error("expected one of " + known + ", got " + given);
 }
 
-void ReadFields::end() const {
+void ReadFields::end() {
+  current_ = "fields";
   if (fields_.object().size() != read_) throw json::Error("fields that a step does not have");
 }
 

@@ -117,7 +117,7 @@ def _static(
     steps: dict[str, tuple[float, ...]] = {}
     for name, observers in seen.scores.items():
         why = why_not(attention[name], becoming)
-        if any(observer.is_empty for observer in observers):
+        if why is None and any(observer.is_empty for observer in observers):
             why = "q, k and v are projected apart, or it was never called"
         if why is None:
             steps[name] = tuple(_signed(o, config) for o in observers)
