@@ -29,38 +29,49 @@ def vpdpbusd_peak_gops(seconds: float) -> float: ...
 def read_bandwidth_gbs(buffer_bytes: int, seconds: float) -> float: ...
 
 class engine:
-    MAX_SYMBOLS: ClassVar[int]
-    MAX_DIMS: ClassVar[int]
-    MAX_OPERANDS: ClassVar[int]
-    MAX_REGISTERS: ClassVar[int]
-    MAP_OPS: ClassVar[list[str]]
+    MAX_SYMBOLS: int
+    MAX_DIMS: int
+    MAX_OPERANDS: int
+    MAX_REGISTERS: int
+    MAP_OPS: list[str]
+    EVERYTHING: int
+    FILE_VERSION: int
+    KINDS: list[dict[str, object]]
 
-    class Executor:
-        def __init__(
-            self,
-            constants: list[int],
-            slots: list[list[list[int]]],
-            steps: list[tuple[str, list[tuple[object, ...]], list[int], list[float]]],
-            whole: engine.Executor | None = None,
-            origins: list[int] = ...,
-            users: int = -1,
-            rows: list[list[int]] = ...,
-            groups: list[tuple[int, int, int]] = ...,
-        ) -> None: ...
-        def run(
-            self, symbols: list[int], inputs: list[int], outputs: list[int], step_ns: int = 0
-        ) -> tuple[int, int, int]: ...
-
-    class Door:
-        def __init__(
-            self,
-            executor: engine.Executor,
-            constants: object,
-            inputs: list[tuple[int, list[tuple[int, int]], bool, tuple[int, int]]],
-            limits: list[tuple[int, int]],
-            output: list[list[int]],
-        ) -> None: ...
+    class Engine:
+        header: str
+        constants: list[object]
+        @staticmethod
+        def build(header: str, constants: list[object]) -> engine.Engine: ...
+        @staticmethod
+        def open(path: str, copy: bool) -> engine.Engine: ...
         def __call__(self, inputs: tuple[object, ...], threads: int) -> object: ...
+        def plan(self) -> str: ...
+        def profile(
+            self, inputs: tuple[object, ...], calls: int, threads: int
+        ) -> list[dict[str, object]] | None: ...
+        def split(self, candidates: list[int], appendable: bool) -> engine.SplitExecutors: ...
+
+    class SplitExecutors:
+        history: list[int]
+        candidates: list[int]
+        events: list[int]
+        programs: list[str]
+        scores: bool
+        appends: bool
+        def encode(self, history: tuple[object, ...], threads: int) -> engine.UserState | None: ...
+        def append(
+            self, state: engine.UserState, events: tuple[object, ...], threads: int
+        ) -> engine.UserState | None: ...
+        def score(
+            self, state: engine.UserState, candidates: tuple[object, ...], threads: int
+        ) -> object: ...
+        def sizes(self, state: engine.UserState) -> dict[str, int]: ...
+
+    class UserState:
+        values: list[object]
+        lengths: list[int]
+        nbytes: int
 
 class grouped_linear:
     @staticmethod
