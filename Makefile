@@ -119,4 +119,4 @@ gpu-report:
 	fi
 
 clean:
-	rm -rf $(VENV) build demo src/*.egg-info src/fastrec/_native*.so
+	rm -rf $(VENV) build demo src/*.egg-info src/fastrec/_native*.so src/fastrec/lib/*.so src/fastrec/include

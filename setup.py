@@ -1,6 +1,6 @@
-"""Builds the compiled CPU kernels (csrc/cpu) as ``fastrec._native``, some of them as custom ops for
-ONNX Runtime too (csrc/onnxruntime), and, where nvcc is, the CUDA kernels (csrc/cuda) as
-``fastrec._native_cuda``.
+"""Builds the compiled CPU kernels (csrc/cpu) as ``fastrec._native``, the engine with its C
+interface as ``fastrec/lib/libfastrec.so``, some kernels as custom ops for ONNX Runtime
+(csrc/onnxruntime), and, where nvcc is, the CUDA kernels (csrc/cuda) as ``fastrec._native_cuda``.
 
 Needs setuptools, pybind11 and a C++20 compiler; never torch, and nothing is downloaded.
 
@@ -29,6 +29,9 @@ ROOT = Path(__file__).parent
 CUDA = ROOT / "csrc/cuda"
 CPU = ROOT / "csrc/cpu"
 CUSTOM_OPS = ROOT / "csrc/onnxruntime"
+C_INTERFACE = CPU / "engine/c_api.cpp"
+C_HEADER = CPU / "engine/fastrec.h"
+LIBRARY = "fastrec.lib.libfastrec"
 
 
 def tri_state(name: str) -> str:
@@ -44,8 +47,19 @@ def within_root(paths: "list[Path]") -> "list[str]":
 
 def cpu_extension(*, required: bool) -> Pybind11Extension:
     # The C++ tests are programs of their own (make sanitize).
-    sources = [p for p in CPU.rglob("*.cpp") if p.parent.name != "tests"]
+    sources = [p for p in CPU.rglob("*.cpp") if p.parent.name != "tests" and p != C_INTERFACE]
     return extension("fastrec._native", sources, [CPU], required=required)
+
+
+def c_library(*, required: bool) -> Pybind11Extension:
+    """The engine without Python, no module: only the functions of fastrec.h are visible."""
+    binding = ("bind.cpp", "module.cpp")
+    sources = [p for p in CPU.rglob("*.cpp") if p.parent.name != "tests" and p.name not in binding]
+    library = extension(LIBRARY, sources, [CPU], required=required)
+    exports = CPU / "engine/fastrec.map"
+    library.depends += within_root([exports])
+    library.extra_link_args += [f"-Wl,--version-script={exports}", "-Wl,-soname,libfastrec.so"]
+    return library
 
 
 def extension(
@@ -153,7 +167,7 @@ class BuildExt(build_ext):
 
         self.compiler._compile = announced
         every = self.extensions
-        after = [ext for ext in every if ext.name == "fastrec._onnxruntime_ops"]
+        after = [ext for ext in every if ext.name in ("fastrec._onnxruntime_ops", LIBRARY)]
         self.extensions = [ext for ext in every if ext not in after]
         super().build_extensions()  # several at once, where asked to
         self.extensions = after
@@ -169,7 +183,23 @@ class BuildExt(build_ext):
                 ext.sources.remove(source)
                 ext.extra_objects.append(compiled)
 
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        if any(ext.name == LIBRARY for ext in self.extensions):
+            self.copy_header(ROOT / "src")
+
+    def copy_header(self, base: Path) -> None:
+        self.mkpath(str(base / "fastrec/include"))
+        self.copy_file(str(C_HEADER), str(base / "fastrec/include"))
+
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == LIBRARY:
+            self.copy_header(Path(self.build_lib))
         if isinstance(ext, CudaExtension):
             target = Path(self.get_ext_fullpath(ext.name)).absolute()
             ext.build(target, Path(self.build_temp).absolute() / "cuda")
@@ -195,6 +225,7 @@ ext_modules: "list[Extension]" = []
 if build_cpu != "0":
     ext_modules.append(cpu_extension(required=build_cpu == "1"))
     if sys.platform == "linux":
+        ext_modules.append(c_library(required=build_cpu == "1"))
         ext_modules.append(custom_ops_extension(required=build_cpu == "1"))
 if build_cuda == "1" or (build_cuda == "" and nvcc()):
     ext_modules.append(CudaExtension(nvcc(), required=build_cuda == "1"))

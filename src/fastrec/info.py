@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,8 +74,33 @@ def _ops() -> dict[str, Any]:
     return ops
 
 
-def info(json_out: JsonOption = None) -> None:
+def c_flags() -> str:
+    """Flags that compile and link a C or C++ program with the engine.
+
+    Raises:
+        BackendError: ``libfastrec.so`` is missing.
+    """
+    package = Path(fastrec.__file__).parent
+    library = package / "lib"
+    if not (library / "libfastrec.so").is_file():
+        raise BackendError(f"no libfastrec.so in {library}: {reason_missing() or 'Linux has one'}")
+    flags = (f"-I{package / 'include'}", f"-L{library}", f"-Wl,-rpath,{library}", "-lfastrec")
+    return shlex.join(flags)
+
+
+def info(
+    flags: Annotated[
+        bool,
+        typer.Option(
+            "--c-flags", help="Print only what a C or C++ compiler needs to embed engines."
+        ),
+    ] = False,
+    json_out: JsonOption = None,
+) -> None:
     """Show which kernels are active here and why the others are not."""
+    if flags:
+        typer.echo(c_flags())
+        return
     found = collect()
     console = stdout()
     console.print(f"fastrec {found['fastrec']}, Python {found['python']}")

@@ -33,10 +33,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason := reason_missing():
         pytest.skip(f"the compiled part is missing: {reason}")
     base = tmp_path_factory.mktemp("build")
-    (base / "lib/fastrec").mkdir(parents=True)
-    parts = ("_native.*.so", "_onnxruntime_ops.*.so")
-    for part in [path for name in parts for path in (ROOT / "src/fastrec").glob(name)]:
-        shutil.copy2(part, base / "lib/fastrec")
+    (base / "lib/fastrec/lib").mkdir(parents=True)
+    package = ROOT / "src/fastrec"
+    parts = ("_native.*.so", "_onnxruntime_ops.*.so", "lib/libfastrec.so")
+    for part in [path for name in parts for path in package.glob(name)]:
+        shutil.copy2(part, base / "lib/fastrec" / part.relative_to(package))
     build = ["build", f"--build-base={base}", f"--build-platlib={base / 'lib'}"]
     subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={base}", *build,
@@ -54,6 +55,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {top for top in tops if not top.startswith("fastrec_kernels-")} == {"fastrec"}
     for part in ("_native", "_onnxruntime_ops"):
         assert any(name.startswith(f"fastrec/{part}.") and name.endswith(".so") for name in names)
+    embedded = ("include/fastrec.h", "lib/libfastrec.so", "lib/cmake/fastrec/fastrec-config.cmake")
+    assert not {f"fastrec/{name}" for name in embedded} - set(names)
     (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
     lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
     base = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
@@ -71,10 +74,11 @@ def test_the_source_archive_holds_all_that_a_build_needs(tmp_path: Path) -> None
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    suffixes = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi", ".binpb", ".proto", ".html", ".typed"}
+    suffixes = {".cpp", ".cu", ".cuh", ".h", ".map", ".cmake", ".py", ".pyi", ".binpb", ".proto",
+                ".html", ".typed"}  # fmt: skip
     for folder in ("csrc", "src/fastrec"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in suffixes:
+            if path.suffix in suffixes and path.parent.name != "include":  # a build's copy
                 assert path.relative_to(ROOT).as_posix() in names, path
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
 
