@@ -170,14 +170,15 @@ class BuildExt(build_ext):
         after = [ext for ext in every if ext.name in ("fastrec._onnxruntime_ops", LIBRARY)]
         self.extensions = [ext for ext in every if ext not in after]
         super().build_extensions()  # several at once, where asked to
+        shared = {source for ext in self.extensions for source in ext.sources}
         self.extensions = after
         for ext in after:
-            self.reuse_objects(ext)
+            self.reuse_objects(ext, shared)
         super().build_extensions()
         self.extensions = every
 
-    def reuse_objects(self, ext: Extension) -> None:
-        for source in [s for s in ext.sources if s.startswith("csrc/cpu/")]:
+    def reuse_objects(self, ext: Extension, shared: "set[str]") -> None:
+        for source in [s for s in ext.sources if s in shared]:
             (compiled,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
             if os.path.exists(compiled):
                 ext.sources.remove(source)

@@ -11,12 +11,14 @@
 using namespace fastrec::engine;
 
 struct fastrec_engine {
-  OpenedFile file;
+  std::string header;
+  std::shared_ptr<Engine> engine;
   int threads;
   std::vector<int> candidates;  // positions of the inputs with a dimension "m"
 };
 
 struct fastrec_state {
+  std::shared_ptr<Engine> engine;  // which outlives its parts
   std::shared_ptr<SplitExecutors> parts;
   std::shared_ptr<const UserState> state;
 };
@@ -28,6 +30,7 @@ static_assert(FASTREC_INT32 == static_cast<int>(Dtype::i32) &&
               FASTREC_FLOAT32 == static_cast<int>(Dtype::f32));
 constexpr char kCandidates[] = "m";
 constexpr int kMaxThreads = 1024;
+constexpr double kMaxElements = 1e15;
 
 class Argument : public std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -102,8 +105,12 @@ std::vector<Array> admitted(const InputSpec& spec, const fastrec_array* inputs, 
       throw Argument(name + ": expected a dtype, at most 6 dimensions and their sizes");
     const Array array{static_cast<const std::byte*>(given.data), static_cast<Dtype>(given.dtype),
                       given.dims, given.sizes};
-    for (int d = 0; d < given.dims; ++d)
+    double elements = 1;
+    for (int d = 0; d < given.dims; ++d) {
       if (given.sizes[d] < 0) throw WrongShape(name + ": expected sizes of 0 or more");
+      elements *= std::max(static_cast<double>(given.sizes[d]), 1.0);
+    }
+    if (elements > kMaxElements) throw WrongShape(name + ": expected sizes that memory may hold");
     if (array.dtype == spec.fields[i].dtype && !given.data)
       throw Argument(name + ": expected an address, got null");
     arrays.push_back(array);
@@ -141,9 +148,13 @@ void copy_sizes(const std::vector<int64_t>& from, int64_t* sizes, int* dims) {
   *dims = static_cast<int>(from.size());
 }
 
-fastrec_state* owned(std::shared_ptr<SplitExecutors> parts,
+fastrec_state* owned(const fastrec_engine* engine, std::shared_ptr<SplitExecutors> parts,
                      std::shared_ptr<const UserState> state) {
-  return new fastrec_state{std::move(parts), std::move(state)};
+  return new fastrec_state{engine->engine, std::move(parts), std::move(state)};
+}
+
+void require_own(const fastrec_engine* engine, const fastrec_state* state) {
+  expect(state->engine == engine->engine, "state: expected one that this engine encoded");
 }
 
 }  // namespace
@@ -155,9 +166,11 @@ int fastrec_open(const char* path, int flags, fastrec_engine** engine, fastrec_e
     expect(path && engine, "path, engine: expected addresses, got null");
     expect((flags & ~FASTREC_COPY) == 0, "flags: expected 0 or FASTREC_COPY");
     auto made = std::make_unique<fastrec_engine>();
-    made->file = open_file(path, flags & FASTREC_COPY ? Keep::copied : Keep::mapped);
-    made->threads = made->file.engine->threads();
-    const InputSpec& spec = made->file.engine->inputs();
+    OpenedFile file = open_file(path, flags & FASTREC_COPY ? Keep::copied : Keep::mapped);
+    made->header = std::move(file.header);
+    made->engine = std::move(file.engine);
+    made->threads = made->engine->threads();
+    const InputSpec& spec = made->engine->inputs();
     const int symbol = spec.symbol(kCandidates);
     for (size_t i = 0; symbol >= 0 && i < spec.fields.size(); ++i)
       for (const SpecSize& dim : spec.fields[i].dims)
@@ -172,7 +185,7 @@ int fastrec_open(const char* path, int flags, fastrec_engine** engine, fastrec_e
 void fastrec_close(fastrec_engine* engine) { delete engine; }
 
 int fastrec_inputs(const fastrec_engine* engine) {
-  return engine ? static_cast<int>(engine->file.engine->inputs().fields.size()) : 0;
+  return engine ? static_cast<int>(engine->engine->inputs().fields.size()) : 0;
 }
 
 int fastrec_describe(const fastrec_engine* engine, int index, fastrec_input* input,
@@ -180,7 +193,7 @@ int fastrec_describe(const fastrec_engine* engine, int index, fastrec_input* inp
   return guarded(error, [&] {
     expect(engine && input, "engine, input: expected addresses, got null");
     expect(index >= 0 && index < fastrec_inputs(engine), "index: expected one of the inputs");
-    const InputSpec& spec = engine->file.engine->inputs();
+    const InputSpec& spec = engine->engine->inputs();
     const InputField& field = spec.fields[index];
     fastrec_input made{};
     made.name = field.name.c_str();
@@ -204,7 +217,7 @@ int fastrec_describe(const fastrec_engine* engine, int index, fastrec_input* inp
 }
 
 const char* fastrec_header(const fastrec_engine* engine) {
-  return engine ? engine->file.header.c_str() : "";
+  return engine ? engine->header.c_str() : "";
 }
 
 int fastrec_set_threads(fastrec_engine* engine, int threads, fastrec_error* error) {
@@ -220,8 +233,8 @@ int fastrec_output_sizes(const fastrec_engine* engine, const fastrec_array* inpu
   return guarded(error, [&] {
     expect(engine, "engine: expected an address, got null");
     SpecSizes found = unknown_sizes();
-    admitted(engine->file.engine->inputs(), inputs, count, found);
-    copy_sizes(engine->file.engine->output_sizes(found), sizes, dims);
+    admitted(engine->engine->inputs(), inputs, count, found);
+    copy_sizes(engine->engine->output_sizes(found), sizes, dims);
   });
 }
 
@@ -229,7 +242,7 @@ int fastrec_run(fastrec_engine* engine, const fastrec_array* inputs, int count, 
                 size_t room, fastrec_error* error) {
   return guarded(error, [&] {
     expect(engine, "engine: expected an address, got null");
-    Engine& of = *engine->file.engine;
+    Engine& of = *engine->engine;
     SpecSizes sizes = unknown_sizes();
     const std::vector<Array> arrays = admitted(of.inputs(), inputs, count, sizes);
     require_room(of.output_sizes(sizes), scores, room);
@@ -242,11 +255,11 @@ int fastrec_encode(fastrec_engine* engine, const fastrec_array* history, int cou
   return guarded(error, [&] {
     expect(engine && state, "engine, state: expected addresses, got null");
     expect((flags & ~FASTREC_APPENDABLE) == 0, "flags: expected 0 or FASTREC_APPENDABLE");
-    auto parts = engine->file.engine->split(engine->candidates, flags & FASTREC_APPENDABLE);
+    auto parts = engine->engine->split(engine->candidates, flags & FASTREC_APPENDABLE);
     SpecSizes sizes = unknown_sizes();
     const auto arrays = admitted(parts->history_inputs(), history, count, sizes);
     auto made = parts->encode(arrays.data(), sizes, engine->threads);
-    *state = owned(std::move(parts), std::move(made));
+    *state = owned(engine, std::move(parts), std::move(made));
   });
 }
 
@@ -254,11 +267,12 @@ int fastrec_append(fastrec_engine* engine, const fastrec_state* state, const fas
                    int count, fastrec_state** next, fastrec_error* error) {
   return guarded(error, [&] {
     expect(engine && state && next, "engine, state, next: expected addresses, got null");
+    require_own(engine, state);
     expect(state->parts->appends(), "state: expected one encoded with FASTREC_APPENDABLE");
     SpecSizes sizes = unknown_sizes();
     const auto arrays = admitted(state->parts->event_inputs(), events, count, sizes);
     auto made = state->parts->append(*state->state, arrays.data(), engine->threads);
-    *next = owned(state->parts, std::move(made));
+    *next = owned(engine, state->parts, std::move(made));
   });
 }
 
@@ -267,6 +281,7 @@ int fastrec_score(fastrec_engine* engine, const fastrec_state* state,
                   fastrec_error* error) {
   return guarded(error, [&] {
     expect(engine && state, "engine, state: expected addresses, got null");
+    require_own(engine, state);
     if (!state->parts->scores())
       throw Refused("this model has no candidates to score: see fastrec_state_output");
     SpecSizes sizes = state->state->sizes;

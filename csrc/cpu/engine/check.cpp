@@ -16,6 +16,10 @@ constexpr int64_t kMaxCoefficient = int64_t{1} << 40;
 constexpr int64_t kMaxElements = int64_t{1} << 50;
 constexpr int kMaxDegree = 8;
 constexpr size_t kMaxInputs = 32;
+// Steps that write parts of one buffer, as a concatenation does.
+constexpr int kMaxParts = 1024;
+// Of an empty operand the other sizes are what loops may count.
+constexpr int64_t kMaxEmptyRows = 1 << 20;
 
 int degree(const Extent& extent) {
   return std::accumulate(extent.exponent.begin(), extent.exponent.end(), 0);
@@ -151,11 +155,17 @@ class Checker {
     extents(view.strides);
     require(view.sizes.size() == view.strides.size(), "a stride for each size");
     require(view.offset >= 0 && view.offset <= kMaxCoefficient, "offsets of 0 or more");
-    for (const Extent& size : view.sizes)
-      if (size.coefficient == 0) {
-        require(view.offset == 0, "empty operands at the start of their buffers");
-        return;
-      }
+    if (std::any_of(view.sizes.begin(), view.sizes.end(),
+                    [](const Extent& size) { return size.coefficient == 0; })) {
+      require(view.offset == 0, "empty operands at the start of their buffers");
+      Extent rows(1);
+      for (const Extent& size : view.sizes)
+        if (size.coefficient != 0) rows = rows * size;
+      bool once = true;
+      for (const uint8_t exponent : rows.exponent) once = once && exponent <= 1;
+      require(once && rows.coefficient <= kMaxEmptyRows, "empty operands of few rows");
+      return;
+    }
     if (inside_at_limits(view)) return;
     for (const auto& [powers, coefficient] : room_behind(view, program_.buffers[view.buffer]))
       require(coefficient >= 0, "operands inside their buffers");
@@ -194,7 +204,10 @@ class Checker {
                            step.kind->name + ")");
     }
     for (size_t o = 0; o < step.operands.size(); ++o)
-      if (step.writes(o) && !step.operands[o].absent()) written_.insert(step.operands[o].buffer);
+      if (step.writes(o) && !step.operands[o].absent()) {
+        written_.insert(step.operands[o].buffer);
+        require(++parts_[step.operands[o].buffer] <= kMaxParts, "buffers of at most 1024 parts");
+      }
   }
 
   void operands(const ProgramStep& step) const {
@@ -226,6 +239,7 @@ class Checker {
   const Program& program_;
   const std::vector<Limit>& limits_;
   std::set<int> written_;
+  std::map<int, int> parts_;  // how many steps write a buffer
 };
 
 }  // namespace

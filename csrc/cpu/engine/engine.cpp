@@ -188,10 +188,7 @@ json::Value Engine::plan() const {
 }
 
 std::vector<int64_t> Engine::output_sizes(const SpecSizes& sizes) const {
-  const Symbols symbols = symbols_of(sizes);
-  std::vector<int64_t> result;
-  for (const Extent& size : program_.outputs[0].sizes) result.push_back(size.at(symbols));
-  return result;
+  return sizes_at(program_.outputs[0].sizes, symbols_of(sizes));
 }
 
 void Engine::run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads,

@@ -6,8 +6,10 @@
 #include <cstddef>
 #include <exception>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <new>
+#include <string>
 
 #include "parallel.h"
 
@@ -25,6 +27,9 @@ constexpr int64_t kRowsAPart = 32;
 constexpr int64_t kRowsWorthAThread = 16, kRowsInCache = 64;
 // Beyond what any machine has, and far from what 64 bits hold.
 constexpr double kMaxSlotBytes = 1e14;
+// Weights that steps share are packed once for equal steps, and no more than so often for others: a
+// file must not take many times its size.
+constexpr int64_t kMaxPackings = 16, kMinPacked = 1 << 20;
 
 int64_t since_ns(Clock::time_point start) {
   return std::chrono::nanoseconds(Clock::now() - start).count();
@@ -87,6 +92,17 @@ class Failure {
 };
 
 }  // namespace
+
+std::vector<int64_t> sizes_at(const Shape& shape, const Symbols& symbols) {
+  std::vector<int64_t> sizes;
+  double elements = 1;
+  for (const Extent& size : shape) {
+    elements *= std::max(size.roughly(symbols), 1.0);
+    sizes.push_back(size.at(symbols));
+  }
+  if (elements > kMaxSlotBytes) throw std::bad_alloc();
+  return sizes;
+}
 
 struct Executor::Arena {
   std::unique_ptr<std::byte[]> memory;
@@ -153,16 +169,39 @@ struct Executor::Lent {
 Executor::Executor(Plan plan)
     : plan_(std::move(plan)),
       row_ps_(std::make_unique<std::atomic<int64_t>[]>(plan_.groups.size())) {
+  std::map<std::string, std::shared_ptr<const void>> made;
+  std::map<int, int64_t> held;  // bytes of each constant
+  int64_t packed = 0;
   for (Step& step : plan_.steps) {
     if (!step.kind->prepare || step.prepared) continue;
     Tensor tensors[kMaxOperands];
+    std::string key = step.kind->name + json::write(step.kind->write(step.fields.get()));
+    int64_t bytes = 0;
     for (size_t o = 0; o < step.operands.size(); ++o) {
       const Operand& operand = step.operands[o];
       const bool constant = operand.space == Space::constant && operand.index >= 0;
       std::byte* data = constant ? const_cast<std::byte*>(plan_.constants[operand.index]) : nullptr;
-      tensors[o] = resolve(operand, data, Symbols{});
+      const Tensor& tensor = tensors[o] = resolve(operand, data, Symbols{});
+      key += constant ? '+' + std::to_string(operand.index) : "-";
+      for (int d = 0; d < tensor.dims; ++d)
+        key += ',' + std::to_string(tensor.sizes[d]) + '*' + std::to_string(tensor.strides[d]);
+      if (!constant) continue;
+      key += '@' + std::to_string(operand.offset);
+      if (operand.strides != contiguous_strides(operand.sizes)) continue;
+      int64_t& whole = held[operand.index];
+      const int64_t size = tensor.count() * bytes_of(tensor.dtype);
+      whole = std::max(whole, size);
+      bytes += size;
     }
-    step.prepared = step.kind->prepare(step.fields.get(), {tensors, step.operands.size()});
+    std::shared_ptr<const void>& one = made[key];
+    if (!one) {
+      packed += bytes;
+      int64_t most = kMinPacked;
+      for (const auto& [index, size] : held) most += kMaxPackings * size;
+      if (packed > most) throw InvalidProgram("an invalid plan: weights that few steps share");
+      one = step.kind->prepare(step.fields.get(), {tensors, step.operands.size()});
+    }
+    step.prepared = one;
   }
 }
 

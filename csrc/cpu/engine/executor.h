@@ -19,6 +19,9 @@ namespace fastrec::engine {
 // hold each to that with guard pages), so inputs and outputs need no such room.
 inline constexpr int64_t kSlack = 64;
 
+// The sizes of an array of the caller's. Throws std::bad_alloc beyond what any machine holds.
+std::vector<int64_t> sizes_at(const Shape& shape, const Symbols& symbols);
+
 class Executor {
  public:
   explicit Executor(Plan plan);

@@ -30,11 +30,12 @@ struct Extent {
     return e;
   }
 
+  // Without a sign, because it may wrap: strides of dimensions that have one element or none.
   int64_t at(const Symbols& symbols) const {
-    int64_t value = coefficient;
+    auto value = static_cast<uint64_t>(coefficient);
     for (int s = 0; s < kMaxSymbols; ++s)
-      for (int e = 0; e < exponent[s]; ++e) value *= symbols[s];
-    return value;
+      for (int e = 0; e < exponent[s]; ++e) value *= static_cast<uint64_t>(symbols[s]);
+    return static_cast<int64_t>(value);
   }
 
   // The same where 64 bits may not hold it.

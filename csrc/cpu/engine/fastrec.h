@@ -83,7 +83,7 @@ enum fastrec_open_flags {
 
 FASTREC_API int fastrec_open(const char* path, int flags, fastrec_engine** engine,
                              fastrec_error* error);
-/* States made with the engine must be freed before. Null is allowed. */
+/* States made with the engine stay valid, and are freed by themselves. Null is allowed. */
 FASTREC_API void fastrec_close(fastrec_engine* engine);
 
 /* Number of inputs; input `index` of them, valid as long as the engine. */

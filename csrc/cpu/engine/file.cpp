@@ -24,7 +24,7 @@ constexpr char kMagic[] =
     "\x89"
     "fastrec";
 constexpr int64_t kLine = 64;
-constexpr int64_t kMaxHeader = 1 << 26;
+constexpr int64_t kMaxHeader = 1 << 24;
 constexpr std::align_val_t kAlignment{64};
 
 struct Prefix {
@@ -103,7 +103,8 @@ struct Held {
 };
 
 std::vector<Constant> constants_of(const json::Value& header, int64_t bytes,
-                                   const std::shared_ptr<Held>& held, const std::string& path) {
+                                   const std::shared_ptr<Held>& held, Keep keep,
+                                   const std::string& path) {
   // Indices are read after they are checked, so they must not change with the file: a copy.
   std::vector<bool> is_index;
   for (const json::Value& buffer : header.at("program").at("buffers").list()) {
@@ -115,21 +116,24 @@ std::vector<Constant> constants_of(const json::Value& header, int64_t bytes,
     is_index[index] = true;
   }
   std::vector<Constant> constants;
+  int64_t end = 0;  // each byte belongs to one section, so no file is larger in memory than on disk
   for (const json::Value& row : header.at("sections").list()) {
     const int64_t begin = row.at("begin").integer(), size = row.at("bytes").integer();
     const int64_t padded = size < 0 || size > bytes ? -1 : (size + kLine - 1) / kLine * kLine;
-    if (begin < 0 || begin % kLine || begin > bytes || padded < 0 || padded > bytes - begin)
-      throw InvalidProgram("an invalid plan: a section outside the file");
+    if (begin != end || padded < 0 || padded > bytes - begin)
+      throw InvalidProgram("an invalid plan: sections that do not follow each other in the file");
+    end += padded;
     const std::byte* data = held->sections.get() + begin;
     if (hexadecimal(sha256(data, padded)) != row.at("sha256").text())
       throw FileError(path + " was altered: the checksum of a section differs");
-    if (constants.size() < is_index.size() && is_index[constants.size()]) {
+    if (keep == Keep::mapped && constants.size() < is_index.size() && is_index[constants.size()]) {
       held->copies.push_back(allocated(size));
       std::memcpy(held->copies.back().get(), data, size);
       data = held->copies.back().get();
     }
     constants.push_back({data, size});
   }
+  if (end != bytes) throw InvalidProgram("an invalid plan: bytes behind the last section");
   return constants;
 }
 
@@ -188,7 +192,7 @@ OpenedFile open_file(const std::string& path, Keep keep) {
     const auto held = std::make_shared<Held>();
     const int64_t bytes = static_cast<int64_t>(size - begin);
     held->sections = sections(file, static_cast<int64_t>(begin), bytes, keep, path);
-    std::vector<Constant> constants = constants_of(header, bytes, held, path);
+    std::vector<Constant> constants = constants_of(header, bytes, held, keep, path);
     opened.engine = std::make_unique<Engine>(header, std::move(constants), held);
   } catch (const json::Error& error) {
     throw FileError(path + ": an invalid plan: " + error.what());

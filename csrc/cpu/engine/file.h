@@ -6,7 +6,7 @@
 //   header                  JSON: "backend", "precision", "threads", "spec", "requires", "program"
 //                           (program.h), and "sections": {"begin", "bytes", "sha256"} of each
 //                           constant; what else it says is for the front end
-//   sections                each from a multiple of 64 bytes behind the header to the next
+//   sections                one behind the other, each padded to a multiple of 64 bytes
 //
 // Nothing in it is executed. Sums, then the program are checked before it runs: a file whose sums
 // are right may still be hostile. Memory is bounded by the file's own size.

@@ -9,8 +9,8 @@ namespace {
 
 using json::Value;
 
-// Beyond any model, and small enough for what is allocated on the way.
-constexpr size_t kMaxSteps = 10'000;
+// Beyond any model, and small enough for passes that compare steps in pairs.
+constexpr size_t kMaxSteps = 8192;
 constexpr int64_t kMaxExponent = 8;
 
 template <size_t N>

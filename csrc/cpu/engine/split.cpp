@@ -59,36 +59,40 @@ std::vector<bool> late_steps(const Program& program, const std::vector<int>& can
       return false;
     });
   };
-  std::vector<bool> stuck(count);
-  while (true) {
-    std::vector<bool> late = stuck;
-    Written written;
-    for (size_t p = 0; p < count; ++p) {
-      const ProgramStep& step = program.steps[p];
-      each_operand(step, [&](const View& view, bool writes) {
-        if (unknown(view.sizes) || unknown(view.strides) ||
-            unknown(program.buffers[view.buffer].shape))
-          late[p] = true;
-        if (writes) return;
-        if (candidate[view.buffer]) late[p] = true;
-        for (const int w : writers(written, view))
-          if (late[w]) late[p] = true;
-      });
-      each_operand(step, [&](const View& view, bool writes) {
-        if (writes) written[view.buffer].emplace_back(view, static_cast<int>(p));
-      });
-    }
-    // A part of a buffer that can't be copied into it is computed where the rest is.
-    bool more = false;
-    for (const auto& [buffer, parts] : written) {
-      if (can_be_copied(program.buffers[buffer].dtype)) continue;
-      const bool any = std::any_of(parts.begin(), parts.end(),
-                                   [&](const auto& part) { return late[part.second]; });
-      for (const auto& [view, position] : parts)
-        if (any && !late[position]) stuck[position] = more = true;
-    }
-    if (!more) return late;
+  std::vector<bool> late(count);
+  std::vector<int> open;
+  const auto mark = [&](int p) {
+    if (late[p]) return;
+    late[p] = true;
+    open.push_back(p);
+  };
+  Written written;
+  std::vector<std::vector<int>> readers(count);
+  for (int p = 0; p < static_cast<int>(count); ++p) {
+    std::set<int> needed;
+    each_operand(program.steps[p], [&](const View& view, bool writes) {
+      if (unknown(view.sizes) || unknown(view.strides) ||
+          unknown(program.buffers[view.buffer].shape) || (!writes && candidate[view.buffer]))
+        mark(p);
+      if (writes) return;
+      for (const int w : writers(written, view)) needed.insert(w);
+    });
+    for (const int w : needed) readers[w].push_back(p);
+    each_operand(program.steps[p], [&](const View& view, bool writes) {
+      if (writes) written[view.buffer].emplace_back(view, p);
+    });
   }
+  while (!open.empty()) {
+    const int p = open.back();
+    open.pop_back();
+    for (const int r : readers[p]) mark(r);
+    // A part of a buffer that can't be copied into it is computed where the rest is.
+    each_operand(program.steps[p], [&](const View& view, bool writes) {
+      if (writes && !can_be_copied(program.buffers[view.buffer].dtype))
+        for (const auto& [part, position] : written[view.buffer]) mark(position);
+    });
+  }
+  return late;
 }
 
 // A part: the whole program's buffers, none of its steps, and new inputs.

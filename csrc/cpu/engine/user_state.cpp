@@ -18,12 +18,6 @@ std::vector<std::string> names_of(const InputSpec& spec, size_t more) {
   return names;
 }
 
-std::vector<int64_t> sizes_at(const Shape& shape, const Symbols& symbols) {
-  std::vector<int64_t> sizes;
-  for (const Extent& size : shape) sizes.push_back(size.at(symbols));
-  return sizes;
-}
-
 // Runs a part on all of its inputs; its outputs are written.
 void run(Executor& executor, const Program& program, const std::vector<std::string>& names,
          const std::vector<Array>& inputs, const std::vector<std::byte*>& outputs,
