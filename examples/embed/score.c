@@ -87,12 +87,10 @@ int main(int count, char** arguments) {
     printf("input %s dtype %d [", input.name, (int)input.dtype);
     int64_t elements = 1;
     for (int d = 0; d < input.dims; ++d) {
-      sizes[i][d] = input.symbols[d]
-                        ? size_of(input.symbols[d], input.low[d], input.high[d], batch)
-                        : input.sizes[d];
+      sizes[i][d] = input.symbols[d] ? size_of(input.symbols[d], input.low[d], input.high[d], batch)
+                                     : input.sizes[d];
       elements *= sizes[i][d];
-      printf("%s%s=%" PRId64, d ? ", " : "", input.symbols[d] ? input.symbols[d] : "",
-             sizes[i][d]);
+      printf("%s%s=%" PRId64, d ? ", " : "", input.symbols[d] ? input.symbols[d] : "", sizes[i][d]);
     }
     printf("] ids below %" PRId64 "\n", input.rows);
     data[i] = calloc((size_t)elements + 1, bytes_of(input.dtype));

@@ -1,10 +1,11 @@
 // Users' histories encoded once: scored against candidates, or taken further by new events.
 //
-//   c++ -std=c++17 user_state.cpp $(fastrec info --c-flags) -o user_state && ./user_state ranker.engine
+//   c++ -std=c++17 user_state.cpp $(fastrec info --c-flags) -o user_state && ./user_state
+//   ranker.engine
 //
-// Of a model with candidates it prints the scores of `encode` and `score`; of one without (SASRec) what
-// the model gives after `encode` and an `append` of two events. Each number has the nine digits that
-// give back all bits of a float.
+// Of a model with candidates it prints the scores of `encode` and `score`; of one without (SASRec)
+// what the model gives after `encode` and an `append` of two events. Each number has the nine
+// digits that give back all bits of a float.
 #include <fastrec.h>
 
 #include <cinttypes>
@@ -20,7 +21,8 @@ namespace {
 // A code of the C interface as an exception.
 class Error : public std::runtime_error {
  public:
-  explicit Error(const fastrec_error& error) : std::runtime_error(error.message), code(error.code) {}
+  explicit Error(const fastrec_error& error)
+      : std::runtime_error(error.message), code(error.code) {}
   const int code;
 };
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrec.errors import ArtifactError, BackendError
+from fastrec.errors import ArgumentError, ArtifactError, BackendError
 from fastrec.files import atomic_folder, recover
 from fastrec.runtime.engine import Engine
 
@@ -96,14 +96,17 @@ def read(path: str | Path) -> dict[str, Any]:
     return header
 
 
-def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
+def load_engine(path: str | Path, *, threads: int | None = None, copy: bool = False) -> Engine:
     """Open what ``engine.save(path)`` wrote; imports no torch.
 
     Args:
         path: a native engine's file, or the folder of another backend's artifact.
         threads: threads a call may use; None means as when it was saved.
+        copy: of a native engine's file, keep a private copy: whoever overwrites or cuts the file
+            changes nothing. By default it is mapped, and processes that open it share its memory.
 
     Raises:
+        ArgumentError: ``copy`` for another backend's folder.
         ArtifactError: not an engine artifact, truncated, altered, newer, or an invalid plan.
         BackendError: its backend cannot run here.
         MissingDependencyError: its backend's package is not installed.
@@ -111,7 +114,9 @@ def load_engine(path: str | Path, *, threads: int | None = None) -> Engine:
     if not Path(path).is_dir():
         from fastrec.runtime.native.engine import PlanEngine
 
-        return PlanEngine.load(Path(path), threads)
+        return PlanEngine.load(Path(path), threads, copy=copy)
+    if copy:
+        raise ArgumentError("copy", "False for a folder: only native engines are copied", copy)
     header = read(path)
     backend = header.get("backend")
     if backend not in FOLDERS:
