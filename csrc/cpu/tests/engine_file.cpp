@@ -221,4 +221,26 @@ TEST(headers_with_right_checksums_are_checked) {
   CHECK(has(refusal(changed), "the checksum of a section differs"));
 }
 
+TEST(weights_that_steps_share_are_packed_a_few_times_at_most) {
+  // 20 layers on one weight of 1 MB, each with the bias that begins `shift` numbers further on.
+  const auto layers = [](int64_t shift) {
+    ModelMaker m({"B", "L"});
+    const View item = m.input("item", {B, L}, 7), none;
+    const View weight = m.floats({512, 512}), biases = m.floats({600});
+    View x = m.arena(Dtype::f32, {B, L, 512});
+    m.step("gather", {item, m.floats({7, 512}), none, x});
+    for (int64_t layer = 0; layer < 20; ++layer) {
+      View bias = biases;
+      bias.offset = layer * shift;
+      bias.sizes = {512};
+      const View y = m.arena(Dtype::f32, {B, L, 512});
+      m.step("linear", {x, weight, bias, y}, {{"activation", "none"}});
+      x = y;
+    }
+    return refusal(engine_file(m.made(x)));
+  };
+  CHECK(layers(0).empty());
+  CHECK(has(layers(1), "weights that few steps share"));
+}
+
 }  // namespace fastrec::tests
