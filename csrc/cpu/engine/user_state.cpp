@@ -178,11 +178,13 @@ SplitExecutors::Appends::Appends(Engine& engine, Split& parts, const InputSpec& 
 int SplitExecutors::Appends::row_axis(const Shape& shape) const {
   int axis = -1;
   bool plain = !shape.empty() && shape[0] == Extent::of_symbol(users_symbol);
-  for (size_t d = 0; d < shape.size(); ++d)
+  for (size_t d = 0; d < shape.size(); ++d) {
+    plain = plain && (d == 0 || !shape[d].depends_on(users_symbol));
     if (shape[d].depends_on(events_symbol)) {
       plain = plain && axis < 0 && shape[d] == Extent::of_symbol(events_symbol);
       axis = static_cast<int>(d);
     }
+  }
   if (!plain)
     throw CannotSplit(
         "this plan cannot append events: its state is not a row for each event of a user");
