@@ -140,7 +140,7 @@ SplitExecutors::Appends::Appends(Engine& engine, Split& parts, const InputSpec& 
         note(users, field.dims[0].symbol);
       else if (field.dims[d].symbol >= 0)
         note(symbols, field.dims[d].symbol);
-  if (users.size() != 1 || users[0] < 0 || symbols.size() != 1) {
+  if (users.size() != 1 || users[0] < 0 || symbols.size() != 1 || symbols[0] == users[0]) {
     std::string found;
     for (const int s : symbols) found += (found.empty() ? "'" : ", '") + history.symbols[s] + "'";
     throw CannotSplit(
