@@ -2,7 +2,8 @@
 #pragma once
 
 // X(name, registers read). Registers hold float or int64 (comparisons and bool: 0 or 1).
-// "number" and "integer" are constants, "index" is the position along a dimension.
+// "number" and "integer" are constants, "index" is the position along a dimension. Quotients of
+// integers are rounded down and remainders have the divisor's sign, as in Python; by 0 both are 0.
 #define FASTREC_MAP_OPS(X) \
   X(number, 0)             \
   X(integer, 0)            \
@@ -24,6 +25,17 @@
   X(relu_f32, 1)           \
   X(gelu_f32, 1)           \
   X(silu_f32, 1)           \
+  X(pow_f32, 2)            \
+  X(rem_f32, 2)            \
+  X(erf_f32, 1)            \
+  X(sin_f32, 1)            \
+  X(cos_f32, 1)            \
+  X(floor_f32, 1)          \
+  X(ceil_f32, 1)           \
+  X(trunc_f32, 1)          \
+  X(round_f32, 1)          \
+  X(expm1_f32, 1)          \
+  X(log1p_f32, 1)          \
   X(lt_f32, 2)             \
   X(le_f32, 2)             \
   X(eq_f32, 2)             \
@@ -40,6 +52,10 @@
   X(and_i64, 2)            \
   X(or_i64, 2)             \
   X(not_i64, 1)            \
+  X(div_i64, 2)            \
+  X(rem_i64, 2)            \
+  X(xor_i64, 2)            \
+  X(to_i64, 1)             \
   X(to_f32, 1)
 
 namespace fastrec::engine {

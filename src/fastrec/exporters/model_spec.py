@@ -57,17 +57,23 @@ def spec_of(
             InputField("length", ("B",), rows="L"),
         )
         return InputSpec(fields, {"B": (1, None), "L": (1, config.max_length)})
-    names = [
+    names = list(getattr(model, "input_names", ())) or [
         p.name
         for p in inspect.signature(model.forward).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
+    batch = next((t.shape[0] for t in example_inputs if t.ndim), 1)
     own = [
-        InputField(name, ("B", *tensor.shape[1:]), str(tensor.numpy().dtype))
+        # An input of another first size does not follow the batch.
+        InputField(
+            name,
+            tuple("B" if d == 0 and s == batch else s for d, s in enumerate(tensor.shape)),
+            str(tensor.numpy().dtype),
+        )
         for name, tensor in zip(names, example_inputs, strict=False)
     ]
-    sizes = {"B": example_inputs[0].shape[0]} if example_inputs else {}
+    sizes = {"B": batch}
     for name, given in (dims or {}).items():
         if name not in names[: len(own)]:
             raise ArgumentError("dims", f"names of inputs, of {names[: len(own)]}", repr(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,26 @@ def traced(
     Raises:
         BackendError: torch.export cannot trace the model.
     """
+    export, symbols, _ = next(exports(model, examples, spec))
+    return export, symbols
+
+
+def exports(
+    model: nn.Module, examples: Sequence[torch.Tensor], spec: InputSpec
+) -> Iterator[tuple[torch.export.ExportedProgram, tuple[str, ...], str]]:
+    """The exports that work, the widest first; see :func:`traced`.
+
+    Returns:
+        each export, its free sizes, and torch's reason why they are not more ("" for the widest).
+
+    Raises:
+        BackendError: there is none.
+    """
     free: list[str] = []
     for f in spec.fields:
         free += [d for d in f.dims if isinstance(d, str) and d not in free]
     problem: Exception | None = None
+    found = False
     for symbols in dict.fromkeys((tuple(free), ("B",) if "B" in free else (), ())):
         dims = {s: torch.export.Dim(s, min=1, max=_most(spec, s)) for s in symbols}
         shapes = tuple(
@@ -37,14 +54,27 @@ def traced(
         with quiet():
             try:
                 program = torch.export.export(
-                    model, _apart_from_one(examples, spec, symbols), dynamic_shapes=shapes
+                    model,
+                    _apart_from_one(examples, spec, symbols),
+                    dynamic_shapes=(shapes,) if _takes_any(model) else shapes,
                 )
-            except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
+            # Tracing runs the model's own code, which may raise anything.
+            except Exception as error:
                 problem = error
                 continue
-        return program, symbols
-    assert problem is not None
-    raise BackendError(f"torch.export can't trace this model: {first_line(problem)}") from problem
+        found = True
+        yield program, symbols, "" if problem is None else first_line(problem)
+    if not found:
+        assert problem is not None
+        raise BackendError(
+            f"torch.export can't trace this model: {first_line(problem)}"
+        ) from problem
+
+
+def _takes_any(model: nn.Module) -> bool:
+    """Whether the model's forward takes ``*inputs``, which torch.export describes as one."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def _most(spec: InputSpec, symbol: str) -> int:

@@ -17,6 +17,7 @@ from fastrec.errors import (
     FastrecError,
     MissingDependencyError,
 )
+from fastrec.exporters.flat import flattened
 from fastrec.exporters.model_spec import Dims, as_tensors, quantised_module, spec_of
 from fastrec.exporters.trace import evaluated
 from fastrec.measure.choice import choice, contest
@@ -42,7 +43,7 @@ _BY_NAME = {"qnn": "prepares the model for one chip, in float16: ask for it by n
 
 def compile(
     model: nn.Module,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[Any] | Mapping[str, Any],
     backend: str = "auto",
     threads: int | None = None,
     *,
@@ -56,8 +57,12 @@ def compile(
     """Build an engine; all compiling, quantising and choosing of settings happens here.
 
     Args:
-        model: a torch model with one tensor output; it is not changed.
-        example_inputs: one batch (tensors or arrays) like those to come. Engines of onnxruntime and
+        model: a torch model; it is not changed. Its result may be a tensor, or tuples, lists and
+            dicts of tensors, each of which has the batch first or does not depend on it.
+        example_inputs: one batch like those to come: a tuple of the positional arguments, or a dict
+            of the named ones. Beside tensors and arrays they may hold lists, dicts, dataclasses,
+            None and numbers; the engine is called with the same structure, and gives the model's.
+            Numbers are constants. float64 is computed in float32. Engines of onnxruntime and
             openvino keep every size but the batch; settings are chosen by measuring on it.
         backend: ``auto``, or one of :data:`fastrec.runtime.BACKENDS`. ``auto`` builds all that can
             run, discards those whose answers differ from torch's and keeps the fastest on the
@@ -94,20 +99,28 @@ def compile(
     threads = usable_cpus() if threads is None else threads
     if not isinstance(threads, int) or threads < 1:
         raise ArgumentError("threads", "a positive integer or None", threads)
-    examples = as_tensors("example_inputs", example_inputs)
+    if not isinstance(example_inputs, tuple | list | Mapping) or not example_inputs:
+        expected = "a tuple of inputs, or a dict of named ones"
+        raise DtypeError("example_inputs", expected, type(example_inputs).__name__)
+    model, examples, structure = flattened(model, example_inputs)
     spec = spec_of(model, examples, dims, limits)
     spec.check(examples)
     requests: list[tuple[np.ndarray, ...]] = []
     for request in calibration or ():
-        tensors = as_tensors("calibration", request)
+        tensors = as_tensors(
+            "calibration", request if structure is None else structure.tensors(request)
+        )
         requests.append(tuple(spec.check(tensors)[0]))
     options = BuildOptions(threads, precision, requests, spec, dict(settings or {}))
     if fallback == "error" and backend == "native":
         options.settings.setdefault("executor", "plan")
     reference = _reference(model, examples)
     if backend == "auto":
-        return _auto(model, examples, options, reference)
-    return _build(backend, model, examples, options, reference)
+        engine = _auto(model, examples, options, reference)
+    else:
+        engine = _build(backend, model, examples, options, reference)
+    engine.structure = structure
+    return engine
 
 
 def available_backends() -> dict[str, str | None]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fastrec.errors import ArgumentError, BackendError
 from fastrec.spec import InputSpec
+from fastrec.structure import Structure
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,9 @@ class Engine(abc.ABC):
         backend: the backend's name.
         precision: one of :data:`PRECISIONS`.
         threads: threads a call may use.
-        spec: the inputs accepted.
+        spec: the inputs accepted, as tensors one after the other.
+        structure: how a call's arguments and its result look around their tensors; None where they
+            are tensors alone.
         spin_s: how long idle workers keep a core busy after a call, in seconds (for timing).
     """
 
@@ -105,6 +108,7 @@ class Engine(abc.ABC):
         spec: InputSpec,
         rows: list[dict[str, Any]],
         versions: dict[str, str],
+        structure: Structure | None = None,
     ) -> None:
         self.backend = backend
         self.precision = precision
@@ -113,8 +117,9 @@ class Engine(abc.ABC):
         self._rows = rows
         self._versions = versions
         self._closed = False
+        self.structure = structure
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Scores of one batch; the inputs of the model's forward, all numpy or all torch.
 
         Raises:
@@ -122,6 +127,14 @@ class Engine(abc.ABC):
                 nothing was computed.
             BackendError: the engine is closed.
         """
+        if self.structure is not None:
+            return self.structure.call(self._call, inputs, named)
+        if named:
+            raise ArgumentError("inputs", "positional inputs", f"named ones: {sorted(named)}")
+        return self._call(*inputs)
+
+    def _call(self, *inputs: Any) -> Any:
+        """The scores of tensors or arrays, one after the other."""
         self._require_open()
         arrays, from_torch = self.spec.check(inputs)
         if from_torch:
@@ -206,6 +219,7 @@ class Engine(abc.ABC):
             "spec": self.spec.to_dict(),
             "rows": self._rows,
             "versions": self._versions,
+            "structure": None if self.structure is None else self.structure.to_dict(),
         }
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 #pragma once
 
 #define FASTREC_STEP_KINDS(X) \
+  X(argsort)                  \
   X(attention)                \
   X(causal_attention)         \
   X(cumsum)                   \
@@ -15,9 +16,12 @@
   X(masked_attention)         \
   X(matmul)                   \
   X(quantize)                 \
+  X(recurrent)                \
   X(reduce)                   \
   X(resumed_attention)        \
+  X(scatter)                  \
   X(separable_projection)     \
   X(softmax)                  \
+  X(take)                     \
   X(window_sparse_attention)  \
   X(window_sparse_attention_int8)

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "engine/check.h"
 #include "engine/make_kind.h"
@@ -122,6 +123,27 @@ void store(const Register& from, const Tensor& to, int64_t at, int64_t stride, i
 int64_t wrap(uint64_t value) { return static_cast<int64_t>(value); }
 uint64_t bits(int64_t value) { return static_cast<uint64_t>(value); }
 
+// As in Python; by 0: 0.
+int64_t floor_quotient(int64_t a, int64_t b) {
+  if (b == 0) return 0;
+  if (b == -1) return wrap(0 - bits(a));  // the one quotient that may overflow
+  return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+int64_t integer_remainder(int64_t a, int64_t b) {
+  if (b == 0) return 0;
+  return wrap(bits(a) - bits(floor_quotient(a, b)) * bits(b));
+}
+float remainder_of(float a, float b) {
+  const float rest = std::fmod(a, b);
+  return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+}
+// Towards 0; what int64 cannot hold is the smallest integer.
+int64_t whole(float value) {
+  constexpr float kLimit = 9223372036854775808.0f;
+  if (!(value >= -kLimit && value < kLimit)) return std::numeric_limits<int64_t>::min();
+  return static_cast<int64_t>(value);
+}
+
 // Whole blocks are computed, whatever n: what lies beyond is never stored.
 #define FASTREC_EACH(field, expression) \
   for (int i = 0; i < kBlock; ++i) to.field[i] = (expression)
@@ -179,6 +201,51 @@ void execute(MapOp op, To to, From a, From b, From c) {
       return;
     case MapOp::silu_f32:
       FASTREC_EACH(f32, a.f32[i] / (1.0f + std::exp(-a.f32[i])));
+      return;
+    case MapOp::pow_f32:
+      FASTREC_EACH(f32, std::pow(a.f32[i], b.f32[i]));
+      return;
+    case MapOp::rem_f32:
+      FASTREC_EACH(f32, remainder_of(a.f32[i], b.f32[i]));
+      return;
+    case MapOp::erf_f32:
+      FASTREC_EACH(f32, std::erf(a.f32[i]));
+      return;
+    case MapOp::sin_f32:
+      FASTREC_EACH(f32, std::sin(a.f32[i]));
+      return;
+    case MapOp::cos_f32:
+      FASTREC_EACH(f32, std::cos(a.f32[i]));
+      return;
+    case MapOp::floor_f32:
+      FASTREC_EACH(f32, std::floor(a.f32[i]));
+      return;
+    case MapOp::ceil_f32:
+      FASTREC_EACH(f32, std::ceil(a.f32[i]));
+      return;
+    case MapOp::trunc_f32:
+      FASTREC_EACH(f32, std::trunc(a.f32[i]));
+      return;
+    case MapOp::round_f32:
+      FASTREC_EACH(f32, std::nearbyint(a.f32[i]));
+      return;
+    case MapOp::expm1_f32:
+      FASTREC_EACH(f32, std::expm1(a.f32[i]));
+      return;
+    case MapOp::log1p_f32:
+      FASTREC_EACH(f32, std::log1p(a.f32[i]));
+      return;
+    case MapOp::div_i64:
+      FASTREC_EACH(i64, floor_quotient(a.i64[i], b.i64[i]));
+      return;
+    case MapOp::rem_i64:
+      FASTREC_EACH(i64, integer_remainder(a.i64[i], b.i64[i]));
+      return;
+    case MapOp::xor_i64:
+      FASTREC_EACH(i64, a.i64[i] ^ b.i64[i]);
+      return;
+    case MapOp::to_i64:
+      FASTREC_EACH(i64, whole(a.f32[i]));
       return;
     case MapOp::lt_f32:
       FASTREC_EACH(i64, a.f32[i] < b.f32[i]);

@@ -1,7 +1,7 @@
-// reduce: the sum, mean or maximum of the middle dimension.
+// reduce: the sum, mean, maximum or minimum of the middle dimension.
 //
 // x f32 or i64 [A, N, C]; y of its dtype, A * C elements; both contiguous. No mean of i64; of a
-// maximum a NaN wins, as in torch.
+// maximum or minimum a NaN wins, as in torch.
 #include <algorithm>
 #include <limits>
 
@@ -12,8 +12,8 @@
 namespace fastrec::engine {
 namespace {
 
-enum class Operation { sum, mean, max };
-constexpr const char* kOperationNames[] = {"sum", "mean", "max"};
+enum class Operation { sum, mean, max, min };
+constexpr const char* kOperationNames[] = {"sum", "mean", "max", "min"};
 
 // The sum of a row: several partial ones, so that an addition need not wait for the one before.
 double sum_of(const float* row, int64_t count) {
@@ -27,7 +27,7 @@ double sum_of(const float* row, int64_t count) {
 }
 
 // Integers wrap, as in torch.
-void reduce_integers(const Tensor& x, bool maximum, int64_t* result) {
+void reduce_integers(const Tensor& x, Operation operation, int64_t* result) {
   const int64_t count = x.sizes[1], width = x.sizes[2];
   parallel_for(x.sizes[0], 1, threads_for(x), [&](int64_t begin, int64_t end) {
     for (int64_t a = begin; a < end; ++a)
@@ -35,11 +35,15 @@ void reduce_integers(const Tensor& x, bool maximum, int64_t* result) {
         const int64_t* from = x.as<int64_t>() + a * count * width + c;
         uint64_t sum = 0;
         int64_t top = std::numeric_limits<int64_t>::min();
+        int64_t least = std::numeric_limits<int64_t>::max();
         for (int64_t n = 0; n < count; ++n, from += width) {
           sum += static_cast<uint64_t>(*from);
           top = std::max(top, *from);
+          least = std::min(least, *from);
         }
-        result[a * width + c] = maximum ? top : static_cast<int64_t>(sum);
+        result[a * width + c] = operation == Operation::max   ? top
+                                : operation == Operation::min ? least
+                                                              : static_cast<int64_t>(sum);
       }
   });
 }
@@ -69,14 +73,16 @@ struct Reduce {
   static Status run(const Fields& fields, Tensors operands, const void*) {
     const Tensor& x = operands[Reduce::x];
     const int64_t count = x.sizes[1], width = x.sizes[2];
-    const bool maximum = fields.operation == Operation::max;
+    const bool minimum = fields.operation == Operation::min;
+    const bool extremum = minimum || fields.operation == Operation::max;
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
     const double divisor = fields.operation == Operation::mean ? static_cast<double>(count) : 1.0;
     if (x.dtype == Dtype::i64) {
-      reduce_integers(x, maximum, operands[y].as<int64_t>());
+      reduce_integers(x, fields.operation, operands[y].as<int64_t>());
       return {};
     }
     parallel_for(x.sizes[0], 1, threads_for(x), [&](int64_t begin, int64_t end) {
-      if (width == 1 && !maximum) {
+      if (width == 1 && !extremum) {
         for (int64_t a = begin; a < end; ++a)
           operands[y].as<float>()[a] =
               static_cast<float>(sum_of(x.as<float>() + a * count, count) / divisor);
@@ -85,9 +91,12 @@ struct Reduce {
       double* const total = scratch<double>(width);
       for (int64_t a = begin; a < end; ++a) {
         const float* row = x.as<float>() + a * count * width;
-        std::fill_n(total, width, maximum ? -std::numeric_limits<double>::infinity() : 0.0);
+        std::fill_n(total, width, !extremum ? 0.0 : minimum ? kInfinity : -kInfinity);
         for (int64_t n = 0; n < count; ++n, row += width) {
-          if (maximum)
+          if (minimum)
+            for (int64_t c = 0; c < width; ++c)
+              total[c] = row[c] < total[c] || row[c] != row[c] ? row[c] : total[c];
+          else if (extremum)
             for (int64_t c = 0; c < width; ++c)
               total[c] = row[c] > total[c] || row[c] != row[c] ? row[c] : total[c];
           else

@@ -67,10 +67,15 @@ class PlanEngine(Engine):
         native, about = file.read(path, threads, copy=copy)
         return cls(native, **about)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if self.structure is not None or named:
+            return super().__call__(*inputs, **named)
+        return self._call(*inputs)
+
+    def _call(self, *inputs: Any) -> Any:
         native = self._native  # another thread may close the engine, which unsets it
         scores = None if native is None else native(inputs, self.threads)
-        return super().__call__(*inputs) if scores is None else scores
+        return super()._call(*inputs) if scores is None else scores
 
     def encode(
         self,

@@ -17,6 +17,7 @@ from fastrec.files import atomic_write
 from fastrec.kernels import _compiled
 from fastrec.runtime.engine import PRECISIONS
 from fastrec.spec import InputSpec
+from fastrec.structure import structure_of
 
 MAGIC = b"\x89fastrec"
 _PREFIX = struct.Struct("<8sIIQQ")
@@ -107,6 +108,7 @@ def read(path: Path, threads: int | None, *, copy: bool = False) -> tuple[Any, d
             "spec": InputSpec.from_dict(header["spec"]),
             "rows": [dict(row) for row in header["rows"]],
             "versions": {str(k): str(v) for k, v in header["versions"].items()},
+            "structure": structure_of(header),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path}: an invalid header: {error!r}") from error

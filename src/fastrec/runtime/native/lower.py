@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._decomp import decomposition_table
 
-from fastrec.exporters.trace import evaluated, traced
+from fastrec.errors import BackendError
+from fastrec.exporters.trace import evaluated, exports, first_line, quiet
 from fastrec.runtime.native import lowerings  # noqa: F401  (registers every lowering)
-from fastrec.runtime.native.lowerer import Lowerer
+from fastrec.runtime.native.lowerer import FreeSize, Lowerer, is_lowered
 from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.registry import LOWERINGS
 from fastrec.spec import InputSpec
+
+# Decompositions of decompositions.
+_ROUNDS = 3
 
 
 def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputSpec) -> Program:
@@ -27,10 +33,43 @@ def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputS
 
     Raises:
         BackendError: the model can't be exported, or holds an op that has no lowering; the message
-            names the op and the module it comes from.
+            names all such ops, with the modules and lines that they come from.
     """
-    exported, symbols = traced(evaluated(model), example_inputs, spec)
-    return Lowerer(exported, symbols, spec).run()
+    problem: BackendError | None = None
+    for exported, symbols, _ in exports(evaluated(model), example_inputs, spec):
+        try:
+            return Lowerer(decomposed(exported), symbols, spec).run()
+        except FreeSize as error:
+            problem = error  # with that size fixed it may be a plan
+    assert problem is not None
+    raise problem
+
+
+def decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The graph without in-place ops, and what has no lowering in terms of torch's core ops.
+
+    A graph of ops that all have lowerings stays as it is.
+    """
+    if all(map(is_lowered, exported.graph.nodes)):
+        return exported
+    table = torch.export.default_decompositions()
+    for target in LOWERINGS:
+        table.pop(target, None)
+    for _ in range(_ROUNDS):
+        with quiet():
+            try:
+                exported = exported.run_decompositions(table)
+            except Exception as error:
+                raise BackendError(
+                    f"torch can't decompose this model: {first_line(error)}"
+                ) from error
+        left = {n.target for n in exported.graph.nodes if not is_lowered(n)}
+        # torch can take more ops apart than those beyond its core.
+        found = {t: f for t, f in decomposition_table.items() if t in left and t not in table}
+        if not found:
+            break
+        table.update(found)
+    return exported
 
 
 def program_spec(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import operator
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.export.graph_signature import OutputKind
 
 from fastrec.errors import BackendError
 from fastrec.runtime.native import steps
@@ -18,17 +21,64 @@ from fastrec.runtime.native.registry import LOWERINGS
 from fastrec.runtime.native.steps import Instruction, Step
 from fastrec.spec import InputSpec
 
-# Ops whose result is memory of its own.
-_FRESH = ("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "clone")
+# Computed in the program's dtypes: halves and doubles as float32, narrower integers as int64.
+_COMPUTED = {
+    "float64": "float32",
+    "float16": "float32",
+    "bfloat16": "float32",
+    "int32": "int64",
+    "int16": "int64",
+}
+# What to write instead of ops that no plan can hold.
+_INSTEAD = {
+    "nonzero": "a mask: torch.where(condition, x, 0)",
+    "masked_select": "a mask: torch.where(condition, x, 0)",
+    "masked_scatter": "a mask: torch.where(condition, values, x)",
+    "unique": "the ids as they are: a size that depends on values is no plan",
+    "unique2": "the ids as they are: a size that depends on values is no plan",
+    "bincount": "one_hot(x, n).sum(0)",
+    "item": "the tensor itself: a number read from a tensor is no plan",
+    "_local_scalar_dense": "the tensor itself: a number read from a tensor is no plan",
+    "pack_padded_sequence": "the padded sequence and a mask over the result",
+    "_pack_padded_sequence": "the padded sequence and a mask over the result",
+}
 
 
-def _is_in_place(node: torch.fx.Node) -> bool:
+class FreeSize(BackendError):
+    """A size that the program cannot leave free, and may hold if it is fixed."""
+
+
+class _Missing:
+    """The value of an op that was refused."""
+
+
+class Complex(NamedTuple):
+    """A complex tensor as two float ones."""
+
+    real: View
+    imag: View
+
+
+def is_lowered(node: torch.fx.Node) -> bool:
+    """Whether a node of the graph has a lowering, or needs none."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    if _is_size(node):
+        return True
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    return node.target in LOWERINGS and not (schema is not None and schema.is_mutable)
 
 
-def _nearest(op: str) -> str:
-    """Supported ops with names similar to an unsupported one's."""
+def _is_size(node: torch.fx.Node) -> bool:
+    """Whether a node is a number made of sizes."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _instead(op: str) -> str:
+    """The nearest form of an unsupported op."""
+    name = op.split(".")[-2] if "." in op else op
+    if name in _INSTEAD:
+        return f"write {_INSTEAD[name]}"
     known = [str(target) for target in LOWERINGS]
     close = difflib.get_close_matches(op, known, n=3, cutoff=0.6)
     return f"the nearest supported: {', '.join(close) or 'see docs/runtime.md'}"
@@ -62,6 +112,7 @@ class Lowerer:
             **signature.inputs_to_lifted_tensor_constants,
         }
         output: View | None = None
+        problems: list[str] = []
         for node in self.exported.graph.nodes:
             if node.op == "placeholder":
                 if node.name in held:
@@ -69,14 +120,32 @@ class Lowerer:
                 else:
                     self.env[node] = self._input(node)
             elif node.op == "call_function":
-                self.env[node] = self._call(node)
-            elif node.op == "output":
-                (result,) = node.args[0]
-                output = self.contiguous(self.env[result])
+                try:
+                    self.env[node] = self._call(node)
+                except FreeSize:
+                    raise
+                except BackendError as error:
+                    self.env[node] = _Missing()
+                    problems.append(str(error))
+            elif node.op == "output" and not problems:
+                output = self._output(node)
+        if problems:
+            raise BackendError("; ".join(dict.fromkeys(problems)))
         assert output is not None
-        if output.buffer.space != "arena":
-            output = self.copied(output)
         return Program(self.symbols, self.inputs, self.steps, output)
+
+    def _output(self, node: torch.fx.Node) -> View:
+        """The model's result, float32 and contiguous, in memory of its own."""
+        kinds = [spec.kind for spec in self.exported.graph_signature.output_specs]
+        results: Any = node.args[0]
+        (result,) = [
+            r for r, kind in zip(results, kinds, strict=True) if kind is OutputKind.USER_OUTPUT
+        ]
+        output = self.env[result]
+        if output.dtype != "float32":
+            output = self.map(None, [output], [("to_f32", 0)], output.shape)
+        output = self.contiguous(output)
+        return output if output.buffer.space == "arena" else self.copied(output)
 
     def _input(self, node: torch.fx.Node) -> View:
         f = self.spec.fields[len(self.inputs)]
@@ -84,37 +153,33 @@ class Lowerer:
         for size, name in zip(value.shape, f.dims, strict=True):
             if isinstance(size, torch.SymInt):
                 self.names[size.node.expr] = str(name)
-        buffer = Buffer(dtype_of(node), self.shape(value.shape), "input", len(self.inputs))
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise BackendError(f"native: {f.name} is {dtype}; expected one of {', '.join(DTYPES)}")
+        buffer = Buffer(dtype, self.shape(value.shape), "input", len(self.inputs))
         self.inputs.append(buffer)
-        return buffer.view()
+        view = buffer.view()
+        return self.map(node, [view], [], view.shape, "int64") if dtype == "int32" else view
 
     def _call(self, node: torch.fx.Node) -> Any:
+        if _is_size(node):
+            return node.meta["val"]  # of tensors; becomes an Extent where one is asked for
+        lowering = LOWERINGS.get(node.target)
+        if lowering is None and node.target is not operator.getitem:
+            if not node.users:
+                return None  # a check of sizes
+            raise self.unsupported(node, f"it has no lowering; {_instead(str(node.target))}")
+        if any(isinstance(self.env[n], _Missing) for n in node.all_input_nodes):
+            return _Missing()
         args = [self._value(a) for a in node.args]
         kwargs = {name: self._value(a) for name, a in node.kwargs.items()}
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if isinstance(size := node.meta.get("val"), torch.SymInt):
-            return size  # of tensors; becomes an Extent where one is asked for
-        changes = _is_in_place(node)
-        if changes:
-            self._require_fresh(node)
         result = self._folded(node, args, kwargs)
-        if result is None:
-            lowering = LOWERINGS.get(node.target)
-            if lowering is None:
-                raise self.unsupported(node, f"it has no lowering; {_nearest(str(node.target))}")
-            result = lowering(self, node, args, kwargs)
-        if changes:
-            self.env[node.args[0]] = result
-        return result
-
-    def _require_fresh(self, node: torch.fx.Node) -> None:
-        """Refuse an in-place op on a tensor that another node has read already."""
-        changed = node.args[0]
-        others = [u for u in changed.users if u is not node and u in self.env]
-        made = str(changed.target).split(".")[1:2]
-        if changed.op != "call_function" or others or made[0] not in _FRESH:
-            raise self.unsupported(node, "in place on a tensor in use; the form without _ is fine")
+        if result is not None:
+            return result
+        assert lowering is not None
+        return lowering(self, node, args, kwargs)
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
@@ -128,17 +193,19 @@ class Lowerer:
         result = node.meta.get("val")
         if not isinstance(result, torch.Tensor) or not is_static(result.shape):
             return None
+        if result.dtype.is_complex:
+            return None
         flat = [*args, *kwargs.values()]
         flat += [inner for a in flat if isinstance(a, list) for inner in a]
         views = [a for a in flat if isinstance(a, View)]
-        if any(v.constant is None for v in views) or any(isinstance(a, torch.SymInt) for a in flat):
+        if any(v.constant is None for v in views):
             return None
-
-        copies = _is_in_place(node) or None
+        if any(isinstance(a, torch.SymInt | Complex) for a in flat):
+            return None
 
         def tensors(value: Any) -> Any:
             if isinstance(value, View):
-                return torch.from_numpy(np.array(value.constant, order="C", copy=copies))
+                return torch.from_numpy(np.array(value.constant, order="C", copy=None))
             return [tensors(v) for v in value] if isinstance(value, list) else value
 
         target: Any = node.target
@@ -157,9 +224,7 @@ class Lowerer:
             if base == 1:
                 continue
             if base not in self.names or not power.is_Integer or power < 1:
-                raise BackendError(
-                    f"native: a size of {expression} is not a product of input sizes"
-                )
+                raise FreeSize(f"native: a size of {expression} is not a product of input sizes")
             symbols += [self.names[base]] * int(power)
         return Extent(int(coefficient), tuple(sorted(symbols)))
 
@@ -253,12 +318,37 @@ class Lowerer:
 
     def unsupported(self, node: torch.fx.Node, why: str) -> BackendError:
         """An error that names the op and where it comes from."""
+        return BackendError(self._refusal(node, why))
+
+    def free_size(self, node: torch.fx.Node, why: str) -> FreeSize:
+        """The same, where a size would have to be fixed."""
+        return FreeSize(self._refusal(node, why))
+
+    def _refusal(self, node: torch.fx.Node, why: str) -> str:
         where = module_of(node) or "the model's forward"
-        return BackendError(f"native: {node.target} in {where}: {why}")
+        return f"native: {node.target} in {where}{line_of(node)}: {why}"
+
+    def cast(self, node: torch.fx.Node | None, view: View, dtype: str) -> View:
+        """The view's elements as another of the program's dtypes."""
+        if view.dtype == dtype:
+            return view
+        if dtype == "float32":
+            return self.map(node, [view], [("to_f32", 0)], view.shape)
+        if view.dtype != "float32":
+            program: list[Instruction] = []
+            if dtype == "bool":
+                program = [("integer", 0), ("eq_i64", 0, 1), ("not_i64", 2)]
+            return self.map(node, [view], program, view.shape, dtype)
+        if dtype == "int64":
+            return self.map(node, [view], [("to_i64", 0)], view.shape, dtype)
+        program = [("number", 0.0), ("eq_f32", 0, 1), ("not_i64", 2)]
+        return self.map(node, [view], program, view.shape, "bool")
 
 
-def constant(tensor: torch.Tensor) -> View:
+def constant(tensor: torch.Tensor) -> Any:
     """A tensor of the model as a constant; halves and doubles become float32."""
+    if tensor.dtype.is_complex:
+        return Complex(constant(tensor.real), constant(tensor.imag))
     if tensor.dtype in (torch.bfloat16, torch.float16, torch.float64):
         tensor = tensor.float()
     if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
@@ -269,8 +359,9 @@ def constant(tensor: torch.Tensor) -> View:
 
 
 def dtype_of(node: torch.fx.Node) -> str:
-    """The dtype of a node's result; BackendError where programs have no such dtype."""
+    """The dtype that a node's result has in the program; BackendError where there is none."""
     dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    dtype = _COMPUTED.get(dtype, dtype)
     if dtype not in DTYPES:
         raise BackendError(f"native: {node.name} is {dtype}; expected one of {', '.join(DTYPES)}")
     return dtype
@@ -285,3 +376,9 @@ def module_of(node: torch.fx.Node) -> str:
     """Dotted name of the innermost module that a node comes from."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return str(stack[-1][0]) if stack else ""
+
+
+def line_of(node: torch.fx.Node) -> str:
+    """The line of the model's source that a node comes from: " (file.py:12)", or ""."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f" ({Path(found[-1][0]).name}:{found[-1][1]})" if found else ""

@@ -2,22 +2,30 @@
 
 from fastrec.runtime.native.lowerings import (
     attention,
+    convolutions,
     creation,
     elementwise,
     fastrec_ops,
+    fourier,
+    indexing,
     layers,
     products,
+    recurrent,
     reductions,
     views,
 )
 
 __all__ = [
     "attention",
+    "convolutions",
     "creation",
     "elementwise",
     "fastrec_ops",
+    "fourier",
+    "indexing",
     "layers",
     "products",
+    "recurrent",
     "reductions",
     "views",
 ]

@@ -17,16 +17,10 @@ from fastrec.runtime.native.registry import lowers
 aten = torch.ops.aten
 
 
-@lowers(aten.embedding.default)
-def _embedding(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    table, ids = args[0], to.contiguous(args[1])
-    return to.emit(node, steps.gather, to.shape_of(node), ids=ids, table=table)
-
-
 @lowers(torch.ops.fastrec.int8_embedding.default)
 def _int8_embedding(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     ids, table, scale = args
-    ids = to.contiguous(ids)
+    ids = to.contiguous(to.cast(node, ids, "int64"))
     return to.emit(node, steps.gather, to.shape_of(node), ids=ids, table=table, scale=scale)
 
 

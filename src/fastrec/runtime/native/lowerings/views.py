@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from fastrec.runtime.native.buffers import Buffer, Extent, View
+from fastrec.runtime.native.buffers import ONE, Buffer, Extent, Shape, View, product
 from fastrec.runtime.native.lowerer import Lowerer, constant, dtype_of
 from fastrec.runtime.native.registry import lowers
 
@@ -26,6 +27,8 @@ def dim_of(dim: int, rank: int) -> int:
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.unsqueeze.default,
+    aten.view_as.default,
+    aten.reshape_as.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.squeeze.default,
@@ -60,8 +63,7 @@ def _t(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View
     return args[0].permuted(list(range(len(args[0].shape)))[::-1])
 
 
-@lowers(aten.expand.default)
-@lowers(aten.expand_as.default)
+@lowers(aten.expand.default, aten.expand_as.default)
 def _expand(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     return args[0].expanded(to.shape_of(node))
 
@@ -103,7 +105,7 @@ def _select(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     dim = dim_of(dim, len(view.shape))
     size = view.shape[dim].number
     if index < 0 and size is None:
-        raise to.unsupported(node, "an index from the end of a free size")
+        raise to.free_size(node, "an index from the end of a free size")
     return _selected(to, view, dim, index if index >= 0 else index + (size or 0))
 
 
@@ -113,7 +115,7 @@ def _unbind(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     dim = dim_of(args[1] if len(args) > 1 else 0, len(view.shape))
     size = view.shape[dim].number
     if size is None:
-        raise to.unsupported(node, "unbinding a free size")
+        raise to.free_size(node, "unbinding a free size")
     return [_selected(to, view, dim, i) for i in range(size)]
 
 
@@ -126,7 +128,7 @@ def _split(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
         size = to.extent(value.shape[dim])
         piece = view.sliced(dim, start, size)
         if piece is None or size.number is None:
-            raise to.unsupported(node, "splitting a free size")
+            raise to.free_size(node, "splitting a free size")
         pieces.append(piece)
         start += size.number
     return pieces
@@ -139,46 +141,91 @@ def _slice(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
     dim, start, step = given[0], given[1], given[3]
     size = to.extent(node.meta["val"].shape[dim])
     start = 0 if start is None else start
-    if step != 1 or not isinstance(start, int):
-        raise to.unsupported(node, "a slice with a step or a start that is not a number")
+    if not isinstance(start, int) or not isinstance(step, int):
+        raise to.free_size(node, "a slice whose step or start is not a number")
     if start < 0:
         whole = view.shape[dim].number
         if whole is None:
-            raise to.unsupported(node, "a slice from the end of a free size")
+            raise to.free_size(node, "a slice from the end of a free size")
         start += whole
-    piece = view.sliced(dim_of(dim, len(view.shape)), start, size)
+    dim = dim_of(dim, len(view.shape))
+    if size.number is not None and view.shape[dim].number is not None:
+        start = min(start, view.shape[dim].coefficient - size.coefficient * (step == 1))
+    piece = view.sliced(dim, start, size)
+    if piece is not None and step != 1:
+        strides = list(piece.strides)
+        strides[dim] = strides[dim] * Extent(step)
+        piece = View(piece.buffer, piece.shape, tuple(strides), piece.offset)
     if piece is None:
-        raise to.unsupported(node, "a slice across a free stride")
+        raise to.free_size(node, "a slice across a free stride")
     return piece
 
 
 @lowers(aten.cat.default)
 def _cat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    shape, dtype = to.shape_of(node), dtype_of(node)
+    dim = dim_of(args[1] if len(args) > 1 else kwargs.get("dim", 0), len(shape))
+    # As torch: an empty tensor of one dimension is left out.
+    parts = [p for p in args[0] if len(p.shape) == len(shape)]
+    return joined(to, node, [to.cast(node, p, dtype) for p in parts], dim, shape, dtype)
+
+
+def joined(
+    to: Lowerer,
+    node: Node,
+    parts: Sequence[View],
+    dim: int,
+    shape: Shape,
+    dtype: str = "float32",
+) -> View:
     """A buffer whose parts are written by copies; the pass ``write_in_place`` removes them."""
-    shape = to.shape_of(node)
-    dim = dim_of(args[1] if len(args) > 1 else 0, len(shape))
-    whole = Buffer(dtype_of(node), shape).view()
+    whole = Buffer(dtype, shape).view()
     start = 0
-    for part in args[0]:
+    for part in parts:
         size = part.shape[dim].number
+        if size is None and len(parts) > 1:
+            return _joined_blocks(to, node, parts, dim, shape, dtype)
         into = whole.sliced(dim, start, part.shape[dim])
-        if into is None or size is None:
-            raise to.unsupported(node, "concatenation along a free size")
-        to.copy_into(part, into)
-        start += size
+        if into is None:
+            raise to.free_size(node, "concatenation across a free stride")
+        if size != 0:
+            to.copy_into(part, into)
+        start += size or 0
     return whole
+
+
+def _joined_blocks(
+    to: Lowerer, node: Node, parts: Sequence[View], dim: int, shape: Shape, dtype: str
+) -> View:
+    """Parts of one free size, joined along it: [.., n * size, ..] as [.., n, size, ..]."""
+    if any(part.shape != parts[0].shape for part in parts) or product(shape[:dim]) != ONE:
+        raise to.free_size(node, "concatenation along a free size")
+    # The number of the part goes last and is then moved in front: its stride is a number.
+    moved = (*parts[0].shape, Extent(len(parts)))
+    whole = Buffer(dtype, moved).view()
+    for i, part in enumerate(parts):
+        into = whole.selected(len(moved) - 1, i)
+        assert into is not None
+        to.copy_into(part, into)
+    order = [*range(dim), len(moved) - 1, *range(dim, len(moved) - 1)]
+    return to.reshaped(whole.permuted(order), shape)
 
 
 @lowers(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
-    """A concatenation with constants."""
     view, pads, *rest = args
     mode, value = "constant", rest[0] if rest else 0
     if node.target is aten.pad.default:
         mode, value = [*rest, *("constant", None)[len(rest) :]][:2]
-    if mode != "constant" or min(pads) < 0:
-        raise to.unsupported(node, "padding by copies or by less; the nearest supported: constants")
-    fill = constant(torch.tensor(value or 0, dtype=node.meta["val"].dtype))
+    if mode != "constant":
+        raise to.unsupported(node, "padding by copies; the nearest supported: constants")
+    return padded(to, node, view, pads, value or 0)
+
+
+def padded(to: Lowerer, node: Node, view: View, pads: Sequence[int], value: float) -> View:
+    """A concatenation with constants (``pads`` as torch has them); less where they are negative."""
+    dtype = torch.float32 if view.dtype == "float32" else torch.int64
+    fill = constant(torch.tensor(value, dtype=dtype if view.dtype != "bool" else torch.bool))
     for place in range(0, len(pads), 2):
         dim = len(view.shape) - 1 - place // 2
         before, after = pads[place : place + 2]
@@ -186,19 +233,50 @@ def _pad(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vi
         if before == after == 0:
             continue
         if size is None:
-            raise to.unsupported(node, "padding of a free size")
+            raise to.free_size(node, "padding of a free size")
+        kept = view.sliced(dim, max(-before, 0), Extent(size + min(before, 0) + min(after, 0)))
+        if kept is None:
+            raise to.free_size(node, "padding across a free stride")
 
-        def shape(of: View, dim: int, size: int) -> tuple[Extent, ...]:
-            return (*of.shape[:dim], Extent(size), *of.shape[dim + 1 :])
+        def of(count: int, view: View = view, dim: int = dim) -> Shape:
+            return (*view.shape[:dim], Extent(count), *view.shape[dim + 1 :])
 
-        whole = Buffer(view.dtype, shape(view, dim, before + size + after)).view()
-        parts = [(0, fill.expanded(shape(view, dim, before))), (before, view)]
-        parts.append((before + size, fill.expanded(shape(view, dim, after))))
-        for start, part in parts:
-            into = whole.sliced(dim, start, part.shape[dim])
-            if into is None:
-                raise to.unsupported(node, "padding across a free stride")
-            if part.shape[dim] != Extent(0):
-                to.copy_into(part, into)
-        view = whole
+        parts = [fill.expanded(of(max(before, 0))), kept, fill.expanded(of(max(after, 0)))]
+        view = joined(to, node, parts, dim, of(size + before + after), view.dtype)
+    return view
+
+
+@lowers(aten.repeat.default)
+def _repeat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    """Each dimension as (times, size), expanded and merged."""
+    view, times = args
+    new = len(times) - len(view.shape)
+    sizes = [ONE] * new + list(view.shape)
+    apart: list[Extent] = []
+    wide: list[Extent] = []
+    for count, size in zip(times, sizes, strict=True):
+        if size != ONE and count != 1:
+            apart += [ONE, size]
+            wide += [to.extent(count), size]
+        else:
+            apart.append(size)
+            wide.append(to.extent(count) * size)
+    spread = to.reshaped(view, tuple(apart)).expanded(tuple(wide))
+    return to.reshaped(spread, to.shape_of(node))
+
+
+@lowers(aten.flip.default)
+def _flip(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    view, dims = args
+    for dim in dims:
+        dim = dim_of(dim, len(view.shape))
+        size = view.shape[dim].number
+        if size is None:
+            raise to.free_size(node, "turning a free size around")
+        strides = list(view.strides)
+        stride = strides[dim].number
+        if stride is None:
+            raise to.free_size(node, "turning around across a free stride")
+        parts = [view.sliced(dim, i, ONE) for i in range(size - 1, -1, -1)]
+        view = joined(to, node, [p for p in parts if p is not None], dim, view.shape, view.dtype)
     return view

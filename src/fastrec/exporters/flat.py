@@ -1,0 +1,208 @@
+"""A model of structured inputs and outputs as one that takes tensors and gives one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastrec.errors import BackendError, DtypeError
+from fastrec.exporters.trace import evaluated
+from fastrec.structure import BITS, Leaf, Output, Structure, taken_as
+
+
+class Flat(nn.Module):
+    """The model behind its tensors.
+
+    Args:
+        model: as people wrote it.
+        structure: of its arguments and its result.
+        arguments: the examples' positional and named ones: their objects are copied for each call.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, arguments: tuple[Any, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.structure = structure
+        self.arguments = arguments
+        self.input_names = [leaf.path for leaf in structure.leaves]
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The result's tensors beside each other, or the one that there is."""
+        given = [
+            tensor.to(getattr(torch, leaf.dtype))
+            for leaf, tensor in zip(self.structure.leaves, tensors, strict=True)
+        ]
+        args, kwargs = (
+            _rebuilt(node, example, given)
+            for node, example in zip(self.structure.arguments, self.arguments, strict=True)
+        )
+        outputs: list[torch.Tensor] = []
+        described(self.model(*args, **kwargs), outputs, [], "")
+        if not self.structure.packed:
+            return outputs[0].float()
+        batch = next(t.shape[0] for t in tensors if t.ndim)
+        pairs = zip(self.structure.outputs, outputs, strict=True)
+        return torch.cat([_packed(tensor, output, batch) for output, tensor in pairs], 1)
+
+
+def flattened(
+    model: nn.Module, example_inputs: Any
+) -> tuple[nn.Module, tuple[torch.Tensor, ...], Structure | None]:
+    """The model and its examples as tensors alone.
+
+    Args:
+        model: any module.
+        example_inputs: the positional arguments of a call, or a dict of the named ones.
+
+    Returns:
+        the model itself, its examples and None where they are such tensors already; else a model
+        that takes them apart, its tensors, and the structure.
+
+    Raises:
+        DtypeError: no tensor among the inputs, or a value that is no tensor, number or container.
+        BackendError: a result that does not follow the batch.
+    """
+    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    tensors: list[torch.Tensor] = []
+    paths: list[str] = []
+    arguments = [
+        described(list(args), tensors, paths, ""),
+        described(named, tensors, paths, ""),
+    ]
+    if not tensors:
+        raise DtypeError("example_inputs", "tensors or numpy arrays among the inputs", "none")
+    with torch.inference_mode():
+        calls = [
+            _rebuilt(node, value, tensors)
+            for node, value in zip(arguments, (args, named), strict=True)
+        ]
+        value = evaluated(model)(*calls[0], **calls[1])
+    results: list[torch.Tensor] = []
+    result = described(value, results, [], "")
+    plain = not named and all(node[0] == "tensor" for node in arguments[0][1])
+    plain = plain and isinstance(value, torch.Tensor) and value.is_floating_point()
+    plain = plain and all(taken_as(_name(t)) == _name(t) and t.ndim for t in tensors)
+    if plain:
+        return model, tuple(tensors), None
+    if not results:
+        raise DtypeError("model", "a model whose result holds tensors", type(value).__name__)
+    batch = next((t.shape[0] for t in tensors if t.ndim), 1)
+    outputs = [_output(t, batch) for t in results]
+    packed = len(results) > 1 or not results[0].is_floating_point()
+    leaves = [Leaf(p, _name(t)) for p, t in zip(_unique(paths), tensors, strict=True)]
+    structure = Structure(arguments, leaves, result, outputs, packed)
+    examples = tuple(t.to(getattr(torch, taken_as(_name(t)))) for t in tensors)
+    return Flat(model, structure, (list(args), named)), examples, structure
+
+
+def described(value: Any, tensors: list[torch.Tensor], paths: list[str], path: str) -> list[Any]:
+    """The structure of a value (see :class:`~fastrec.structure.Structure`); its tensors and where
+    they stand are appended.
+
+    Raises:
+        DtypeError: a value that is no tensor, number, text, None or container of them.
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value if value.flags.writeable else value.copy())
+    if isinstance(value, torch.Tensor):
+        tensors.append(value.detach())
+        paths.append(path)
+        return ["tensor", len(tensors) - 1]
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["value", value]
+    if isinstance(value, Mapping):
+        inside = {
+            str(key): described(inner, tensors, paths, _below(path, str(key)))
+            for key, inner in value.items()
+        }
+        return ["dict", inside]
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return [
+            kind,
+            [described(v, tensors, paths, _below(path, str(i))) for i, v in enumerate(value)],
+        ]
+    fields = _fields(value)
+    if fields is None:
+        expected = "tensors, arrays, numbers, None, and lists, dicts or dataclasses of them"
+        raise DtypeError(path or "example_inputs", expected, type(value).__name__)
+    inside = {
+        name: described(getattr(value, name), tensors, paths, _below(path, name)) for name in fields
+    }
+    return ["object", inside]
+
+
+def _fields(value: Any) -> list[str] | None:
+    """Names of what an object holds: a dataclass's fields, or its attributes."""
+    if dataclasses.is_dataclass(value):
+        return [f.name for f in dataclasses.fields(value)]
+    held = getattr(value, "__dict__", None)
+    return None if not held else [name for name in held if not name.startswith("_")]
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _unique(paths: Sequence[str]) -> list[str]:
+    return [p if paths.count(p) == 1 else f"{p}_{i}" for i, p in enumerate(paths)]
+
+
+def _rebuilt(node: list[Any], example: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The example with these tensors in place of its own."""
+    kind, inside = node[:2]
+    if kind == "tensor":
+        return tensors[inside]
+    if kind == "value":
+        return inside
+    if kind == "dict":
+        # Keys as the example has them, which may be others than text.
+        return {
+            key: _rebuilt(inner, own, tensors)
+            for (key, own), inner in zip(example.items(), inside.values(), strict=True)
+        }
+    if kind in ("list", "tuple"):
+        parts = [_rebuilt(n, e, tensors) for n, e in zip(inside, example, strict=True)]
+        if isinstance(example, tuple) and hasattr(example, "_fields"):
+            return type(example)(*parts)
+        return parts if kind == "list" else tuple(parts)
+    copied = object.__new__(type(example))
+    copied.__dict__.update(example.__dict__)
+    for name, inner in inside.items():
+        copied.__dict__[name] = _rebuilt(inner, getattr(example, name), tensors)
+    return copied
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _output(tensor: torch.Tensor, batch: int) -> Output:
+    shape = tuple(tensor.shape)
+    if tensor.dtype.is_complex:
+        raise BackendError("model: a complex result; return torch.view_as_real of it")
+    follows = bool(shape) and shape[0] > 0 and shape[0] % batch == 0
+    return Output(_name(tensor), shape, shape[0] // batch if follows else 0)
+
+
+def _packed(tensor: torch.Tensor, output: Output, batch: int) -> torch.Tensor:
+    """A result's tensor as floats, [B, n]; an integer as pieces that floats hold exactly."""
+    if output.per_user:
+        rows = tensor.reshape(batch, output.per_user * int(np.prod(output.shape[1:])))
+    else:
+        rows = tensor.reshape(1, -1).expand(batch, -1)
+    if not output.dtype.startswith(("int", "uint")):
+        return rows.float()
+    unit = 2**BITS
+    whole = rows.long()
+    high = torch.div(whole, unit, rounding_mode="floor")
+    pieces = [whole - high * unit]
+    top = torch.div(high, unit, rounding_mode="floor")
+    pieces += [high - top * unit, top]
+    return torch.stack(pieces, -1).reshape(rows.shape[0], -1).float()
