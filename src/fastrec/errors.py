@@ -149,3 +149,7 @@ class ServingError(FastrecError, RuntimeError):
 
 class ConfigError(ServingError, ValueError):
     """A server's configuration holds an unknown key or a wrong value; names where it stands."""
+
+
+class FallbackWarning(UserWarning):
+    """A model that was to run on fastrec's kernels runs, in whole, on something slower."""

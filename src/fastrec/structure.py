@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrec.errors import ArgumentError, DtypeError
+from fastrec.errors import ArgumentError, DtypeError, ShapeError
 
 # Bits of an integer that one float32 holds exactly, and how many floats hold an int64.
 BITS, PIECES = 22, 3
@@ -28,10 +28,13 @@ class Leaf:
     Args:
         path: how the caller reaches it, such as ``batch.item``.
         dtype: numpy's name of the dtype that it is given in.
+        per_user: rows for each user of the batch, which the engine takes as a second dimension; 0
+            where the batch is its first dimension already, or it does not follow the batch.
     """
 
     path: str
     dtype: str
+    per_user: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Structure:
             inputs, named: the arguments.
 
         Raises:
-            ArgumentError, DtypeError: arguments of another structure, or other constants.
+            ArgumentError, DtypeError, ShapeError: arguments of another structure, or other
+                constants.
         """
         return self.built(engine(*self._tensors(list(inputs), named)))
 
@@ -162,7 +166,13 @@ class Structure:
         if dtype != leaf.dtype:
             raise DtypeError(leaf.path, leaf.dtype, dtype)
         taken = taken_as(dtype)
-        return value if taken == dtype else _cast(value, taken)
+        value = value if taken == dtype else _cast(value, taken)
+        if not leaf.per_user:
+            return value
+        if not value.shape or value.shape[0] % leaf.per_user:
+            expected = f"{leaf.per_user} rows for each user of the batch"
+            raise ShapeError(leaf.path, expected, f"shape {list(value.shape)}")
+        return value.reshape(-1, leaf.per_user, *value.shape[1:])
 
 
 def structure_of(header: Mapping[str, Any]) -> Structure | None:

@@ -6,6 +6,12 @@ namespace {
 using Maker = SampleMaker;
 using json::List;
 
+Sample argsort() {
+  Maker m;
+  return m.with("argsort", {m.input(Dtype::f32, {B, 9}), m.arena(Dtype::i64, {B, 4})},
+                {{"descending", true}});
+}
+
 Sample attention() {
   Maker m;
   return m.with("attention",
@@ -128,6 +134,16 @@ Sample quantize() {
                 {{"scale", 0.1}, {"zero_point", 7}});
 }
 
+Sample recurrent(const char* cell, int64_t gates, int64_t states) {
+  Maker m;
+  const int64_t size = 5;
+  return m.with("recurrent",
+                {m.input(Dtype::f32, {B, L, gates * size}), m.floats({gates * size, size}),
+                 m.floats({gates * size}), m.input(Dtype::f32, {B, states * size}),
+                 m.input(Dtype::i64, {B}), m.arena(Dtype::f32, {B, L, states * size})},
+                {{"cell", cell}, {"backwards", gates == 3}});
+}
+
 Sample reduce(const char* operation) {
   Maker m;
   return m.with("reduce", {m.input(Dtype::f32, {B, L, 5}), m.arena(Dtype::f32, {B, 5})},
@@ -145,6 +161,15 @@ Sample resumed_attention(bool has_pattern) {
                  {"distances", List{List{2, 4}}}});
 }
 
+Sample scatter(bool adds) {
+  Maker m;
+  const View index = m.constant<int64_t>(Dtype::i64, {1, 4, 1}, {0, 2, -1, 2});
+  return m.with("scatter",
+                {m.input(Dtype::f32, {B, 5, 3}), index, m.input(Dtype::f32, {B, 4, 3}),
+                 m.arena(Dtype::f32, {B, 5, 3})},
+                {{"adds", adds}});
+}
+
 Sample separable_projection() {
   Maker m;
   return m.with("separable_projection",
@@ -156,6 +181,13 @@ Sample separable_projection() {
 Sample softmax() {
   Maker m;
   return m.with("softmax", {m.input(Dtype::f32, {B, L, 5}), m.arena(Dtype::f32, {B, L, 5})});
+}
+
+Sample take(bool rows) {
+  Maker m;
+  const Extent columns(rows ? 1 : 3);
+  return m.with("take", {m.input(Dtype::f32, {B, 5, 3}), m.input(Dtype::i64, {B, L, columns}),
+                         m.arena(Dtype::f32, {B, L, 3})});
 }
 
 Sample window_sparse_attention(bool causal) {
@@ -187,6 +219,7 @@ Sample window_sparse_attention_int8(bool everything) {
 std::vector<std::pair<std::string, Sample>> samples() {
   std::vector<std::pair<std::string, Sample>> all;
   const auto add = [&](const char* kind, const Sample& sample) { all.emplace_back(kind, sample); };
+  add("argsort", argsort());
   add("attention", attention());
   add("causal_attention", causal_attention());
   add("cumsum", cumsum());
@@ -202,10 +235,15 @@ std::vector<std::pair<std::string, Sample>> samples() {
   add("masked_attention", masked_attention(false, true));
   for (const bool transposed : {false, true}) add("matmul", matmul(transposed));
   add("quantize", quantize());
-  for (const char* operation : {"sum", "mean", "max"}) add("reduce", reduce(operation));
+  add("recurrent", recurrent("gru", 3, 1));
+  add("recurrent", recurrent("lstm", 4, 2));
+  for (const char* cell : {"tanh", "relu"}) add("recurrent", recurrent(cell, 1, 1));
+  for (const char* operation : {"sum", "mean", "max", "min"}) add("reduce", reduce(operation));
   for (const bool pattern : {false, true}) add("resumed_attention", resumed_attention(pattern));
+  for (const bool adds : {false, true}) add("scatter", scatter(adds));
   add("separable_projection", separable_projection());
   add("softmax", softmax());
+  for (const bool rows : {false, true}) add("take", take(rows));
   for (const bool causal : {false, true})
     add("window_sparse_attention", window_sparse_attention(causal));
   for (const bool everything : {false, true})

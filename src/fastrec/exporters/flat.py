@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The result's tensors beside each other, or the one that there is."""
         given = [
-            tensor.to(getattr(torch, leaf.dtype))
+            (tensor.flatten(0, 1) if leaf.per_user else tensor).to(getattr(torch, leaf.dtype))
             for leaf, tensor in zip(self.structure.leaves, tensors, strict=True)
         ]
         args, kwargs = (
@@ -71,10 +72,14 @@ def flattened(
     args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
     tensors: list[torch.Tensor] = []
     paths: list[str] = []
-    arguments = [
-        described(list(args), tensors, paths, ""),
-        described(named, tensors, paths, ""),
+    positional = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    positional += [f"input_{i}" for i in range(len(positional), len(args))]
+    given = [described(v, tensors, paths, n) for n, v in zip(positional, args, strict=False)]
+    arguments = [["list", given], described(named, tensors, paths, "")]
     if not tensors:
         raise DtypeError("example_inputs", "tensors or numpy arrays among the inputs", "none")
     with torch.inference_mode():
@@ -87,18 +92,58 @@ def flattened(
     result = described(value, results, [], "")
     plain = not named and all(node[0] == "tensor" for node in arguments[0][1])
     plain = plain and isinstance(value, torch.Tensor) and value.is_floating_point()
-    plain = plain and all(taken_as(_name(t)) == _name(t) and t.ndim for t in tensors)
+    batch = next((t.shape[0] for t in tensors if t.ndim), 1)
+    plain = plain and all(t.ndim and t.shape[0] == batch for t in tensors)
+    plain = plain and all(taken_as(_name(t)) == _name(t) for t in tensors)
     if plain:
         return model, tuple(tensors), None
     if not results:
         raise DtypeError("model", "a model whose result holds tensors", type(value).__name__)
-    batch = next((t.shape[0] for t in tensors if t.ndim), 1)
-    outputs = [_output(t, batch) for t in results]
+
+    def run(given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        call = [_rebuilt(n, v, given) for n, v in zip(arguments, (args, named), strict=True)]
+        found: list[torch.Tensor] = []
+        with torch.inference_mode():
+            described(evaluated(model)(*call[0], **call[1]), found, [], "")
+        return found
+
+    per_user, grown = _grown(tensors, batch, run)
     packed = len(results) > 1 or not results[0].is_floating_point()
-    leaves = [Leaf(p, _name(t)) for p, t in zip(_unique(paths), tensors, strict=True)]
+    outputs = [_output(t, other, batch) for t, other in zip(results, grown, strict=True)]
+    leaves = [
+        Leaf(path, _name(t), rows)
+        for path, t, rows in zip(_unique(paths), tensors, per_user, strict=True)
+    ]
     structure = Structure(arguments, leaves, result, outputs, packed)
-    examples = tuple(t.to(getattr(torch, taken_as(_name(t)))) for t in tensors)
+    examples = tuple(
+        (t.unflatten(0, (batch, rows)) if rows else t).to(getattr(torch, taken_as(_name(t))))
+        for t, rows in zip(tensors, per_user, strict=True)
+    )
     return Flat(model, structure, (list(args), named)), examples, structure
+
+
+def _grown(
+    tensors: Sequence[torch.Tensor],
+    batch: int,
+    run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
+) -> tuple[list[int], list[torch.Tensor]]:
+    """How many rows for each user a tensor has where that is not one (else 0), and the results for
+    one more user; those for as many where the model takes no other batch.
+    """
+    multiples = [
+        t.shape[0] // batch if t.ndim and t.shape[0] != batch and t.shape[0] % batch == 0 else 0
+        for t in tensors
+    ]
+    for per_user in ([0] * len(tensors), multiples):
+        more = []
+        for tensor, rows in zip(tensors, per_user, strict=True):
+            follows = bool(tensor.ndim) and (tensor.shape[0] == batch or rows > 0)
+            more.append(torch.cat([tensor, tensor[: max(rows, 1)]]) if follows else tensor)
+        try:
+            return list(per_user), run(more)
+        except Exception:  # the model's own, of whatever kind: it takes no such batch
+            continue
+    return [0] * len(tensors), run(tensors)
 
 
 def described(value: Any, tensors: list[torch.Tensor], paths: list[str], path: str) -> list[Any]:
@@ -183,12 +228,20 @@ def _name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _output(tensor: torch.Tensor, batch: int) -> Output:
-    shape = tuple(tensor.shape)
+def _output(tensor: torch.Tensor, grown: torch.Tensor, batch: int) -> Output:
+    """A tensor of the result, from it and what it is for one more user."""
+    shape, other = tuple(tensor.shape), tuple(grown.shape)
     if tensor.dtype.is_complex:
         raise BackendError("model: a complex result; return torch.view_as_real of it")
-    follows = bool(shape) and shape[0] > 0 and shape[0] % batch == 0
-    return Output(_name(tensor), shape, shape[0] // batch if follows else 0)
+    if shape == other:
+        return Output(_name(tensor), shape, 0)
+    rows = other[0] - shape[0] if shape[1:] == other[1:] else 0
+    if rows <= 0 or shape[0] != rows * batch:
+        raise BackendError(
+            f"model: a result of shape {list(shape)} that is {list(other)} for one user more; put "
+            "the batch first"
+        )
+    return Output(_name(tensor), shape, rows)
 
 
 def _packed(tensor: torch.Tensor, output: Output, batch: int) -> torch.Tensor:

@@ -131,4 +131,7 @@ def quiet() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of a message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # torch.export's own reason stands below.
+    return next((line for line in lines if line.startswith("- ")), lines[0]).removeprefix("- ")

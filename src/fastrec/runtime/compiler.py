@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastrec.errors import (
     ArgumentError,
     BackendError,
     DtypeError,
+    FallbackWarning,
     FastrecError,
     MissingDependencyError,
 )
@@ -27,7 +29,7 @@ from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import inference
 from fastrec.runtime.choice_cache import choice_file, recall, remember
-from fastrec.runtime.engine import PRECISIONS, BuildOptions, Engine
+from fastrec.runtime.engine import PLAN, PRECISIONS, BuildOptions, Engine
 
 FALLBACKS = ("torch", "error")
 _EXTRA = {
@@ -119,8 +121,18 @@ def compile(
         engine = _auto(model, examples, options, reference)
     else:
         engine = _build(backend, model, examples, options, reference)
+    if backend == "native":
+        _tell_fallback(engine)
     engine.structure = structure
     return engine
+
+
+def _tell_fallback(engine: Engine) -> None:
+    """Warn where the native backend runs a model in torch because it is no plan."""
+    for row in engine.describe():
+        if row.get("setting") == PLAN and row["why"] and not row["chosen"] and not row["p50_ms"]:
+            text = f"this model is no native plan and runs op by op in torch: {row['why']}"
+            warnings.warn(text, FallbackWarning, stacklevel=3)
 
 
 def available_backends() -> dict[str, str | None]:

@@ -20,6 +20,8 @@ from fastrec.structure import Structure
 if TYPE_CHECKING:
     import torch
 
+# The choice of the native backend between one plan and torch.
+PLAN = "one plan"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 

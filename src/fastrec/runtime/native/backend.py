@@ -31,7 +31,7 @@ from fastrec.runtime.backends._torch import (
     reason_no_torch,
     torch_versions,
 )
-from fastrec.runtime.engine import BuildOptions, Engine
+from fastrec.runtime.engine import PLAN, BuildOptions, Engine
 from fastrec.runtime.native.bf16 import multiply_bf16, precision_of, widened
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower, program_spec
@@ -40,7 +40,6 @@ from fastrec.runtime.threads import with_torch_threads
 from fastrec.spec import InputSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-PLAN = "one plan"
 
 
 def can_run() -> str | None:
@@ -103,7 +102,7 @@ def build(
         rows.append(choice(PLAN, False, None, str(refusal)))
     if best == PLAN:
         assert plan is not None
-        plan._rows = [*plan.profile(example_inputs), *rows]
+        plan._rows = [*plan.profile(example_inputs), *rows, *plan._rows]
         return plan
     attention, torch_threads = names[best]
     return TorchEngine(
@@ -183,7 +182,7 @@ def _planned(
         precision=precision,
         threads=options.threads,
         spec=_up_to(program_spec(options.spec, program, example_inputs), largest),
-        rows=[],
+        rows=[choice("free sizes", False, None, program.fixed)] if program.fixed else [],
         versions=versions(),
     )
     return engine, None

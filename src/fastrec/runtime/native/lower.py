@@ -36,11 +36,14 @@ def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputS
             names all such ops, with the modules and lines that they come from.
     """
     problem: BackendError | None = None
-    for exported, symbols, _ in exports(evaluated(model), example_inputs, spec):
+    for exported, symbols, reason in exports(evaluated(model), example_inputs, spec):
         try:
-            return Lowerer(decomposed(exported), symbols, spec).run()
+            program = Lowerer(decomposed(exported), symbols, spec).run()
         except FreeSize as error:
             problem = error  # with that size fixed it may be a plan
+        else:
+            program.fixed = str(problem or "") or (reason and f"torch.export: {reason}")
+            return program
     assert problem is not None
     raise problem
 

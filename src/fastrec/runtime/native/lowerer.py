@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import sympy
 import torch
 from torch.export.graph_signature import OutputKind
 
@@ -42,6 +43,10 @@ _INSTEAD = {
     "pack_padded_sequence": "the padded sequence and a mask over the result",
     "_pack_padded_sequence": "the padded sequence and a mask over the result",
 }
+
+
+# The largest number in a size that is looked through.
+_MOST = 64
 
 
 class FreeSize(BackendError):
@@ -224,9 +229,29 @@ class Lowerer:
             if base == 1:
                 continue
             if base not in self.names or not power.is_Integer or power < 1:
-                raise FreeSize(f"native: a size of {expression} is not a product of input sizes")
+                return self._simplified(expression)
             symbols += [self.names[base]] * int(power)
         return Extent(int(coefficient), tuple(sorted(symbols)))
+
+    def _simplified(self, expression: Any) -> Extent:
+        """A size that is a number of times one symbol, though it is not written so, such as the
+        quotient that ``chunk`` makes.
+
+        Quotients by c repeat after c values of the symbol: equal for so many, they are equal.
+        """
+        refused = FreeSize(f"native: a size of {expression} is not a product of input sizes")
+        symbols = list(expression.free_symbols)
+        numbers = [abs(int(n)) for n in expression.atoms(sympy.Integer)]
+        if len(symbols) != 1 or symbols[0] not in self.names or max(numbers, default=0) > _MOST:
+            raise refused
+        found = [expression.subs(symbols[0], value) for value in range(1, 2 * _MOST + 1)]
+        if not all(getattr(size, "is_Integer", False) for size in found):
+            raise refused
+        if len(set(found)) == 1:
+            return Extent(int(found[0]))
+        if any(size != value * found[0] for value, size in enumerate(found, 1)):
+            raise refused
+        return Extent(int(found[0]), (self.names[symbols[0]],))
 
     def shape(self, sizes: Sequence[Any]) -> Shape:
         """A shape of the graph."""

@@ -23,6 +23,7 @@ class Program:
         steps: what is computed.
         output: the result.
         more_outputs: whole buffers that a part of a split program returns beside its output.
+        fixed: why sizes that the spec leaves free are no symbols ("" where all are).
     """
 
     symbols: tuple[str, ...]
@@ -30,6 +31,7 @@ class Program:
     steps: list[Step]
     output: View
     more_outputs: list[View] = field(default_factory=list)
+    fixed: str = ""
 
     def readers(self) -> dict[Buffer, list[Step]]:
         """Which steps read a buffer; a step that reads it twice stands twice."""

@@ -46,6 +46,11 @@ def _full(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> V
     return constant(tensor).expanded(to.shape_of(node))
 
 
+@lowers(aten.copy.default)
+def _copy(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    return to.cast(node, args[1], dtype_of(node)).expanded(to.shape_of(node))
+
+
 @lowers(aten.tril.default, aten.triu.default)
 def _triangle(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     """Elements where row + diagonal >= column, or <= for triu; the others are 0."""

@@ -122,6 +122,31 @@ def _broadcast(views: list[View]) -> Shape:
     return tuple(sizes)
 
 
+def _counts(to: Lowerer, index: View, size: Extent) -> bool:
+    """Whether an index is 0, 1, .. of a dimension, along its own first dimension."""
+    if not index.shape or index.shape[0] != size or product(index.shape) != size:
+        return False
+    if (values := index.constant) is not None:
+        return bool((values.reshape(-1) == range(values.size)).all())
+    made = to.writers().get(index.buffer)
+    return made is not None and made.computes(("index", 0), ("integer", 0), ("add_i64", 0, 1))
+
+
+def _each_own(to: Lowerer, node: Node, view: View, indices: list[View]) -> View:
+    """x[arange(B), i, ..]: of each user, what its own index says."""
+    shape = _broadcast(indices)
+    if len(shape) != len(indices[0].shape):
+        raise to.free_size(node, "an index for each user that does not have the users first")
+    behind = len(indices)
+    sizes, rest = view.shape[1:behind], view.shape[behind:]
+    at = _linear_index(to, node, sizes, indices[1:], shape)
+    x = to.reshaped(to.contiguous(view), (shape[0], product(sizes), product(rest)))
+    index = to.reshaped(to.contiguous(at), (shape[0], product(shape[1:]), ONE))
+    flat = (shape[0], index.shape[1], x.shape[2])
+    found = to.emit(node, steps.take, flat, view.dtype, x=x, index=index)
+    return to.reshaped(found, (*shape, *rest))
+
+
 @lowers(aten.index.Tensor)
 def _index(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     view, given = args
@@ -135,6 +160,8 @@ def _index(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
         view = view.permuted([*dims, *(d for d in range(len(view.shape)) if d not in dims)])
         dims = list(range(len(dims)))
     first, behind = dims[0], dims[-1] + 1
+    if first == 0 and len(indices) > 1 and _counts(to, indices[0], view.shape[0]):
+        return _each_own(to, node, view, indices)
     sizes = view.shape[first:behind]
     index = _linear_index(to, node, sizes, indices, _broadcast(indices))
     shape = (*view.shape[:first], product(sizes), *view.shape[behind:])

@@ -124,8 +124,14 @@ def _split(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> 
     view = args[0]
     dim = dim_of(args[2] if len(args) > 2 else kwargs.get("dim", 0), len(view.shape))
     pieces, start = [], 0
-    for value in node.meta["val"]:
-        size = to.extent(value.shape[dim])
+    sizes = [to.extent(value.shape[dim]) for value in node.meta["val"]]
+    if sizes[0].number is None and len(set(sizes)) == 1 and len(sizes) > 1:
+        # Parts of one free size: their number is a dimension, which a copy puts last.
+        shape = (*view.shape[:dim], Extent(len(sizes)), *sizes[:1], *view.shape[dim + 1 :])
+        apart = to.reshaped(view, shape)
+        whole = to.copied(apart.permuted(_last(apart, dim)))
+        return [_selected(to, whole, len(shape) - 1, i) for i in range(len(sizes))]
+    for size in sizes:
         piece = view.sliced(dim, start, size)
         if piece is None or size.number is None:
             raise to.free_size(node, "splitting a free size")
@@ -180,17 +186,23 @@ def joined(
 ) -> View:
     """A buffer whose parts are written by copies; the pass ``write_in_place`` removes them."""
     whole = Buffer(dtype, shape).view()
+    if len(parts) > 1 and any(part.shape[dim].number is None for part in parts):
+        return _joined_blocks(to, node, parts, dim, shape, dtype)
+    if len(parts) > 1 and whole.strides[dim].number is None:
+        # Put last, the dimension has a stride of 1.
+        order = _last(whole, dim)
+        moved = [part.permuted(order) for part in parts]
+        sizes = tuple(shape[d] for d in order)
+        last = joined(to, node, moved, len(shape) - 1, sizes, dtype)
+        return last.permuted([order.index(d) for d in range(len(order))])
     start = 0
     for part in parts:
-        size = part.shape[dim].number
-        if size is None and len(parts) > 1:
-            return _joined_blocks(to, node, parts, dim, shape, dtype)
-        into = whole.sliced(dim, start, part.shape[dim])
-        if into is None:
-            raise to.free_size(node, "concatenation across a free stride")
-        if size != 0:
+        size = part.shape[dim]
+        into = whole.sliced(dim, start, size)
+        assert into is not None
+        if size != Extent(0):
             to.copy_into(part, into)
-        start += size or 0
+        start += size.number or 0
     return whole
 
 
@@ -263,6 +275,27 @@ def _repeat(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
             wide.append(to.extent(count) * size)
     spread = to.reshaped(view, tuple(apart)).expanded(tuple(wide))
     return to.reshaped(spread, to.shape_of(node))
+
+
+@lowers(aten.roll.default)
+def _roll(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    view, shifts, dims = args[0], args[1], args[2] if len(args) > 2 else []
+    if not dims:
+        raise to.unsupported(node, "a roll of the flattened tensor; name its dimensions")
+    for shift, dim in zip(shifts, dims, strict=True):
+        dim = dim_of(dim, len(view.shape))
+        size = view.shape[dim].number
+        if size is None:
+            raise to.free_size(node, "a roll along a free size")
+        if size == 0 or shift % size == 0:
+            continue
+        cut = size - shift % size
+        parts = [view.sliced(dim, cut, Extent(size - cut)), view.sliced(dim, 0, Extent(cut))]
+        whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts):
+            raise to.free_size(node, "a roll across a free stride")
+        view = joined(to, node, whole, dim, view.shape, view.dtype)
+    return view
 
 
 @lowers(aten.flip.default)
