@@ -23,10 +23,22 @@ class Flat(nn.Module):
         model: as people wrote it.
         structure: of its arguments and its result.
         arguments: the examples' positional and named ones: their objects are copied for each call.
+        batch: of the examples.
+        examples: the tensors.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, arguments: tuple[Any, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        arguments: tuple[Any, Any],
+        batch: int,
+        examples: Sequence[torch.Tensor],
+    ) -> None:
         super().__init__()
+        self.batch = batch
+        following = [i for i, t in enumerate(examples) if t.ndim and t.shape[0] == batch]
+        self.follows = following[0] if following else None
         self.model = model
         self.structure = structure
         self.arguments = arguments
@@ -46,7 +58,7 @@ class Flat(nn.Module):
         described(self.model(*args, **kwargs), outputs, [], "")
         if not self.structure.packed:
             return outputs[0].float()
-        batch = next(t.shape[0] for t in tensors if t.ndim)
+        batch = self.batch if self.follows is None else tensors[self.follows].shape[0]
         pairs = zip(self.structure.outputs, outputs, strict=True)
         return torch.cat([_packed(tensor, output, batch) for output, tensor in pairs], 1)
 
@@ -107,7 +119,7 @@ def flattened(
             described(evaluated(model)(*call[0], **call[1]), found, [], "")
         return found
 
-    per_user, grown = _grown(tensors, batch, run)
+    batch, per_user, grown = _grown(tensors, run)
     packed = len(results) > 1 or not results[0].is_floating_point()
     outputs = [_output(t, other, batch) for t, other in zip(results, grown, strict=True)]
     leaves = [
@@ -119,31 +131,36 @@ def flattened(
         (t.unflatten(0, (batch, rows)) if rows else t).to(getattr(torch, taken_as(_name(t))))
         for t, rows in zip(tensors, per_user, strict=True)
     )
-    return Flat(model, structure, (list(args), named)), examples, structure
+    return Flat(model, structure, (list(args), named), batch, examples), examples, structure
 
 
 def _grown(
     tensors: Sequence[torch.Tensor],
-    batch: int,
     run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
-) -> tuple[list[int], list[torch.Tensor]]:
-    """How many rows for each user a tensor has where that is not one (else 0), and the results for
-    one more user; those for as many where the model takes no other batch.
+) -> tuple[int, list[int], list[torch.Tensor]]:
+    """The batch; how many rows for each user a tensor has where that is not one (else 0); and the
+    results for one more user, or for as many where the model takes no other batch.
+
+    The batch is the first of the tensors' first sizes that the model takes one more of.
     """
-    multiples = [
-        t.shape[0] // batch if t.ndim and t.shape[0] != batch and t.shape[0] % batch == 0 else 0
-        for t in tensors
-    ]
-    for per_user in ([0] * len(tensors), multiples):
+    sizes = list(dict.fromkeys(t.shape[0] for t in tensors if t.ndim and len(t)))
+    ways = []
+    for batch in sizes:
+        multiples = [
+            t.shape[0] // batch if t.ndim and t.shape[0] != batch and t.shape[0] % batch == 0 else 0
+            for t in tensors
+        ]
+        ways += [(batch, [0] * len(tensors)), (batch, multiples)]
+    for batch, per_user in ways:
         more = []
         for tensor, rows in zip(tensors, per_user, strict=True):
             follows = bool(tensor.ndim) and (tensor.shape[0] == batch or rows > 0)
             more.append(torch.cat([tensor, tensor[: max(rows, 1)]]) if follows else tensor)
         try:
-            return list(per_user), run(more)
+            return batch, per_user, run(more)
         except Exception:  # the model's own, of whatever kind: it takes no such batch
             continue
-    return [0] * len(tensors), run(tensors)
+    return (sizes or [1])[0], [0] * len(tensors), run(tensors)
 
 
 def described(value: Any, tensors: list[torch.Tensor], paths: list[str], path: str) -> list[Any]:

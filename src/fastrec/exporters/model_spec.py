@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError, BackendError, DtypeError, ShapeError
+from fastrec.exporters.flat import Flat
 from fastrec.models import RankerConfig, SASRecConfig
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.spec import InputField, InputSpec
@@ -57,13 +58,18 @@ def spec_of(
             InputField("length", ("B",), rows="L"),
         )
         return InputSpec(fields, {"B": (1, None), "L": (1, config.max_length)})
-    names = list(getattr(model, "input_names", ())) or [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    names = (
+        [*model.input_names]
+        if isinstance(model, Flat)
+        else [
+            p.name
+            for p in inspect.signature(model.forward).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+    )
     names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
     batch = next((t.shape[0] for t in example_inputs if t.ndim), 1)
+    batch = model.batch if isinstance(model, Flat) else batch
     own = [
         # An input of another first size does not follow the batch.
         InputField(

@@ -8,13 +8,18 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import sympy
 import torch
 from torch import nn
 
 from fastrec.errors import BackendError
 from fastrec.models.attention import Attention
 from fastrec.spec import InputSpec
+
+# The largest number in a guard, or a size, that is tried for all sizes.
+MOST_NUMBER = 64
 
 
 def traced(
@@ -46,29 +51,73 @@ def exports(
     problem: Exception | None = None
     found = False
     for symbols in dict.fromkeys((tuple(free), ("B",) if "B" in free else (), ())):
-        dims = {s: torch.export.Dim(s, min=1, max=_most(spec, s)) for s in symbols}
-        shapes = tuple(
-            {i: dims[d] for i, d in enumerate(f.dims) if isinstance(d, str) and d in dims}
-            for f in spec.fields
-        )
-        with quiet():
-            try:
-                program = torch.export.export(
-                    model,
-                    _apart_from_one(examples, spec, symbols),
-                    dynamic_shapes=(shapes,) if _takes_any(model) else shapes,
-                )
-            # Tracing runs the model's own code, which may raise anything.
-            except Exception as error:
-                problem = error
-                continue
-        found = True
-        yield program, symbols, "" if problem is None else first_line(problem)
+        declared = {s: torch.export.Dim(s, min=1, max=_most(spec, s)) for s in symbols}
+        # What torch cannot prove of all sizes it may find for itself: its guards are then read.
+        inferred = dict.fromkeys(symbols, torch.export.Dim.AUTO)
+        for dims in (declared, inferred) if symbols else (declared,):
+            shapes = tuple(
+                {i: dims[d] for i, d in enumerate(f.dims) if isinstance(d, str) and d in dims}
+                for f in spec.fields
+            )
+            with quiet():
+                try:
+                    program = torch.export.export(
+                        model,
+                        _apart_from_one(examples, spec, symbols),
+                        dynamic_shapes=(shapes,) if _takes_any(model) else shapes,
+                    )
+                # Tracing runs the model's own code, which may raise anything.
+                except Exception as error:
+                    problem = problem or error
+                    if "satisfy the generated guard" not in str(error):
+                        break
+                    continue
+            if dims is declared or guards_hold(program, spec, symbols):
+                found = True
+                yield program, symbols, "" if symbols == tuple(free) else first_line(problem)
+                break
     if not found:
         assert problem is not None
         raise BackendError(
             f"torch.export can't trace this model: {first_line(problem)}"
         ) from problem
+
+
+def guards_hold(
+    program: torch.export.ExportedProgram, spec: InputSpec, symbols: Sequence[str]
+) -> bool:
+    """Whether an export with inferred sizes holds for all sizes from 2 on.
+
+    Its inputs have to be free where the spec says so, and each guard has to be one of quotients of
+    sizes by small numbers, or by the size itself, that holds for 2..128: those repeat, or stay.
+    """
+    names: dict[Any, str] = {}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    guards: list[Any] = []
+    for node, f in zip(placeholders[-len(spec.fields) :], spec.fields, strict=True):
+        for size, dim in zip(node.meta["val"].shape, f.dims, strict=True):
+            if dim not in symbols:
+                continue
+            if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+                return False
+            if names.setdefault(size.node.expr, str(dim)) != dim:
+                return False
+            guards = [guard.expr for guard in size.node.shape_env.guards]
+    if len(set(names.values())) != len(names):
+        return False
+    for guard in guards:
+        used = list(guard.free_symbols)
+        numbers = [abs(int(n)) for n in guard.atoms(sympy.Integer)]
+        if (
+            len(used) > 1
+            or (used and used[0] not in names)
+            or max(numbers, default=0) > MOST_NUMBER
+        ):
+            return False
+        for value in range(2, 2 * MOST_NUMBER + 1):
+            if guard.subs(dict.fromkeys(used, value)) != sympy.true:
+                return False
+    return True
 
 
 def _takes_any(model: nn.Module) -> bool:
@@ -128,7 +177,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | None) -> str:
     """The first line of a message that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

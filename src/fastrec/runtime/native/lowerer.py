@@ -79,6 +79,11 @@ def _is_size(node: torch.fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
+def _written(node: torch.fx.Node) -> str:
+    """The op as the model has it, which torch may have taken apart."""
+    return str(node.meta.get("original_aten") or node.target)
+
+
 def _instead(op: str) -> str:
     """The nearest form of an unsupported op."""
     name = op.split(".")[-2] if "." in op else op
@@ -173,7 +178,7 @@ class Lowerer:
         if lowering is None and node.target is not operator.getitem:
             if not node.users:
                 return None  # a check of sizes
-            raise self.unsupported(node, f"it has no lowering; {_instead(str(node.target))}")
+            raise self.unsupported(node, f"it has no lowering; {_instead(_written(node))}")
         if any(isinstance(self.env[n], _Missing) for n in node.all_input_nodes):
             return _Missing()
         args = [self._value(a) for a in node.args]
@@ -351,7 +356,7 @@ class Lowerer:
 
     def _refusal(self, node: torch.fx.Node, why: str) -> str:
         where = module_of(node) or "the model's forward"
-        return f"native: {node.target} in {where}{line_of(node)}: {why}"
+        return f"native: {_written(node)} in {where}{line_of(node)}: {why}"
 
     def cast(self, node: torch.fx.Node | None, view: View, dtype: str) -> View:
         """The view's elements as another of the program's dtypes."""
