@@ -67,8 +67,9 @@ def quantised(ranker: Ranker, sparsity: float = 0.0) -> Ranker:
 def bound(ranker: Ranker, inputs: Inputs, precision: str) -> Row:
     """What a request's launches must move and multiply, and the least time of an H200's data
     sheet for them."""
+    from fastrec.runtime.cuda.config import Sizes
     from fastrec.runtime.cuda.engine import launch_rows
-    from fastrec.runtime.cuda.launches import Bucket, Sizes
+    from fastrec.runtime.cuda.launches import Bucket
     from fastrec.runtime.cuda.match import match
     from fastrec.runtime.cuda.weights import Weights
     from fastrec.runtime.native.lower import lower
@@ -153,7 +154,7 @@ def ours(twin: Ranker, precision: str, batch: int) -> Contender:
         return lambda: engine()(*arrays)
 
     def replay() -> Replay:
-        from fastrec.runtime.cuda.launches import Sizes
+        from fastrec.runtime.cuda.config import Sizes
 
         launches = engine()._executor.staged(Sizes(batch, LENGTH, CANDIDATES)).bucket.launches
         return Replay.of([lambda: [launch() for launch in launches]] * MOST_SETS)

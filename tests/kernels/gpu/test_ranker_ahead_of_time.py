@@ -48,7 +48,8 @@ def stages() -> dict[str, Any]:
 
 def launches(stages: Any, precision: str, users: int, target: str, persistent: bool = True) -> Any:
     """Those of a batch, as the engine makes them on a GPU of 132 multiprocessors."""
-    from fastrec.runtime.cuda.launches import Bucket, Sizes
+    from fastrec.runtime.cuda.config import Sizes
+    from fastrec.runtime.cuda.launches import Bucket
     from fastrec.runtime.cuda.weights import Weights
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

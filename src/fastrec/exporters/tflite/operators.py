@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastrec.errors import BackendError
-from fastrec.exporters.tflite.convert import Conversion, attributes, int8_scales
+from fastrec.exporters.tflite.conversion import Conversion, attributes, int8_scales
 from fastrec.exporters.tflite.convolution import depthwise
 from fastrec.exporters.tflite.linear import linear_layer, matrix_product
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastrec.kernels._gpu import ceil_div, power_of_two
 
@@ -11,6 +12,14 @@ from fastrec.kernels._gpu import ceil_div, power_of_two
 PANEL = 32
 # Programs that fill a GPU where its own number is not known: 132 SMs of an H100.
 FULL_GPU = 132
+
+
+class Sizes(NamedTuple):
+    """Of a request, or what a bucket has room for."""
+
+    users: int
+    length: int
+    candidates: int
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from fastrec.errors import DeviceError, DtypeError
+from fastrec.runtime.cuda.config import Sizes
 from fastrec.runtime.cuda.executor import Executor
-from fastrec.runtime.cuda.launches import Launch, Sizes
+from fastrec.runtime.cuda.launches import Launch
 from fastrec.runtime.cuda.roofline import GPUS
 from fastrec.runtime.engine import Engine
 

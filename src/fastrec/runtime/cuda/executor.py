@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fastrec.kernels._gpu import power_of_two
-from fastrec.runtime.cuda.config import TowerConfig
-from fastrec.runtime.cuda.launches import HEADER, Bucket, Sizes
+from fastrec.runtime.cuda.config import Sizes, TowerConfig
+from fastrec.runtime.cuda.launches import HEADER, Bucket
 from fastrec.runtime.cuda.stages import RankerStages
 from fastrec.runtime.cuda.weights import Weights
 

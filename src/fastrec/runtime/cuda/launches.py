@@ -13,7 +13,7 @@ one captured graph serve every batch, history and candidate count.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from fastrec.kernels._gpu import ceil_div, power_of_two
 from fastrec.runtime.cuda import _candidate_kernels, _encoder_kernels, _tower_kernels
 from fastrec.runtime.cuda.config import (
     FULL_GPU,
+    Sizes,
     TowerConfig,
     rows_config,
     skipping_pays,
@@ -43,14 +44,6 @@ KERNELS = (
     _tower_kernels.tower_scores,
 )
 _PLACE = 8  # int64s a layer of the tower
-
-
-class Sizes(NamedTuple):
-    """Of a request, or what a bucket has room for."""
-
-    users: int
-    length: int
-    candidates: int
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from fastrec.errors import BackendError
 from fastrec.kernels import _tuning
 from fastrec.kernels._gpu import power_of_two
-from fastrec.runtime.cuda.config import PANEL, TowerConfig
+from fastrec.runtime.cuda.config import PANEL, Sizes, TowerConfig
 from fastrec.runtime.cuda.weights import Tower
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ def tune_tower(executor: Executor, users: int, candidates: int) -> str:
     Raises:
         BackendError: the executor is on no GPU, or none of the tiles runs on it.
     """
-    # Importing it imports triton, which may be missing; launches asks this module in turn.
     from triton.runtime.errors import OutOfResources
-
-    from fastrec.runtime.cuda.launches import Sizes
 
     found = table(executor.device)
     if found is None:
