@@ -137,7 +137,7 @@ def _pool(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> A
 
 @lowers(aten._native_batch_norm_legit_no_training.default)
 def _batch_norm(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """A scale and a shift a channel; ``fold_scales`` makes them part of a layer before them."""
+    """A scale and a shift a channel."""
     x, weight, bias, mean, variance, _, eps = args
     if any(v is not None and v.constant is None for v in (weight, bias, mean, variance)):
         raise to.unsupported(node, "statistics that are computed")
