@@ -382,8 +382,12 @@ def test_bad_models_and_examples(ranker, request_of):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return x, x
 
-    with pytest.raises(DtypeError, match="one tensor output"):
-        compile_engine(Pair(), (torch.zeros(1, 2),), "torch")
+    with compile_engine(Pair(), (torch.zeros(1, 2),), "torch") as engine:
+        first, second = engine(torch.ones(1, 2))
+        assert first.tolist() == second.tolist() == [[1, 1]]
+
+    with pytest.raises(ArgumentError, match="example_inputs: expected inputs that the model's own"):
+        compile_engine(nn.Embedding(3, 2), (torch.tensor([[5]]),), "torch")
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime", "openvino"])
@@ -400,7 +404,7 @@ def test_a_missing_package_is_named_with_its_extra(ranker, request_of, monkeypat
         importlib.util, "find_spec", lambda name, *a: None if name == backend else find(name, *a)
     )
     assert backend in available_backends()[backend]
-    with pytest.raises(MissingDependencyError, match=rf"fastrec\[{extra}\]"):
+    with pytest.raises(MissingDependencyError, match=rf"fastrec-kernels\[{extra}\]"):
         compile_engine(ranker, request_of(1), backend)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastrec.errors import BackendError, DtypeError
-from fastrec.exporters.trace import evaluated
+from fastrec.errors import ArgumentError, BackendError, DtypeError, FastrecError
+from fastrec.exporters.trace import evaluated, first_line
 from fastrec.structure import BITS, Leaf, Output, Structure, taken_as
 
 
@@ -78,6 +78,7 @@ def flattened(
 
     Raises:
         DtypeError: no tensor among the inputs, or a value that is no tensor, number or container.
+        ArgumentError, ShapeError, IdRangeError: the model's forward refuses the examples.
         BackendError: a result that does not follow the batch.
     """
     named = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
@@ -94,12 +95,17 @@ def flattened(
     arguments = [["list", given], described(named, tensors, paths, "")]
     if not tensors:
         raise DtypeError("example_inputs", "tensors or numpy arrays among the inputs", "none")
-    with torch.inference_mode():
-        calls = [
-            _rebuilt(node, value, tensors)
-            for node, value in zip(arguments, (args, named), strict=True)
-        ]
-        value = evaluated(model)(*calls[0], **calls[1])
+    calls = [
+        _rebuilt(node, value, tensors) for node, value in zip(arguments, (args, named), strict=True)
+    ]
+    try:
+        with torch.inference_mode():
+            value = evaluated(model)(*calls[0], **calls[1])
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, FastrecError):
+            raise
+        expected = "inputs that the model's own forward takes"
+        raise ArgumentError("example_inputs", expected, first_line(error)) from error
     results: list[torch.Tensor] = []
     result = described(value, results, [], "")
     plain = not named and all(node[0] == "tensor" for node in arguments[0][1])

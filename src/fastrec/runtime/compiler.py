@@ -26,6 +26,7 @@ from fastrec.measure.choice import choice, contest
 from fastrec.measure.machine import usable_cpus
 from fastrec.measure.packages import missing
 from fastrec.measure.timing import Tolerance, correctness_gate
+from fastrec.models import RankerConfig, SASRecConfig
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import inference
 from fastrec.runtime.choice_cache import choice_file, recall, remember
@@ -104,6 +105,10 @@ def compile(
     if not isinstance(example_inputs, tuple | list | Mapping) or not example_inputs:
         expected = "a tuple of inputs, or a dict of named ones"
         raise DtypeError("example_inputs", expected, type(example_inputs).__name__)
+    own = isinstance(getattr(model, "config", None), RankerConfig | SASRecConfig)
+    if own and not isinstance(example_inputs, Mapping):
+        # Names an id outside its table before torch meets it.
+        spec_of(model, ()).check(as_tensors("example_inputs", example_inputs))
     model, examples, structure = flattened(model, example_inputs)
     spec = spec_of(model, examples, dims, limits)
     spec.check(examples)
