@@ -86,6 +86,9 @@ def in_float64(model: nn.Module) -> nn.Module:
             set_module(twin, name, ExactInt8Linear(module))
         elif isinstance(module, Int8Embedding):
             set_module(twin, name, ExactInt8Embedding(module))
+        elif isinstance(module, nn.Linear):
+            # INT8 attention hands float32 to a projection that stayed float.
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.double() for x in inputs))
     return twin.double()
 
 

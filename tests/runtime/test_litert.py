@@ -231,7 +231,7 @@ def test_without_the_package(monkeypatch, tmp_path):
     with fastrec.compile(model, requests(model, m=8), "litert", 1) as engine:
         path: Path = engine.save(tmp_path / "engine")
     monkeypatch.setattr(litert, "missing", lambda module: module == "ai_edge_litert")
-    with pytest.raises(MissingDependencyError, match=r"fastrec\[litert\]"):
+    with pytest.raises(MissingDependencyError, match=r"fastrec-kernels\[litert\]"):
         fastrec.compile(model, requests(model, m=8), "litert", 1)
     with pytest.raises(BackendError, match=r"pip install 'fastrec-kernels\[litert\]'"):
         fastrec.runtime.load_engine(path)

@@ -320,7 +320,9 @@ def test_an_unknown_op_is_named_with_its_module() -> None:
             return torch.cumprod(x, 1)
 
     model = nn.Sequential(nn.Linear(4, 4), Inner())
-    with pytest.raises(BackendError, match=r"native: aten\.cumprod\.default in 1: "):
+    with pytest.raises(
+        BackendError, match=r"native: aten\.cumprod\.default in 1 \(test_plan\.py:\d+\): "
+    ):
         engine_of(model, torch.randn(2, 4))
 
 

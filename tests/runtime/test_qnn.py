@@ -52,7 +52,7 @@ def test_bad_settings(ranker, request_of, monkeypatch):
     with pytest.raises(BackendError, match="runs this model in fp16"):
         fastrec.compile(ranker, request_of(1), "qnn", precision="int8")
     monkeypatch.setattr(qnn, "missing", lambda module: True)
-    with pytest.raises(MissingDependencyError, match=r"fastrec\[qnn\]"):
+    with pytest.raises(MissingDependencyError, match=r"fastrec-kernels\[qnn\]"):
         fastrec.compile(ranker, request_of(1), "qnn")
 
 

@@ -364,7 +364,7 @@ def test_a_missing_package_is_named_with_its_extra(ranker, request_of):
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("tensorrt is installed here")
     assert "fastrec-kernels[tensorrt]" in str(available_backends()["tensorrt"])
-    with pytest.raises(MissingDependencyError, match=r"fastrec\[tensorrt\]"):
+    with pytest.raises(MissingDependencyError, match=r"fastrec-kernels\[tensorrt\]"):
         compiled(ranker, request_of(2))
 
 

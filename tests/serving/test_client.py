@@ -124,8 +124,9 @@ def test_a_server_that_hangs_is_not_waited_for(serve: Callable[..., str]) -> Non
             stuck.gate.set()
             late = [d for d in done if isinstance(d, Rejected)]
             assert all(r.kind is Kind.EXPIRED for r in late)
-            # All at once, before anything is known of either: half may be lost, not more.
-            assert len(late) <= 25
+            # All at once, before anything is known of either: each goes to one of two by chance,
+            # and more than 32 of 40 to the same one in 3 of 100,000 runs.
+            assert len(late) <= 32
             # From then on the other one takes everything that the first has not proved it can do.
             await load(client, 40, 2)
 

@@ -40,7 +40,8 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 def add_run(out: torch.Tensor, weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """out [H, L, Dv] plus a run: weights [H, L, n] float32, v [H, n, Dv] int8."""
     largest = weights.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    rounded = (weights * (127.0 / largest)).round()
+    # One division: `127.0 / largest` is torch's reciprocal, then a product.
+    rounded = (weights * (torch.full_like(largest, 127.0) / largest)).round()
     # Integers below 2^20: exact in double.
     totals = (rounded.double() @ v.double()).float()
     return out + totals * (largest / 127.0)
