@@ -64,15 +64,15 @@ def test_every_public_name_resolves(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'accelerate'"):
-        _ = fastrec.accelerate
+    with pytest.raises(AttributeError, match="no attribute 'speed_up'"):
+        _ = fastrec.speed_up
 
 
 def test_without_torch_each_name_that_needs_it_says_how_to_install_it() -> None:
     code = """
 import fastrec
 from fastrec.errors import MissingDependencyError
-for name in ("prune_", "compile", "export", "autotune", "models.Ranker", "train.fit"):
+for name in ("prune_", "compile", "export", "accelerate", "autotune", "models.Ranker", "train.fit"):
     *room, name = name.split(".")
     try:
         getattr(getattr(fastrec, room[0]) if room else fastrec, name)

@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = attach(
         ".exporters": ("export",),
         ".kernels.window_sparse_attention.pattern": ("AttentionPattern",),
         ".runtime": ("compile",),
-        ".search": ("Budget", "autotune"),
+        ".search": ("Budget", "accelerate", "autotune"),
     },
     (
         "compress",
@@ -92,4 +92,4 @@ if TYPE_CHECKING:
     from fastrec.exporters import export
     from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
     from fastrec.runtime import compile
-    from fastrec.search import Budget, autotune
+    from fastrec.search import Budget, accelerate, autotune

@@ -47,7 +47,7 @@ def _mount() -> None:
     from fastrec.report.load_cli import loadtest
     from fastrec.runtime.cli import compile, export, screen
     from fastrec.runtime.cuda.cli import tune
-    from fastrec.search.cli import autotune
+    from fastrec.search.cli import accelerate, autotune
     from fastrec.serving.cli import serve
     from fastrec.serving.simulate.cli import simulate
     from fastrec.train.cli import train
@@ -55,8 +55,8 @@ def _mount() -> None:
     app.command()(info)
     app.add_typer(data_app, name="data", help="Generate and prepare interaction logs.")
     commands = (
-        train, compress, autotune, compile, table1, export, bench, tune, explain, serve, loadtest,
-        simulate, screen,
+        accelerate, train, compress, autotune, compile, table1, export, bench, tune, explain, serve,
+        loadtest, simulate, screen,
     )  # fmt: skip
     for command in commands:
         app.command()(command)

@@ -9,6 +9,7 @@ from fastrec.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        ".acceleration": ("Accelerated", "Way", "accelerate"),
         ".budget": ("Budget",),
         ".fit": ("CostModel", "fit_costs"),
         ".result": ("AutotuneResult", "Point"),
@@ -18,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
 )
 
 if TYPE_CHECKING:
+    from fastrec.search.acceleration import Accelerated, Way, accelerate
     from fastrec.search.budget import Budget
     from fastrec.search.fit import CostModel, fit_costs
     from fastrec.search.result import AutotuneResult, Point

@@ -1,4 +1,4 @@
-"""``fastrec autotune``: a trained model and its data in, the best model under a budget out."""
+"""``fastrec accelerate`` and ``autotune``: a trained model in, a faster one out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastrec.errors import ArgumentError, DataError
-from fastrec.model_source import ModelArgument, calibration_batches, find_model
+from fastrec.model_source import (
+    ExampleOption,
+    ModelArgument,
+    calibration_batches,
+    example_inputs,
+    find_model,
+)
 from fastrec.plotting import check_png
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
@@ -18,6 +24,56 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastrec.search.space import Space
+
+
+def accelerate(
+    model: ModelArgument,
+    out: Annotated[
+        Path | None, typer.Argument(help="Where to write the engine: a file (native) or a folder.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="For INT8: a prepared data set or a .npz; the example inputs by default.",
+        ),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of the answers that INT8 has to keep.")] = 0.99,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads a call; default all.")] = None,
+    rivals: Annotated[
+        str, typer.Option(help="Other backends to build and time, comma-separated.")
+    ] = "onnxruntime,openvino",
+    batch: Annotated[int, typer.Option(min=1, help="Users a call, of the examples.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing.")] = 5.0,
+    example: ExampleOption = None,
+    json_out: JsonOption = None,
+) -> None:
+    """Make what keeps the answers INT8, compile, and compare with torch and others.
+
+    Prints a table of before and after; the fastest engine that keeps the answers goes to OUT.
+    """
+    import dataclasses
+
+    from fastrec.exporters.model_spec import spec_of
+    from fastrec.measure.machine import machine_card
+    from fastrec.search.acceleration import accelerate as run
+
+    source = find_model(model).announce()
+    network = source.model()
+    examples = example_inputs(spec_of(network, ()), example, {"B": batch, "m": 50}, full=True)
+    with progress() as tell:
+        result = run(
+            network, examples,
+            calibration=None if calibration is None else calibration_batches(network, calibration),
+            keep=keep, threads=threads, rivals=[name for name in rivals.split(",") if name],
+            seconds=seconds, show=False, progress=tell,
+        )  # fmt: skip
+    stdout().print(result.table())
+    if out is not None:
+        stdout().print(f"saved: {result.engine.save(out)}")
+    result.engine.close()
+    ways = [dataclasses.asdict(way) for way in result.ways]
+    write_json(json_out, {"machine": machine_card(), "model": source.given, "ways": ways})
 
 
 def autotune(
