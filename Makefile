@@ -9,7 +9,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 UV := $(shell command -v uv 2>/dev/null)
 PIP := $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
 
-.PHONY: setup demo protos test test-all wheel wheel-check promtool sanitize forced-isa bench lint \
+.PHONY: setup demo protos test test-all wheel wheel-check promtool sanitize forced-isa bench lint docs \
   gpu-report serve-demo clean
 
 # Everything, GPU compilers and Ray among it; `make demo`, `test` and `lint` need less.
@@ -107,6 +107,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 	$(BIN)/mypy
+
+# The documentation as a site: build/site. A link that leads nowhere is an error.
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.made
+	$(call install,docs,FASTREC_BUILD_CPU=0 FASTREC_BUILD_CUDA=0)
+
+docs: $(VENV)/.docs
+	$(BIN)/zensical build --strict
 
 # With a GPU: this machine's own Python and packages, no network; it builds for that GPU by itself.
 # Without: a dry run in the venv. SECTIONS="ranker-1 ranker-64": only these, with more time.

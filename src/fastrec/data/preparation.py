@@ -128,9 +128,8 @@ def prepare(
 
     Raises:
         ArgumentError: a bad argument, or ``out`` exists and ``force`` is not set.
-        DataError: the log cannot be read, has no usable row, or (strict) a refused row; names the
-        file
-            and, where there is one, the line.
+        DataError: the log cannot be read, has no usable row, or (strict) a refused row; names
+            the file and, where there is one, the line.
     """
     if max_history < 1:
         raise ArgumentError("max_history", ">= 1", max_history)

@@ -77,8 +77,9 @@ def pointwise_attention_int8(
         q, k: int8 [B, H, L, D], or jagged [T, H, D] with ``cu_seqlens``; D from 1 to 256.
         v: int8, as k, with a D of its own.
         q_scale, k_scale, v_scale: step sizes, > 0.
-        position_bias, time_bias, time_edges, timestamps, query_timestamps, lengths, cu_seqlens,
-            targets, scale, norm_length, causal: as for the float op; tables are finite float32.
+        position_bias, time_bias, time_edges, timestamps, query_timestamps: as for the float op;
+            tables are finite float32.
+        lengths, cu_seqlens, targets, scale, norm_length, causal: as for the float op.
         backend: None picks the best once per signature; "cpu" or "reference" forces one.
 
     Returns:

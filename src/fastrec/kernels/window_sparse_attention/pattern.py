@@ -28,7 +28,7 @@ class AttentionPattern:
         window: neighbours on each side, >= 0; 0 keeps the query's own position.
         offsets: the far distances. "none"; "log2": 1, 2, 4, ... below L; "strided:N": the multiples
             of N below L; "random": ``num_random`` distinct ones a head, drawn by ``seed`` from
-            window + 1 .. max_length - 1; or the distances themselves, [n] for all heads or [H][n].
+            window + 1 .. max_length - 1; or the distances, `[n]` for all heads or `[H][n]`.
         causal: no query sees a later key.
         num_random, max_length, seed: for ``offsets="random"`` only.
 
