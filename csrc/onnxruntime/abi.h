@@ -1,7 +1,7 @@
-// What these ops use of ONNX Runtime's C interface, so that a build needs nothing of ONNX Runtime,
-// whose Python package has no headers. The interface is binary and frozen: its table of functions
-// only grows, a function keeps its place, and a library asks for the version it was written to
-// (GetApi returns null where ONNX Runtime is older). Names are ONNX Runtime's.
+// The part of ONNX Runtime's C interface that these ops use, so that a build needs nothing of ONNX
+// Runtime, whose Python package has no headers. The interface is binary and frozen: its table of
+// functions only grows, a function keeps its place, and a library asks for the version it was
+// written to (GetApi returns null where ONNX Runtime is older). Names are ONNX Runtime's.
 #pragma once
 
 #include <cstddef>
@@ -95,7 +95,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-// What an op hands over. `version` says where the table ends.
+// The table that an op hands over. `version` says where the table ends.
 struct OrtCustomOp {
   uint32_t version;
   void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);

@@ -13,7 +13,7 @@
 
 namespace fastrec::onnxruntime {
 
-// What RegisterCustomOps was given; set before any op is made.
+// RegisterCustomOps' argument; set before any op is made.
 const OrtApi& api();
 
 void check(OrtStatus* status);  // throws std::runtime_error with its message, and frees it
@@ -80,7 +80,7 @@ OrtStatus* status_of(OrtErrorCode code, F&& action) noexcept {
   }
 }
 
-// What an op is made of: made from a Node, run with a Call.
+// An op: made from a Node, run with a Call.
 template <class T>
 concept Kernel = std::constructible_from<T, const Node&> && requires(T& kernel, const Call& call) {
   { kernel.run(call) } -> std::same_as<void>;

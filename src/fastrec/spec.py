@@ -1,4 +1,4 @@
-"""What an engine accepts, checked before anything is computed. numpy only.
+"""The inputs that an engine accepts, checked before anything is computed. numpy only.
 
 Hot path: the shapes of a call are looked up in a cache of shapes already found good; then one
 comparison covers all ids. A negative int64 read as uint64 is huge, so ``ids >= rows`` also finds

@@ -67,7 +67,7 @@ class StepCheck {
   std::span<const int32_t> integers(int operand) const;
   // Rows of a fixed width, along the last dimension.
   Matrix rows(int operand) const;
-  // Results f32 or u8 of so many rows; `tiled`: in the tiles of linear_int8.
+  // Results f32 or u8, a given number of rows; `tiled`: in the tiles of linear_int8.
   void result(int operand, const Matrix& matrix, bool tiled) const;
   // The tiles of linear_int8 with the widest elements, from a line's start on.
   void tiles(int operand, const Matrix& matrix) const;

@@ -1,4 +1,4 @@
-// What a step of a program reads, writes and computes in one call, and what runs it.
+// The bytes and operations of a step in one call, and the kernel that runs it.
 #pragma once
 
 #include "engine/program.h"

@@ -61,7 +61,7 @@ void narrow(Tensor& tensor, const Operand& operand, int symbol, int64_t begin, i
   }
 }
 
-// What parts that run beside each other came to: the first part's failure.
+// The outcome of parts that run beside each other: the first part's failure.
 class Failure {
  public:
   template <class F>
@@ -334,7 +334,7 @@ Status Executor::run(const Symbols& symbols, const std::byte* const* inputs,
   const int64_t users = symbols[plan_.users];
   const int threads = num_threads();
   const int64_t parts = std::max<int64_t>(users / users_a_part(symbols), 1);
-  // What is left when each thread has had as many parts as the others: threads that would wait
+  // The parts left when each thread has had as many parts as the others: threads that would wait
   // are better used by running it together, unless most have a part.
   const int64_t left = parts % threads;
   const int64_t apart = parts - (2 * left <= threads ? left : 0);

@@ -52,8 +52,8 @@ class Executor {
   // Arenas that no call uses, as a stack without a lock: a taken one is marked in its own flag.
   static constexpr int kKeptArenas = 64;
   std::atomic<Arena*> kept_[kKeptArenas] = {};
-  // What a user took on one thread when users were last run apart, and a row of each group, in ns
-  // and ps; 0: not known yet. They only say whether sleeping workers are worth waking.
+  // The time a user took on one thread when users were last run apart, and a row of each group, in
+  // ns and ps; 0: not known yet. They only say whether sleeping workers are worth waking.
   std::atomic<int64_t> user_ns_{0};
   std::unique_ptr<std::atomic<int64_t>[]> row_ps_;
 };

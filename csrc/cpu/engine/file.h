@@ -30,7 +30,7 @@ class FileError : public std::runtime_error {
 // How an engine keeps the constants of its file.
 enum class Keep {
   mapped,  // processes that open one file share its pages; it must not be changed in place
-  copied,  // memory of its own: whoever changes the file changes nothing
+  copied,  // memory of its own: a change of the file changes nothing
 };
 
 struct OpenedFile {

@@ -1,4 +1,4 @@
-// What the inputs of a call must be: names, dtypes, dimensions, ranges of ids.
+// The inputs of a call: names, dtypes, dimensions, ranges of ids.
 #pragma once
 
 #include <array>

@@ -98,7 +98,7 @@ void MapProgram::check(int inputs, int result_dims) const {
     const int registers[] = {i.a, i.b, i.c};
     const bool index = i.op == MapOp::index;
     for (int o = 0; o < 3; ++o) {
-      // What is not read is 0.
+      // Registers that are not read are 0.
       const int there = index && o == 0 ? result_dims : o < kMapOpReads[op] ? inputs + p : 1;
       if (registers[o] < 0 || registers[o] >= there)
         refuse(p, std::string("(") + kMapOpNames[op] + ") reads " + std::to_string(registers[o]) +

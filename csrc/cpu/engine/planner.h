@@ -21,7 +21,8 @@ void order_by_rows(Program& program);
 Plan make_plan(const Program& program, const Plan* whole = nullptr,
                const std::vector<int>& origins = {});
 
-// What the planner goes by; also told of a step that is to be computed for new rows alone.
+// The traits of a step that the planner goes by; also told of a step that is to be computed for new
+// rows alone.
 struct RowDimension {
   int dim = -1, symbol = -1;
   bool none() const { return dim < 0; }

@@ -59,7 +59,7 @@ struct Program {
   std::vector<int> inputs;  // buffers
   std::vector<ProgramStep> steps;
   std::vector<View> outputs;  // whole buffers; of a model, one
-  // Borrowed: whoever holds the program keeps them.
+  // Borrowed: the program's owner keeps them.
   std::vector<Constant> constants;
 
   bool is_whole(const View& view) const;

@@ -31,7 +31,7 @@ std::vector<bool> symbols_of(const Program& program, const std::vector<int>& inp
   return found;
 }
 
-// What was written of a buffer so far: views, and the steps that wrote them.
+// The parts of a buffer written so far: views, and the steps that wrote them.
 using Written = std::map<int, std::vector<std::pair<View, int>>>;
 
 // The steps that a view's values come from.

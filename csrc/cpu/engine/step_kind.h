@@ -66,7 +66,7 @@ struct OperandRule {
   bool many = false;  // any number of operands under this name (map's inputs); any strides
 };
 
-// What went wrong in a step: nothing, or an id outside its range, or a NaN.
+// A step's fault: nothing, or an id outside its range, or a NaN.
 enum class Fault : int { none, id_out_of_range, not_a_number };
 struct Status {
   Fault fault = Fault::none;
@@ -90,7 +90,7 @@ enum class Users {
   apart_of_two,  // where the first operand has another dimension, which the step reduces
 };
 
-// What a fault means to the caller: the operand with the value, and what its values must be.
+// A fault in the caller's terms: the operand with the value, and what its values must be.
 struct Checked {
   int operand = -1;                       // -1: the kind reads no ids and no lengths
   const char* what = "";                  // "ids" or "lengths"

@@ -34,7 +34,7 @@ class Values {
 };
 using SharedValues = std::shared_ptr<const Values>;
 
-// What `encode` made of the histories of B users; immutable, for any number of threads.
+// The encoded histories of B users; immutable, for any number of threads.
 struct UserState {
   // The computed part, then the history's inputs that the second part reads as they are.
   std::vector<SharedValues> values;

@@ -22,7 +22,7 @@ struct Rows {
   int64_t batch_stride, head_stride, row_stride;  // in floats
 };
 
-// What is added to the scores, or caps them; the Lk floats of a row are contiguous, strides may be
+// Added to the scores, or caps them; the Lk floats of a row are contiguous, strides may be
 // 0. Those of keys outside starts and lengths are not read.
 struct Mask {
   const float* data;  // or null: scores stay as they are

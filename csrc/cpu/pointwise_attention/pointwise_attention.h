@@ -178,7 +178,7 @@ extern const Kernel kAvx512;
 
 const Kernel& select();
 
-// What stopped a call, and at which entry.
+// The reason that stopped a call, and at which entry.
 enum class Bad : int { nothing, lengths, cu_seqlens, targets, edges };
 using Result = std::pair<Bad, int64_t>;
 

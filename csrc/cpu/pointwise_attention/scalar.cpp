@@ -30,7 +30,7 @@ void store(T* to, const float* sum, float factor, int64_t dims) {
   for (int64_t d = 0; d < dims; ++d) from_float(factor * sum[d], to[d]);
 }
 
-// What a pair adds to its score, and where in the tables that stands.
+// The biases of a pair's score, and their places in the tables.
 class PairBias {
  public:
   PairBias(const Call& call, const Tables& tables, const Sequence& sequence, int64_t head)

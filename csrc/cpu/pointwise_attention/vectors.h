@@ -170,7 +170,7 @@ FASTREC_VEC_INLINE void for_each_chunk(bool causal, const Sequence& sequence, in
   if (self < i0 + rows) body(Chunk{self, i0 + rows - self});
 }
 
-// What one head's block of queries is, apart from its numbers.
+// One head's block of queries, apart from its numbers.
 struct Pairs {
   int64_t i0, history;
   bool causal;

@@ -53,7 +53,7 @@ struct Call {
 
 struct Kernel {
   Isa isa;
-  // Bytes that the keys and values of one head of so many rows take, a multiple of 64.
+  // Bytes that the keys and values of one head of `rows` rows take, a multiple of 64.
   int64_t (*packed_bytes)(const Call& call, int64_t rows);
   int64_t (*scratch_floats)(const Call& call);
   void (*pack)(const Call& call, const Sequence& sequence, int64_t head, uint8_t* to);

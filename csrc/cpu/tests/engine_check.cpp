@@ -36,7 +36,7 @@ int64_t elements(const Shape& shape, const Symbols& symbols) {
   return count;
 }
 
-// What the check promises, by counting; doubles hold what 64 bits may not.
+// The check's promise, by counting; doubles hold what 64 bits may not.
 bool lies_inside(const Program& program, const View& view, const Symbols& symbols) {
   double last = static_cast<double>(view.offset), elements = 1;
   for (size_t d = 0; d < view.sizes.size(); ++d) {

@@ -6,7 +6,7 @@
 namespace fastrec::tests {
 namespace {
 
-// What a reader says of a text, "" where it takes it.
+// A reader's error about a text, "" where it takes it.
 std::string json_error(std::string_view text) {
   try {
     json::parse(text);

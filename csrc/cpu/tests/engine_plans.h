@@ -26,7 +26,7 @@ inline Operand dense(Space space, int index, Dtype dtype, const Shape& sizes) {
   return {space, index, dtype, 0, sizes, contiguous_strides(sizes)};
 }
 
-// What lies in memory already; dense without strides.
+// Tensors that lie in memory already; dense without strides.
 inline Tensor tensor(const void* data, Dtype dtype, const std::vector<int64_t>& sizes,
                      std::vector<int64_t> strides = {}) {
   Tensor t{};

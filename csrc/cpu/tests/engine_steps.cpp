@@ -141,7 +141,7 @@ void compare_resumed(const Heads& s, int64_t now, int64_t window,
   const int64_t past = s.keys - now, room = past + 2;
   const auto q = random.floats(s.count(s.keys)), k = random.floats(s.count(s.keys)),
              v = random.floats(s.count(s.keys));
-  // What the pattern hides is masked.
+  // Keys that the pattern hides are masked.
   std::vector<float> mask(s.keys * s.keys, 0.0f);
   if (!distances.empty())
     for (int64_t i = 0; i < s.keys; ++i)

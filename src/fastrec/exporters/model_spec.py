@@ -132,7 +132,7 @@ def quantised_module(model: nn.Module) -> str | None:
 
 
 def precision_of(model: nn.Module, wanted: str | None, backend: str) -> tuple[str, str | None]:
-    """What a backend runs the model in where ``wanted`` is asked for, and the quantised module that
+    """The precision for ``wanted``, and the quantised module that
     decides it, or None.
 
     Raises:

@@ -102,7 +102,7 @@ def load_engine(path: str | Path, *, threads: int | None = None, copy: bool = Fa
     Args:
         path: a native engine's file, or the folder of another backend's artifact.
         threads: threads a call may use; None means as when it was saved.
-        copy: of a native engine's file, keep a private copy: whoever overwrites or cuts the file
+        copy: of a native engine's file, keep a private copy: overwriting or cutting the file
             changes nothing. By default it is mapped, and processes that open it share its memory.
 
     Raises:

@@ -23,7 +23,7 @@ from fastrec.measure.latency import LatencyHistogram
 from fastrec.measure.memory import memory_mb
 from fastrec.runtime.engine import Engine
 
-# Resident memory is read after each of so many equal shares of the calls.
+# Resident memory is read after each of this many equal shares of the calls.
 _LOOKS = 10
 
 

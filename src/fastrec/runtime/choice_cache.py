@@ -47,7 +47,7 @@ def _name(kind: type) -> str:
 
 
 def _code(code: CodeType) -> Any:
-    """What a function does, and neither where it stands nor how it is laid out."""
+    """A function's code without its place and layout."""
     constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
     return [code.co_code.hex(), code.co_names, constants]
 

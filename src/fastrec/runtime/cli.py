@@ -155,7 +155,7 @@ def screen(
     engine: EngineArgument,
     data: Annotated[Path, typer.Option(help="What `fastrec data prepare` wrote.")],
     keep: Annotated[int, typer.Option(help="Candidates that are scored in full.")] = 100,
-    k: Annotated[int, typer.Option(help="Recall is about so many of the best candidates.")] = 10,
+    k: Annotated[int, typer.Option(help="Recall is of this many best candidates.")] = 10,
     candidates: Annotated[int, typer.Option(help="Of a request, when recall is measured.")] = 1000,
     users: Annotated[int, typer.Option(help="Users that the screen is fitted on.")] = 2000,
     json_out: JsonOption = None,

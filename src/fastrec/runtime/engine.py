@@ -27,7 +27,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What :func:`fastrec.compile` hands to a backend.
+    """The options that :func:`fastrec.compile` hands to a backend.
 
     Args:
         threads: threads a call may use.
@@ -66,7 +66,7 @@ class BuildOptions:
 
 
 class Backend(Protocol):
-    """What each module of :mod:`fastrec.runtime.backends` offers."""
+    """The interface of each module of :mod:`fastrec.runtime.backends`."""
 
     PRECISIONS: tuple[str, ...]
 
@@ -213,7 +213,7 @@ class Engine(abc.ABC):
         )
 
     def _header(self) -> dict[str, Any]:
-        """What an artifact says about the engine."""
+        """The engine's facts that an artifact holds."""
         return {
             "backend": self.backend,
             "precision": self.precision,

@@ -68,7 +68,7 @@ class Screen:
 
     @classmethod
     def load(cls, path: str | Path) -> Screen:
-        """What :meth:`save` wrote.
+        """The screen that :meth:`save` wrote.
 
         Raises:
             ArtifactError: it is no screen.

@@ -46,7 +46,7 @@ class Answers:
         self.quality = self.quality_of(model)
 
     def quality_of(self, model: nn.Module) -> float | None:
-        """What ``evaluate`` says of a model."""
+        """A model's quality, by ``evaluate``."""
         if self._evaluate is None:
             return None
         with evaluating(model):
@@ -65,7 +65,7 @@ class Answers:
         return min(map(_kept, self._scores, self._scores_of(other)))
 
     def loss(self, model: nn.Module) -> float:
-        """What another model's differences cost, to rank layers by: the quality lost, or the error
+        """The cost of another model's differences, to rank layers by: quality lost, or the error
         over the scores' spread (both root mean square) in the worst of all results."""
         if self.quality is not None:
             quality = self.quality_of(model)

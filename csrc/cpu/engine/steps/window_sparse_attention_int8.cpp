@@ -72,7 +72,7 @@ struct WindowSparseAttentionInt8 {
     require(within(fields.y_scale, 1 / kMaxScale), "a scale of the result above 0");
     check_pattern(fields.pattern, heads);
     if (check.has(lengths)) check_lengths(check, lengths, heads.batch);
-    // The weighted sums of so many keys are int32.
+    // Weighted sums over at most this many keys are int32.
     size_t far = 0;
     for (const auto& list : fields.pattern.distances) far = std::max(far, list.size());
     const double keys = std::min(check.most(check.sizes(k)[2], attention::kMaxKeys + 1),

@@ -1,4 +1,4 @@
-"""What fastrec's layers are as operators of ``fastrec.exporters.onnx.custom_ops``."""
+"""fastrec's layers as operators of ``fastrec.exporters.onnx.custom_ops``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fastrec's layers are in standard ONNX: int8 layers as QDQ, the other kernels in aten ops."""
+"""fastrec's layers in standard ONNX: int8 layers as QDQ, the other kernels in aten ops."""
 
 from __future__ import annotations
 

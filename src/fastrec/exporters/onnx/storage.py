@@ -128,7 +128,7 @@ def _head(tensor: Any, length: int) -> bytes:
 
 
 def _key(number: int, size: int) -> bytes:
-    """What precedes a field of so many bytes: its number, and the size as a varint."""
+    """The header of a field: its number, and its size in bytes as a varint."""
     out = bytearray([number << 3 | 2])
     while size > 127:
         out.append(size & 127 | 128)

@@ -16,7 +16,7 @@ UINT8_SHIFT = 128
 
 @dataclass
 class Conversion:
-    """What the operators' translations share.
+    """The state that the operators' translations share.
 
     Attributes:
         graph: what is built.

@@ -90,7 +90,7 @@ def checked_options(
     norm_length: float | None,
     causal: bool,
 ) -> tuple[Any, ...]:
-    """What is no q, k or v, in the order of the torch op, or an error."""
+    """All but q, k and v, in the order of the torch op, or an error."""
     position_bias, time_bias = tables
     time_edges, timestamps, query_timestamps = times
     lengths, cu_seqlens, targets = sequences

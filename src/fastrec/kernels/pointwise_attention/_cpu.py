@@ -17,7 +17,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Options:
-    """What is no q, k or v, checked and contiguous.
+    """All but q, k and v, checked and contiguous.
 
     Attributes:
         position_bias: float [2 P - 1] or [H, 2 P - 1].

@@ -29,7 +29,7 @@ _LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a plan depends on besides the ONNX file and the GPU.
+    """The settings that a plan depends on besides the ONNX file and the GPU.
 
     Args:
         profile: of the free sizes.
@@ -47,7 +47,7 @@ class BuildSettings:
     level: int = 3
 
     def key(self, onnx_file: bytes, gpu: Mapping[str, Any], version: str) -> str:
-        """What the plan is cached under: hex, the same for the same file, settings, GPU and
+        """The key of the plan in the cache: hex, the same for the same file, settings, GPU and
         version."""
         file = hashlib.sha256(onnx_file).hexdigest()
         return digest([file, dataclasses.asdict(self), dict(gpu), version])
@@ -90,7 +90,7 @@ def within(spec: InputSpec, profile: Profile) -> InputSpec:
 
 
 class Log:
-    """What TensorRT says while it works: warnings and errors, the last of them for a message."""
+    """TensorRT's messages while it works: warnings and errors, the last of them for a message."""
 
     def __init__(self, trt: Any) -> None:
         kept = self.lines = [""]

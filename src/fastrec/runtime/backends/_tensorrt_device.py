@@ -1,4 +1,4 @@
-"""What a TensorRT engine needs of CUDA: buffers, copies, a stream and graphs, through CuPy.
+"""CUDA for a TensorRT engine: buffers, copies, a stream and graphs, through CuPy.
 
 CuPy and not torch, so that a process that serves a saved engine imports no torch.
 """

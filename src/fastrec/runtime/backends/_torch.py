@@ -1,4 +1,4 @@
-"""What the three torch backends share: an engine around a callable on tensors."""
+"""The part that the three torch backends share: an engine around a callable on tensors."""
 
 from __future__ import annotations
 

@@ -269,7 +269,7 @@ def _build_in(
 
 
 def _rows(engine: OnnxRuntimeEngine, why: str) -> list[dict[str, Any]]:
-    """What the session was told, and who runs its nodes."""
+    """The session's settings, and the providers that run its nodes."""
     session, idle = engine._settings, "spin" if engine._settings.spinning else "sleep"
     threads = f"intra_op_num_threads={engine.threads}, inter_op {session.inter_op}"
     rows = [choice(f"{threads}, ORT_ENABLE_ALL, idle workers {idle}", True, None, why)]

@@ -1,4 +1,4 @@
-"""What the ranker's kernels are made of: functions on tiles of rows that stay on the chip.
+"""The parts of the ranker's kernels: functions on tiles of rows that stay on the chip.
 
 R rows of a tile, D width of the model, N outputs and K inputs of a layer. A layer is two pointers:
 its weight [N, K] in the type that is multiplied in, and its parameters, float32, as

@@ -57,7 +57,7 @@ class CudaEngine(Engine):
         return self._executor.there(tensors, self._sizes(shapes))
 
     def launches(self, users: int, length: int, candidates: int) -> list[Launch]:
-        """What a request of these sizes runs, in order."""
+        """The launches of a request of these sizes, in order."""
         return self._executor.describe(Sizes(users, length, candidates)).launches
 
     def close(self) -> None:

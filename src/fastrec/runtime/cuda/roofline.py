@@ -1,4 +1,4 @@
-"""What a GPU allows: the time that bytes and operations take at the rates of its data sheet."""
+"""A GPU's limits: the time that bytes and operations take at the rates of its data sheet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the GPU executor runs: a ranker as stages, each of which is one launch. numpy only."""
+"""A ranker as stages for the GPU executor, each of which is one launch. numpy only."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What a stage hands to the next one's attention: a layer of the normalised rows."""
+    """A layer of the normalised rows, which a stage hands to the next one's attention."""
 
     norm: Norm
     layer: Dense

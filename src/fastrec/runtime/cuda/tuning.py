@@ -42,7 +42,7 @@ def table(device: torch.device) -> _tuning.Table | None:
 
 
 def key(tower: Tower, rows: int) -> str:
-    """What an entry is for: rows of a bucket, layers N x K, type, and the share that is kept."""
+    """Key of an entry: rows of a bucket, layers N x K, type, and the share that is kept."""
     layers = " ".join(f"{outputs}x{inputs}" for outputs, inputs, *_ in tower.places)
     kept = 1.0 if tower.kept is None else tower.kept.density
     kind = str(tower.weight.dtype).removeprefix("torch.")

@@ -180,7 +180,7 @@ class PlanEngine(Engine):
     def profile(
         self, inputs: Sequence[Any], *, calls: int = 5, limits: bool | Ceilings = False
     ) -> list[dict[str, Any]]:
-        """What each step costs on one request, timed in ``calls`` calls.
+        """The cost of each step on one request, timed in ``calls`` calls.
 
         Args:
             inputs: the model's inputs, numpy or torch.

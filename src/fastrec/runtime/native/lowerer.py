@@ -242,7 +242,7 @@ class Lowerer:
         """A size that is a number of times one symbol, though it is not written so, such as the
         quotient that ``chunk`` makes.
 
-        Quotients by c repeat after c values of the symbol: equal for so many, they are equal.
+        Quotients by c repeat after c values of the symbol: equal there, they are equal.
         """
         refused = FreeSize(f"native: a size of {expression} is not a product of input sizes")
         symbols = list(expression.free_symbols)

@@ -1,4 +1,4 @@
-"""What each step of a plan costs, and the least time that the machine allows."""
+"""The cost of each step of a plan, and the least time that the machine allows."""
 
 from __future__ import annotations
 

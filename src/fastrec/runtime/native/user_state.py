@@ -72,7 +72,7 @@ class State:
 
     @property
     def output(self) -> np.ndarray:
-        """What the model gives for these histories, where it has no candidates; read-only.
+        """The model's result for these histories, where it has no candidates; read-only.
 
         Raises:
             BackendError: it has, and :meth:`PlanEngine.score` gives it.

@@ -23,7 +23,7 @@ from fastrec.kernels.window_sparse_attention._triton import (
 
 
 class _Call:
-    """What the launches of one call have in common."""
+    """Arguments that the launches of one call share."""
 
     def __init__(
         self, q: torch.Tensor, v: torch.Tensor, o: Options, aligned: int, backward: bool

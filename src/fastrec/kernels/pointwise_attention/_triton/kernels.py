@@ -70,7 +70,7 @@ def _biases(
     HAS_TIME: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """What i and j, which broadcast to [.., ..], add to a score, and the entries it comes from."""
+    """The bias of i and j, which broadcast to [.., ..], and the entries it comes from."""
     entry = i - j
     bucket = i - j
     bias = tl.zeros_like(entry).to(tl.float32)
