@@ -260,8 +260,9 @@ def test_tanh_gelu_is_not_the_kernels_gelu() -> None:
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(48, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(48, 4, batch_first=True, add_zero_attn=True)
         self.encoder = nn.TransformerEncoderLayer(48, 4, 64, batch_first=True)
+        self.encoder.self_attn.add_zero_attn = True
         self.unused = nn.Linear(48, 48)
         self.out = nn.Linear(48, 16)
 

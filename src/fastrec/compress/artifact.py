@@ -29,6 +29,7 @@ from fastrec.compress.codec import DTYPES, cannot_store, decode, encode
 from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
 from fastrec.compress.serving_numerics import match_serving_numerics_
+from fastrec.compress.torch_attention import ENCODER_LAYERS, name_activation_
 from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.files import atomic_folder, recover
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
@@ -38,6 +39,7 @@ from fastrec.nn import (
     GroupedLinear,
     Int8Embedding,
     LowRankLinear,
+    MultiheadAttention,
     SeparableInt8Projection,
     SeparableProjection,
     SparseInt8Linear,
@@ -240,6 +242,11 @@ def _entry(module: nn.Module) -> dict[str, Any] | None:
         return {"type": kind, **_sizes(module.down, module.up), "rank": module.rank}
     elif isinstance(module, GroupedLinear):
         names = ("in_features", "out_features", "bias", "groups", "shuffle")
+    elif isinstance(module, MultiheadAttention):
+        names = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "batch_first")
+        return {"type": kind, **{name: getattr(module, name) for name in names}} | {
+            "bias": any(key.endswith("bias") for key in module.state_dict())
+        }
     elif isinstance(module, WindowSparseAttention):
         names = ("embed_dim", "num_heads", "dropout", "batch_first", "projection", "groups",
                  "kernel_size", "rank")  # fmt: skip
@@ -303,6 +310,9 @@ def _restructure(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) -> 
 
     Each of the latter is checked against the float module before any is swapped.
     """
+    for module in model.modules():
+        if isinstance(module, ENCODER_LAYERS):
+            name_activation_(module)  # an Identity may take its place
     for name, entry in modules.items():
         if entry.get("type") in _REPLACED:
             _swap(model, {name: _twin(model, name, entry)})
@@ -354,7 +364,7 @@ _ATTENTION = {
     )
     for kind in (WindowSparseAttention, WindowSparseInt8Attention)
 }
-_REPLACED = ("LowRankLinear", "GroupedLinear", *_ATTENTION)
+_REPLACED = ("MultiheadAttention", "LowRankLinear", "GroupedLinear", *_ATTENTION)
 _LINEAR = (nn.Linear, GroupedLinear, SparseInt8Linear, LowRankLinear)
 # type of an entry -> its constructor, and the classes that it may replace.
 _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]] = {
@@ -365,6 +375,7 @@ _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]]
         (SeparableProjection, SeparableInt8Projection),
     ),
     "Int8Embedding": (Int8Embedding, (nn.Embedding, Int8Embedding)),
+    "MultiheadAttention": (MultiheadAttention, (nn.MultiheadAttention, MultiheadAttention)),
     "LowRankLinear": (LowRankLinear, _LINEAR),
     "GroupedLinear": (GroupedLinear, _LINEAR),
     **_ATTENTION,

@@ -14,6 +14,7 @@ from torch import nn
 from fastrec.compress.int8_attention import Attending
 from fastrec.compress.observers import RangeObserver
 from fastrec.compress.selection import call_model, reasons
+from fastrec.compress.torch_attention import ENCODER_LAYERS
 from fastrec.compress.weight_uses import uses_outside_calls
 from fastrec.errors import ArgumentError
 from fastrec.kernels.separable_projection.reference import valid_rows
@@ -70,7 +71,7 @@ def calibrate(
     with ExitStack() as stack, evaluating(model):
         seen.scores = stack.enter_context(_observed_scores(attention or {}))
         for name, module in model.named_modules():
-            whole = isinstance(module, nn.Sequential | LowRankLinear)
+            whole = isinstance(module, (nn.Sequential, LowRankLinear, *ENCODER_LAYERS))
             if name in linears or name in tables or whole:
                 seen.calls[name] = 0
                 hook = _observe(seen, name)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import all_names
+from fastrec.compress.torch_attention import ENCODER_LAYERS
 from fastrec.nn import LowRankLinear
 
 
@@ -42,7 +43,8 @@ def plan_fusions(
     linears: Collection[str],
     runs_whole: Callable[[str, list[str]], bool],
 ) -> Mapping[str, Fusion]:
-    """The fusions inside every ``nn.Sequential`` and ``LowRankLinear`` of ``model``.
+    """The fusions inside every ``nn.Sequential`` and ``LowRankLinear`` of ``model``, and in the
+    feed-forward part of torch's encoder and decoder layers.
 
     Only there is it certain that an output has a single reader; a module that appears twice in the
     tree or a Sequential whose layers are also called one by one is left alone.
@@ -58,9 +60,13 @@ def plan_fusions(
     fusions: dict[str, Fusion] = {}
     # Inner chains first: an outer chain sees further, so its answer overwrites theirs.
     for prefix, parent in reversed(list(model.named_modules())):
-        if not _is_chain(parent):
+        if _is_chain(parent):
+            children = _links(prefix, parent)
+        elif (layer := _encoder_layer(parent)) is not None:
+            parts = ("linear1", "activation", "dropout", "linear2")
+            children = {f"{prefix}.{part}".lstrip("."): getattr(layer, part) for part in parts}
+        else:
             continue
-        children = _links(prefix, parent)
         if not runs_whole(prefix, [name for name in children if name in linears]):
             continue
         order = list(children)
@@ -73,6 +79,17 @@ def plan_fusions(
 def _is_chain(module: nn.Module) -> bool:
     kinds = (nn.Sequential, LowRankLinear)
     return any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
+
+
+def _encoder_layer(module: nn.Module) -> nn.Module | None:
+    """The module where it is an encoder or decoder layer that computes what torch's does."""
+    for kind in ENCODER_LAYERS:
+        own = isinstance(module, kind) and isinstance(module.activation, nn.Module)
+        if own and all(
+            getattr(type(module), f) is getattr(kind, f) for f in ("forward", "_ff_block")
+        ):
+            return module
+    return None
 
 
 def _links(prefix: str, parent: nn.Module) -> dict[str, nn.Module]:

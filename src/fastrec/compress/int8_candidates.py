@@ -88,7 +88,9 @@ def unsupported(model: nn.Module, embeddings: bool, *, trains: bool = False) -> 
     left: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            left[name] = "torch's attention reads its weights itself; see WindowSparseAttention"
+            left[name] = (
+                "torch's attention with add_bias_kv, add_zero_attn, hooks or no plain weights"
+            )
         elif isinstance(module, _FLOAT_ONLY):
             left[name] = f"{type(module).__name__} has no INT8 form"
         elif isinstance(module, KINDS) or (embeddings and isinstance(module, nn.Embedding)):

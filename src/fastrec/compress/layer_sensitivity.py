@@ -29,6 +29,7 @@ from fastrec.compress.selection import (
     is_table,
     set_module,
 )
+from fastrec.compress.torch_attention import take_apart_
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.plotting import BLUE, ORANGE, figure, png
 from fastrec.train.evaluation import evaluating
@@ -170,6 +171,22 @@ def sensitivity(
         raise ArgumentError("prune", "a BlockPruning, or quantize=Int8()", "neither")
     if quantize is not None and calibration is None:
         raise ArgumentError("calibration", "an iterable of input batches", None)
+    apart = take_apart_(model)
+    try:
+        return _measured(model, evaluate, prune, quantize, calibration, filter_fn, progress)
+    finally:
+        apart.put_back()
+
+
+def _measured(
+    model: nn.Module,
+    evaluate: Evaluate,
+    prune: Pruning | None,
+    quantize: Int8 | None,
+    calibration: Iterable[Any] | None,
+    filter_fn: Layers | None,
+    progress: Progress | None,
+) -> SensitivityReport:
     chosen = as_filter(model, filter_fn, _can)
     bypassed = bypassed_children(model)
     layers = {

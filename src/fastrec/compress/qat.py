@@ -17,6 +17,7 @@ from fastrec.compress.int8_config import QAT
 from fastrec.compress.int8_swap import QuantizeReport, chained, int8_form, swap_
 from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import FilterFn, set_module
+from fastrec.compress.torch_attention import ENCODER_LAYERS
 from fastrec.compress.weight_uses import WeightWatch
 from fastrec.errors import ArgumentError
 from fastrec.nn import Int8Embedding, LowRankLinear
@@ -59,7 +60,7 @@ def prepare(
         module.__dict__[_ORIGIN] = model.get_submodule(name)
         set_module(model, name, module)
     for module in model.modules():
-        if isinstance(module, nn.Sequential | LowRankLinear | FakeQuant):
+        if isinstance(module, (nn.Sequential, LowRankLinear, FakeQuant, *ENCODER_LAYERS)):
             module.register_forward_pre_hook(_note_call)
     return QuantizeReport(prepared=[*linears, *tables], left=left)
 

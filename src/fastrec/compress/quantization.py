@@ -10,7 +10,7 @@ from torch import nn
 
 from fastrec.compress import qat
 from fastrec.compress.calibration import calibrate, leave_unfit
-from fastrec.compress.fake_quant import row_scales
+from fastrec.compress.fake_quant import FakeQuant, row_scales
 from fastrec.compress.fusion import Fusion, plan_fusions
 from fastrec.compress.int8_attention import Attending, can_attend_in_int8, why_not
 from fastrec.compress.int8_candidates import (
@@ -25,6 +25,7 @@ from fastrec.compress.int8_swap import LinearReport, QuantizeReport, chained, in
 from fastrec.compress.layers import as_dense, computes_linear
 from fastrec.compress.observers import RangeObserver, affine_u8
 from fastrec.compress.selection import FilterFn, Layers, as_filter, check_model, is_table
+from fastrec.compress.torch_attention import take_apart_
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 
@@ -55,6 +56,8 @@ def quantize_(
     one hands on uint8 with that one's scale, so the chain is integer from end to end. Norms become
     :class:`fastrec.nn.LayerNorm`, which rounds as the native engine does in inference, and so does
     the attention of ``fastrec.models``: the integers evaluated are then the integers served.
+    ``nn.MultiheadAttention`` becomes :class:`fastrec.nn.MultiheadAttention`, whose projections are
+    layers, so its state-dict keys change; for QAT, make the optimiser after "prepare".
 
     Args:
         model: any torch model. Layers that are not only called as modules, or that have hooks,
@@ -81,14 +84,24 @@ def quantize_(
         attends = attention and can_attend_in_int8(module)
         return computes_linear(module) or is_table(module) or attends
 
-    filter_fn = as_filter(model, filter_fn, can)
-    if isinstance(config, QAT):
-        if config.step == "convert":
-            return qat.convert(model, config)
-        return qat.prepare(model, config, calibration, filter_fn or default_filter)
-    if not isinstance(config, Int8):
+    if not isinstance(config, Int8 | QAT):
         raise DtypeError("config", "an Int8 or a QAT", type(config).__name__)
-    return _static(model, config, calibration, filter_fn or default_filter)
+    if isinstance(config, QAT) and config.step == "convert":
+        return qat.convert(model, config)
+    apart = take_apart_(model)
+    try:
+        chosen = as_filter(model, filter_fn, can) or default_filter
+        found = [m for n, m in model.named_modules() if computes_linear(m) and chosen(m, n)]
+        apart.put_back(lambda module: any(module is one for one in found))
+        if isinstance(config, QAT):
+            report = qat.prepare(model, config, calibration, chosen)
+        else:
+            report = _static(model, config, calibration, chosen)
+    except BaseException:
+        apart.put_back()
+        raise
+    apart.put_back(lambda module: isinstance(module, SparseInt8Linear | FakeQuant))
+    return report
 
 
 def _static(

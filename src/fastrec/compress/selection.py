@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError, DtypeError
-from fastrec.nn import WindowSparseAttention
+from fastrec.nn import MultiheadAttention, WindowSparseAttention
 from fastrec.train.checkpoint import unwrapped
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -86,13 +86,15 @@ def _expected(model: nn.Module, part: str | re.Pattern[str], names: list[str]) -
 def bypassed_children(model: nn.Module) -> set[int]:
     """ids of modules whose parent uses their weight without calling them.
 
-    An encoder layer calls all of its modules once its attention is a ``WindowSparseAttention``.
+    An encoder layer calls all of its modules once its attention is one of fastrec's.
     """
     return {
         id(child)
         for parent in model.modules()
         if isinstance(parent, _BYPASSING_PARENTS)
-        and not isinstance(getattr(parent, "self_attn", None), WindowSparseAttention)
+        and not isinstance(
+            getattr(parent, "self_attn", None), MultiheadAttention | WindowSparseAttention
+        )
         for child in parent.modules()
         if child is not parent
     }

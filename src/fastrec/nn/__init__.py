@@ -7,6 +7,7 @@ from fastrec.nn.hstu_block import HstuBlock
 from fastrec.nn.int8_embedding import Int8Embedding
 from fastrec.nn.layer_norm import LayerNorm
 from fastrec.nn.low_rank_linear import LowRankLinear
+from fastrec.nn.multihead_attention import MultiheadAttention
 from fastrec.nn.separable_int8_projection import SeparableInt8Projection
 from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
@@ -19,6 +20,7 @@ __all__ = [
     "Int8Embedding",
     "LayerNorm",
     "LowRankLinear",
+    "MultiheadAttention",
     "SeparableInt8Projection",
     "SeparableProjection",
     "SparseInt8Linear",

@@ -60,3 +60,24 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+class _NoFusedPath:
+    """Stands where torch's attention has its weight.
+
+    ``nn.TransformerEncoder`` and its layers hand weights to one fused call, unless a weight brings
+    its own ``__torch_function__``: then they call their modules.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise ArgumentError(
+            "model",
+            "attention that is called as a module (leave this one out by filter_fn)",
+            f"{getattr(function, '__name__', function)} on its weight",
+        )
+
+
+NO_FUSED_PATH = _NoFusedPath()

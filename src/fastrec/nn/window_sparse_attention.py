@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrec.errors import ArgumentError, DtypeError, ShapeError
 from fastrec.kernels.window_sparse_attention import window_sparse_attention
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
-from fastrec.nn._common import check_size, like
+from fastrec.nn._common import NO_FUSED_PATH, check_size, like
 from fastrec.nn._masks import bias_of_lengths, bias_of_mask, lengths_of_mask
 from fastrec.nn._projections import (
     PROJECTIONS,
@@ -75,7 +75,7 @@ class WindowSparseAttention(nn.Module):
 
     # nn.TransformerEncoderLayer looks here whether it may bypass this module, and then does not.
     in_proj_bias = None
-    in_proj_weight = None
+    in_proj_weight = NO_FUSED_PATH
     _qkv_same_embed_dim = True
 
     def __init__(
