@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrec
-from fastrec.compress import QAT, Int8, load, quantize_, save, sensitivity
+from fastrec.compress import QAT, BlockPruning, Int8, load, prune_, quantize_, save, sensitivity
 from fastrec.errors import ArgumentError
 from fastrec.kernels._compiled import reason_missing
 from fastrec.nn import MultiheadAttention, SparseInt8Linear
@@ -189,3 +189,25 @@ def test_a_model_that_reads_the_weight_itself_is_refused() -> None:
     assert type(model.attention) is nn.MultiheadAttention
     report = quantize_(model, Int8(), [torch.randn(2, 32)], "out")
     assert list(report.layers) == ["out"]
+
+
+def test_pruning_reaches_the_projections_and_int8_skips_what_it_pruned() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    weight = model.layers[0].self_attn.in_proj_weight
+    with torch.no_grad():
+        weight *= 0.8  # torch begins it larger than the other layers
+    report = prune_(model, BlockPruning(sparsity=0.4, rounds=1))
+    assert "layers.0.self_attn.in_proj_weight" in report.layers
+    assert report.sparsity == pytest.approx(0.4, abs=0.01)
+    assert float((weight == 0).float().mean()) > 0.2
+    quantised = quantize_(model, Int8(), [torch.randn(4, 9, 128)])
+    density = [quantised.layers[f"layers.0.self_attn.{n}_proj"].density for n in "qkv"]
+    assert sum(density) / 3 == pytest.approx(1 - float((weight == 0).float().mean()), abs=0.02)
+
+
+def test_a_function_is_not_asked_of_attention() -> None:
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    report = prune_(layer, BlockPruning(sparsity=0.4, rounds=1), lambda m, n: m.out_features > 64)
+    assert set(report.layers) == {"self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}

@@ -6,7 +6,8 @@
 | ``GroupedLinear`` | the groups' rows, K inputs of one group | block-diagonal, shuffled if it is |
 | ``SeparableProjection`` | likewise, of the projection behind its taps | block-diagonal |
 
-``LowRankLinear`` is two ``nn.Linear`` and needs no row of its own.
+``LowRankLinear`` is two ``nn.Linear`` and needs no row of its own. ``nn.MultiheadAttention`` is
+pruned as one layer [3d, d], and taken apart for INT8 (``torch_attention.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def computes_linear(module: nn.Module) -> bool:
 
 def weight_name(layer: nn.Module) -> str:
     """The attribute that holds the projection's weight."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return "in_proj_weight"
     return "pointwise" if isinstance(layer, SeparableProjection) else "weight"
 
 

@@ -104,11 +104,12 @@ def prune_(
     Args:
         model: any torch model.
         config: a :class:`BlockPruning` or an :class:`NMPruning`.
-        filter_fn: which linear layers (``nn.Linear``, ``GroupedLinear``, ``SeparableProjection``)
-            and tables: names of layers (or of modules: all layers inside), compiled regular
-            expressions that match full names, or (module, name) -> bool.
-            Default: linear layers with at least a block's outputs (32) and 64 blocks, so that a
-            final 1024 -> 1 layer stays dense, and tables of at least 1000 rows.
+        filter_fn: which linear layers (``nn.Linear``, ``GroupedLinear``, ``SeparableProjection``),
+            attention (``nn.MultiheadAttention``: its weight for q, k and v) and tables: names of
+            layers (or of modules: all layers inside), compiled regular expressions that match full
+            names, or (module, name) -> bool, which is not asked of attention.
+            Default: layers with at least a block's outputs (32) and 64 blocks, so that a final
+            1024 -> 1 layer stays dense, and tables of at least 1000 rows.
         finetune: called as finetune(model, round) after each of the rounds 1..K.
         row_counts: table name -> how often each row is read [rows]; see ``frequency_power``.
 
@@ -120,11 +121,13 @@ def prune_(
     """
     given, model = model, check_model(model)
     by_name = filter_fn is not None and not callable(filter_fn)
-    filter_fn = as_filter(model, filter_fn, lambda m: computes_linear(m) or is_table(m))
+    # A caller's function is asked of layers and tables alone, as it always was.
+    kinds = (computes_linear,) if callable(filter_fn) else (computes_linear, _projects)
+    filter_fn = as_filter(model, filter_fn, lambda m: is_table(m) or any(k(m) for k in kinds))
     config = BlockPruning() if config is None else config
     if not isinstance(config, BlockPruning | NMPruning):
         raise DtypeError("config", "a BlockPruning or an NMPruning", type(config).__name__)
-    matrices, left = _matrices(model, config, filter_fn or _default_filter(config))
+    matrices, left = _matrices(model, config, filter_fn or _default_filter(config), kinds)
     if by_name and left:
         name, why = next(iter(left.items()))
         raise ArgumentError("filter_fn", "layers that can be pruned", f"{name!r}: {why}")
@@ -207,8 +210,16 @@ def _default_filter(config: Pruning) -> FilterFn:
     return selected
 
 
+def _projects(module: nn.Module) -> bool:
+    """Whether it is torch's attention with one weight [3d, d] for q, k and v."""
+    return isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim
+
+
 def _matrices(
-    model: nn.Module, config: Pruning, filter_fn: FilterFn
+    model: nn.Module,
+    config: Pruning,
+    filter_fn: FilterFn,
+    kinds: Sequence[Callable[[nn.Module], bool]],
 ) -> tuple[list[Matrix], dict[str, str]]:
     """The weights to prune, and the layers whose weight cannot be, with the reason."""
     found: dict[int, Matrix] = {}  # a tied weight is pruned once, as what it is met as first
@@ -221,7 +232,7 @@ def _matrices(
             left[name] = why
         return chosen and why is None
 
-    for name, module in named_layers(model, computes_linear, prunable):
+    for name, module in named_layers(model, lambda m: any(k(m) for k in kinds), prunable):
         weight, full_name = weight_of(module), f"{name}.{weight_name(module)}"
         if isinstance(config, NMPruning):
             pattern = (1, config.m)
