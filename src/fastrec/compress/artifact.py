@@ -29,7 +29,7 @@ from fastrec.compress.codec import DTYPES, cannot_store, decode, encode
 from fastrec.compress.fake_quant import FakeQuant, FakeQuantEmbedding
 from fastrec.compress.selection import check_model, set_module
 from fastrec.compress.serving_numerics import match_serving_numerics_
-from fastrec.compress.torch_attention import ENCODER_LAYERS, name_activation_
+from fastrec.compress.take_apart import ENCODER_LAYERS, name_activation_
 from fastrec.errors import ArgumentError, ArtifactError
 from fastrec.files import atomic_folder, recover
 from fastrec.kernels.window_sparse_attention.pattern import AttentionPattern
@@ -40,6 +40,7 @@ from fastrec.nn import (
     Int8Embedding,
     LowRankLinear,
     MultiheadAttention,
+    PointwiseConv,
     SeparableInt8Projection,
     SeparableProjection,
     SparseInt8Linear,
@@ -242,6 +243,10 @@ def _entry(module: nn.Module) -> dict[str, Any] | None:
         return {"type": kind, **_sizes(module.down, module.up), "rank": module.rank}
     elif isinstance(module, GroupedLinear):
         names = ("in_features", "out_features", "bias", "groups", "shuffle")
+    elif isinstance(module, PointwiseConv):
+        names = ("in_channels", "out_channels", "dims")
+        sizes = {name: getattr(module, name) for name in names}
+        return {"type": kind, **sizes, "bias": module.linear.bias is not None}
     elif isinstance(module, MultiheadAttention):
         names = ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "batch_first")
         return {"type": kind, **{name: getattr(module, name) for name in names}} | {
@@ -364,7 +369,7 @@ _ATTENTION = {
     )
     for kind in (WindowSparseAttention, WindowSparseInt8Attention)
 }
-_REPLACED = ("MultiheadAttention", "LowRankLinear", "GroupedLinear", *_ATTENTION)
+_REPLACED = ("MultiheadAttention", "PointwiseConv", "LowRankLinear", "GroupedLinear", *_ATTENTION)
 _LINEAR = (nn.Linear, GroupedLinear, SparseInt8Linear, LowRankLinear)
 # type of an entry -> its constructor, and the classes that it may replace.
 _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]] = {
@@ -375,6 +380,7 @@ _MAKERS: dict[str, tuple[Callable[..., nn.Module], tuple[type[nn.Module], ...]]]
         (SeparableProjection, SeparableInt8Projection),
     ),
     "Int8Embedding": (Int8Embedding, (nn.Embedding, Int8Embedding)),
+    "PointwiseConv": (PointwiseConv, (nn.Conv1d, nn.Conv2d, PointwiseConv)),
     "MultiheadAttention": (MultiheadAttention, (nn.MultiheadAttention, MultiheadAttention)),
     "LowRankLinear": (LowRankLinear, _LINEAR),
     "GroupedLinear": (GroupedLinear, _LINEAR),

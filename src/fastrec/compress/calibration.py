@@ -14,7 +14,7 @@ from torch import nn
 from fastrec.compress.int8_attention import Attending
 from fastrec.compress.observers import RangeObserver
 from fastrec.compress.selection import call_model, reasons
-from fastrec.compress.torch_attention import ENCODER_LAYERS
+from fastrec.compress.take_apart import ENCODER_LAYERS
 from fastrec.compress.weight_uses import uses_outside_calls
 from fastrec.errors import ArgumentError
 from fastrec.kernels.separable_projection.reference import valid_rows

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import all_names
-from fastrec.compress.torch_attention import ENCODER_LAYERS
+from fastrec.compress.take_apart import ENCODER_LAYERS
 from fastrec.nn import LowRankLinear
 
 

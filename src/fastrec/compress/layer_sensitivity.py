@@ -29,7 +29,7 @@ from fastrec.compress.selection import (
     is_table,
     set_module,
 )
-from fastrec.compress.torch_attention import take_apart_
+from fastrec.compress.take_apart import take_apart_
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.plotting import BLUE, ORANGE, figure, png
 from fastrec.train.evaluation import evaluating

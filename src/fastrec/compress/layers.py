@@ -7,7 +7,7 @@
 | ``SeparableProjection`` | likewise, of the projection behind its taps | block-diagonal |
 
 ``LowRankLinear`` is two ``nn.Linear`` and needs no row of its own. ``nn.MultiheadAttention`` is
-pruned as one layer [3d, d], and taken apart for INT8 (``torch_attention.py``).
+pruned as one layer [3d, d], and taken apart for INT8 (``take_apart.py``).
 """
 
 from __future__ import annotations

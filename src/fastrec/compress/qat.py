@@ -17,7 +17,7 @@ from fastrec.compress.int8_config import QAT
 from fastrec.compress.int8_swap import QuantizeReport, chained, int8_form, swap_
 from fastrec.compress.layers import swap_obstacle
 from fastrec.compress.selection import FilterFn, set_module
-from fastrec.compress.torch_attention import ENCODER_LAYERS
+from fastrec.compress.take_apart import ENCODER_LAYERS
 from fastrec.compress.weight_uses import WeightWatch
 from fastrec.errors import ArgumentError
 from fastrec.nn import Int8Embedding, LowRankLinear

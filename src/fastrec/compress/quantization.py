@@ -25,7 +25,7 @@ from fastrec.compress.int8_swap import LinearReport, QuantizeReport, chained, in
 from fastrec.compress.layers import as_dense, computes_linear
 from fastrec.compress.observers import RangeObserver, affine_u8
 from fastrec.compress.selection import FilterFn, Layers, as_filter, check_model, is_table
-from fastrec.compress.torch_attention import take_apart_
+from fastrec.compress.take_apart import take_apart_
 from fastrec.errors import ArgumentError, DtypeError
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 

@@ -8,6 +8,7 @@ from fastrec.nn.int8_embedding import Int8Embedding
 from fastrec.nn.layer_norm import LayerNorm
 from fastrec.nn.low_rank_linear import LowRankLinear
 from fastrec.nn.multihead_attention import MultiheadAttention
+from fastrec.nn.pointwise_conv import PointwiseConv
 from fastrec.nn.separable_int8_projection import SeparableInt8Projection
 from fastrec.nn.separable_projection import SeparableProjection
 from fastrec.nn.sparse_int8_linear import SparseInt8Linear
@@ -21,6 +22,7 @@ __all__ = [
     "LayerNorm",
     "LowRankLinear",
     "MultiheadAttention",
+    "PointwiseConv",
     "SeparableInt8Projection",
     "SeparableProjection",
     "SparseInt8Linear",

@@ -211,3 +211,34 @@ def test_a_function_is_not_asked_of_attention() -> None:
     layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
     report = prune_(layer, BlockPruning(sparsity=0.4, rounds=1), lambda m, n: m.out_features > 64)
     assert set(report.layers) == {"self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
+
+
+class PointwiseFeedForward(nn.Module):
+    """SASRec's feed-forward part as convolutions of kernel 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(32, 48, kernel_size=1)
+        self.conv2 = nn.Conv1d(48, 32, kernel_size=1, bias=False)
+        self.wide = nn.Conv1d(32, 32, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.transpose(1, 2)
+        return self.wide(self.conv2(torch.relu(self.conv1(y)))).transpose(1, 2)
+
+
+def test_convolutions_of_kernel_1_become_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = PointwiseFeedForward().eval(), torch.randn(8, 6, 32)
+    expected = model(x)
+    report = quantize_(model, Int8(), [x])
+    assert list(report.layers) == ["conv1.linear", "conv2.linear"]
+    assert list(report.left) == ["wide"]
+    with torch.no_grad():
+        assert correlation(model(x).flatten(), expected.flatten()) > 0.99
+        save(model, tmp_path / "int8")
+        again = load(tmp_path / "int8", PointwiseFeedForward())
+        assert torch.equal(again(x), model(x))
+    if reason_missing() is None:
+        with fastrec.compile(model, (x,), "native", 1, fallback="error") as engine:
+            torch.testing.assert_close(engine(x), model(x).detach(), rtol=1e-2, atol=1e-2)
