@@ -39,7 +39,8 @@ def close(name: str, ours: Any, wanted: Any) -> None:
         if not wanted.is_floating_point():
             assert torch.equal(ours, wanted), name
             return
-        scale = wanted[torch.isfinite(wanted)].abs().max().item() if wanted.numel() else 1.0
+        finite = wanted[torch.isfinite(wanted)]
+        scale = finite.abs().max().item() if finite.numel() else 1.0
         torch.testing.assert_close(
             ours,
             wanted,

@@ -114,6 +114,8 @@ Refused refusal_of(const Program& program, const std::vector<std::string>& names
       if (holds_nan(inputs[i])) name = names[i];
     return {Refused::Kind::argument, name, "an input of numbers", "a NaN"};
   }
+  if (status.fault == Fault::division_by_zero)
+    return {Refused::Kind::argument, where, "integers divided by others than 0", "0"};
   const Checked& checked = step.kind->traits.checked;
   const View& limit = step.operands[checked.limit_operand];
   const std::string what = checked.what;

@@ -3,7 +3,9 @@
 
 // X(name, registers read). Registers hold float or int64 (comparisons and bool: 0 or 1).
 // "number" and "integer" are constants, "index" is the position along a dimension. Quotients of
-// integers are rounded down and remainders have the divisor's sign, as in Python; by 0 both are 0.
+// integers are rounded down and remainders have the divisor's sign, as in Python; by 0 both are
+// refused. floor_div_f32 is torch's: its multiple of the divisor is exact, where the quotient
+// rounds.
 #define FASTREC_MAP_OPS(X) \
   X(number, 0)             \
   X(integer, 0)            \
@@ -27,6 +29,7 @@
   X(silu_f32, 1)           \
   X(pow_f32, 2)            \
   X(rem_f32, 2)            \
+  X(floor_div_f32, 2)      \
   X(erf_f32, 1)            \
   X(sin_f32, 1)            \
   X(cos_f32, 1)            \

@@ -66,8 +66,8 @@ struct OperandRule {
   bool many = false;  // any number of operands under this name (map's inputs); any strides
 };
 
-// A step's fault: nothing, or an id outside its range, or a NaN.
-enum class Fault : int { none, id_out_of_range, not_a_number };
+// A step's fault: nothing, or an id outside its range, or a NaN, or an integer divided by 0.
+enum class Fault : int { none, id_out_of_range, not_a_number, division_by_zero };
 struct Status {
   Fault fault = Fault::none;
   int step = -1;

@@ -4,6 +4,7 @@
 // x: the inputs, expanded to the result's dims (stride 0 where they are broadcast); y f32, i64 or
 // bool.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -123,7 +124,7 @@ void store(const Register& from, const Tensor& to, int64_t at, int64_t stride, i
 int64_t wrap(uint64_t value) { return static_cast<int64_t>(value); }
 uint64_t bits(int64_t value) { return static_cast<uint64_t>(value); }
 
-// As in Python; by 0: 0.
+// As in Python. By 0: 0, where the caller refuses the call.
 int64_t floor_quotient(int64_t a, int64_t b) {
   if (b == 0) return 0;
   if (b == -1) return wrap(0 - bits(a));  // the one quotient that may overflow
@@ -136,6 +137,15 @@ int64_t integer_remainder(int64_t a, int64_t b) {
 float remainder_of(float a, float b) {
   const float rest = std::fmod(a, b);
   return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
+}
+float floor_quotient(float a, float b) {
+  if (b == 0) return a / b;
+  const float rest = std::fmod(a, b);
+  float quotient = (a - rest) / b;
+  if (rest != 0 && (b < 0) != (rest < 0)) quotient -= 1;
+  if (quotient == 0) return std::copysign(0.0f, a / b);
+  const float down = std::floor(quotient);
+  return quotient - down > 0.5f ? down + 1 : down;
 }
 // Towards 0; what int64 cannot hold is the smallest integer.
 int64_t whole(float value) {
@@ -207,6 +217,9 @@ void execute(MapOp op, To to, From a, From b, From c) {
       return;
     case MapOp::rem_f32:
       FASTREC_EACH(f32, remainder_of(a.f32[i], b.f32[i]));
+      return;
+    case MapOp::floor_div_f32:
+      FASTREC_EACH(f32, floor_quotient(a.f32[i], b.f32[i]));
       return;
     case MapOp::erf_f32:
       FASTREC_EACH(f32, std::erf(a.f32[i]));
@@ -305,6 +318,10 @@ void execute(MapOp op, To to, From a, From b, From c) {
   }
 }
 
+bool divides(const MapInstruction& instruction) {
+  return instruction.op == MapOp::div_i64 || instruction.op == MapOp::rem_i64;
+}
+
 Status run_program(const std::vector<MapInstruction>& program, Tensors operands) {
   const int inputs = static_cast<int>(operands.size()) - 1;
   const int instructions = static_cast<int>(program.size());
@@ -323,6 +340,7 @@ Status run_program(const std::vector<MapInstruction>& program, Tensors operands)
   const int threads = work < kParallelWork ? 1 : num_threads();
   const int64_t grain = std::max<int64_t>(1, blocks / (threads * kChunksPerThread));
 
+  std::atomic<bool> by_zero{false};
   parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) {
     Register registers[kMaxRegisters];
     From values[kMaxRegisters];
@@ -368,6 +386,9 @@ Status run_program(const std::vector<MapInstruction>& program, Tensors operands)
           const bool along = instruction.a == inner;
           for (int i = 0; i < n; ++i) own.i64[i] = position[instruction.a] + (along ? i : 0);
         } else {
+          const int64_t* const by = values[instruction.b].i64;
+          if (divides(instruction) && std::find(by, by + n, 0) != by + n)
+            by_zero.store(true, std::memory_order_relaxed);
           const bool last = direct && p + 1 == instructions;
           execute(instruction.op, last ? block_of(result, start(inputs), own) : to(own),
                   values[instruction.a], values[instruction.b], values[instruction.c]);
@@ -378,7 +399,7 @@ Status run_program(const std::vector<MapInstruction>& program, Tensors operands)
               loop.strides[inputs][inner], n);
     }
   });
-  return {};
+  return by_zero ? Status{Fault::division_by_zero} : Status{};
 }
 
 struct Map {

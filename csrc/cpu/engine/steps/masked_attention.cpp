@@ -38,10 +38,14 @@ bool trim(const Tensor& mask, int64_t batch, int64_t keys, bool caps, int64_t* s
     const float* row = mask.as<float>() + b * mask.strides[0];
     float top = -kInfinity;
     for (int64_t j = 0; j < keys; ++j) top = std::max(top, row[j]);
-    const float hidden = std::min(top, 0.0f) + kHidden;
+    const float limit = std::min(top, 0.0f) + kHidden;
+    // The largest is not hidden by rounding (the lowest float less 10,000 is itself), but by -inf.
+    const auto hidden = [&](float value) {
+      return value <= limit && (value < top || value == -kInfinity);
+    };
     int64_t first = 0, end = keys;
-    while (first < end && row[first] <= hidden) ++first;
-    while (first < end && row[end - 1] <= hidden) --end;
+    while (first < end && hidden(row[first])) ++first;
+    while (first < end && hidden(row[end - 1])) --end;
     for (int64_t j = first; j < end && !needed; ++j) needed = row[j] != neutral;
     starts[b] = first;
     lengths[b] = end;

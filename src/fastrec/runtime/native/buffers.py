@@ -116,7 +116,13 @@ class View:
 
     @property
     def constant(self) -> np.ndarray | None:
-        """The values of a constant; None for other buffers."""
+        """The values of a constant; None for other buffers, and where a size is free."""
+        return None if any(size.symbols for size in self.shape) else self.repeated
+
+    @property
+    def repeated(self) -> np.ndarray | None:
+        """The values of a constant, once along each free size (which repeats them: its stride is
+        0); None for other buffers."""
         data = self.buffer.data
         if data is None:
             return None
@@ -172,6 +178,8 @@ class View:
 
     def reshaped(self, shape: Shape) -> View | None:
         """The same elements under another shape, or None where that takes a copy."""
+        if Extent(0) in shape:
+            return View(self.buffer, shape, contiguous_strides(shape), self.offset)
         # Old dimensions that lie contiguously are one run: (elements, stride of the last).
         runs: list[tuple[Extent, Extent]] = []
         for size, stride in zip(self.shape, self.strides, strict=True):

@@ -18,7 +18,7 @@ from fastrec.errors import BackendError
 from fastrec.runtime.native import steps
 from fastrec.runtime.native.buffers import DTYPES, ONE, Buffer, Extent, Shape, View
 from fastrec.runtime.native.program import Program
-from fastrec.runtime.native.registry import LOWERINGS
+from fastrec.runtime.native.registry import LOWERINGS, OVERFLOWING
 from fastrec.runtime.native.steps import Instruction, Step
 from fastrec.spec import InputSpec
 
@@ -30,6 +30,7 @@ _COMPUTED = {
     "int32": "int64",
     "int16": "int64",
 }
+_BITS = {torch.int32: 32, torch.int16: 16}
 # What to write instead of ops that no plan can hold.
 _INSTEAD = {
     "nonzero": "a mask: torch.where(condition, x, 0)",
@@ -189,7 +190,19 @@ class Lowerer:
         if result is not None:
             return result
         assert lowering is not None
-        return lowering(self, node, args, kwargs)
+        result = lowering(self, node, args, kwargs)
+        return self._wrapped(node, result) if node.target in OVERFLOWING else result
+
+    def _wrapped(self, node: torch.fx.Node, result: Any) -> Any:
+        """Integers of 32 and 16 bits, reduced to what those hold, as in torch."""
+        dtype = node.meta["val"].dtype
+        bits = _BITS.get(dtype)
+        read = {n.meta["val"].dtype for n in node.all_input_nodes if not _is_size(n)}
+        if bits is None or read <= {torch.bool, torch.uint8}:
+            return result
+        program = [("integer", 2 ** (bits - 1)), ("add_i64", 0, 1), ("integer", 2**bits)]
+        program += [("rem_i64", 2, 3), ("sub_i64", 4, 1)]
+        return self.map(node, [result], program, result.shape, "int64")
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
@@ -362,6 +375,8 @@ class Lowerer:
         """The view's elements as another of the program's dtypes."""
         if view.dtype == dtype:
             return view
+        if dtype in ("int8", "uint8"):
+            raise BackendError(f"native: a cast to {dtype}; the nearest supported is int16")
         if dtype == "float32":
             return self.map(node, [view], [("to_f32", 0)], view.shape)
         if view.dtype != "float32":

@@ -9,6 +9,8 @@ from typing import Any
 # becomes: a View, a list of them, or a Python value.
 Lowering = Callable[..., Any]
 LOWERINGS: dict[Any, Lowering] = {}
+# Ops whose results may not fit the integers that torch gives them: plans compute in int64.
+OVERFLOWING: set[Any] = set()
 
 
 def lowers(*targets: Any) -> Callable[[Lowering], Lowering]:

@@ -24,6 +24,11 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
         raise to.unsupported(node, "attention with dropout; the nearest supported is without")
     if kwargs.get("enable_gqa"):
         raise to.unsupported(node, "grouped queries; the nearest supported is as many keys' heads")
+    without_heads = all(len(x.shape) == 3 for x in (q, k, v))
+    if without_heads:  # [B, L, D] is one head
+        q, k, v = (to.reshaped(x, (x.shape[0], ONE, *x.shape[1:])) for x in (q, k, v))
+        if mask is not None and len(mask.shape) == 3:
+            mask = to.reshaped(mask, (mask.shape[0], ONE, *mask.shape[1:]))
     if any(x.dtype != "float32" or len(x.shape) != 4 for x in (q, k, v)):
         raise to.unsupported(node, "the supported form is float32 [B, H, L, D]")
     if v.shape[3] != q.shape[3] or k.shape[:2] != q.shape[:2] or v.shape[:2] != q.shape[:2]:
@@ -59,13 +64,16 @@ def _attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
             )
     else:
         out = to.emit(node, steps.attention, shape, q=q, k=k, v=v, lengths=lengths, scale=scale)
-    return out.permuted((0, 2, 1, 3))
+    found = out.permuted((0, 2, 1, 3))
+    return to.reshaped(found, to.shape_of(node)) if without_heads else found
 
 
 def _is_causal(mask: View) -> bool:
     """Whether a mask is a square constant that lets query i see keys 0..i."""
-    values = mask.constant
-    if values is None or values.ndim < 2 or values.shape[-1] != values.shape[-2]:
+    values = mask.repeated
+    if values is None or values.ndim < 2 or any(size.number is None for size in mask.shape[-2:]):
+        return False
+    if values.shape[-1] != values.shape[-2]:
         return False
     if any(size != 1 for size in values.shape[:-2]):
         return False
@@ -134,8 +142,8 @@ def padding_lengths(to: Lowerer, mask: View, keys: Extent) -> View | None:
 
 
 def _counts_from_one(made: dict[Buffer, Any], positions: View, keys: Extent) -> bool:
-    if positions.constant is not None:
-        row = positions.constant[0]
+    if positions.repeated is not None:
+        row = positions.repeated[0]
         return keys.number == len(row) and bool(np.array_equal(row, np.arange(1, len(row) + 1)))
     step = made.get(positions.buffer)
     if step is None or not step.computes(("index", 0), ("integer", 1), ("add_i64", 0, 1)):

@@ -9,9 +9,10 @@ from torch.fx import Node
 
 from fastrec.runtime.native.buffers import View
 from fastrec.runtime.native.lowerer import Lowerer, constant, dtype_of
-from fastrec.runtime.native.registry import lowers
+from fastrec.runtime.native.registry import OVERFLOWING, lowers
 
 aten = torch.ops.aten
+OVERFLOWING |= {aten.to.dtype, aten._to_copy.default}
 
 
 @lowers(aten.to.dtype, aten._to_copy.default)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from fastrec.runtime.native.buffers import View
 from fastrec.runtime.native.lowerer import Complex, Lowerer, dtype_of
 from fastrec.runtime.native.lowerings.map_program import MapProgram, is_float
-from fastrec.runtime.native.registry import lowers
+from fastrec.runtime.native.registry import OVERFLOWING, lowers
 
 aten = torch.ops.aten
 
@@ -49,6 +49,8 @@ _BINARY = {
     aten.ne.Scalar: "ne",
     aten.ne.Tensor: "ne",
 }
+OVERFLOWING |= {op for op, name in _BINARY.items() if name in ("add", "sub", "mul", "floor_div")}
+OVERFLOWING |= {aten.rsub.Scalar, aten.neg.default, aten.abs.default, aten.pow.Tensor_Scalar}
 _UNARY = {
     aten.exp.default: "exp_f32",
     aten.log.default: "log_f32",
@@ -107,7 +109,11 @@ def _binary(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) ->
     if name == "ne":
         program.append("not_i64", program.append(f"eq_{kind}", a, b))
     elif mode is None:
-        program.append(f"{name}_{kind}", a, b)
+        found = program.append(f"{name}_{kind}", a, b)
+        if result == "bool" and name == "add":  # of two bools: 1, not 2
+            program.append("not_i64", program.append("not_i64", found))
+    elif floating and mode == "floor":
+        program.append("floor_div_f32", a, b)
     elif floating:
         program.append(f"{mode}_f32", program.append("div_f32", a, b))
     elif mode == "floor":
@@ -271,7 +277,8 @@ def _masked_fill(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any
 
 def choose(to: Lowerer, node: Node, condition: View, yes: Any, no: Any) -> View:
     """``yes`` where the condition holds, else ``no``; views or numbers."""
-    floating = dtype_of(node) == "float32"
+    dtype = dtype_of(node)
+    floating = dtype == "float32"
     condition = to.cast(node, condition, "bool")
     views = [v for v in (yes, no) if isinstance(v, View)]
     program = MapProgram()
@@ -283,8 +290,8 @@ def choose(to: Lowerer, node: Node, condition: View, yes: Any, no: Any) -> View:
             if floating and value.dtype != "float32":
                 register = program.append("to_f32", register)
         else:
-            number = float(value) if floating else int(value)
+            number = float(value) if floating else int(bool(value) if dtype == "bool" else value)
             register = program.append("number" if floating else "integer", number)
         registers.append(register)
     program.append("where_f32" if floating else "where_i64", 0, *registers)
-    return to.map(node, program.inputs, program.code, to.shape_of(node), dtype_of(node))
+    return to.map(node, program.inputs, program.code, to.shape_of(node), dtype)

@@ -65,7 +65,7 @@ def _recurrent(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any])
 
 def _start(to: Lowerer, node: Node, starts: list[View], place: int) -> View | None:
     """The state at the beginning, [B, S * H]; None for zeros."""
-    if all(v.constant is not None and not v.constant.any() for v in starts):
+    if all(v.repeated is not None and not v.repeated.any() for v in starts):
         return None
     parts = [v.selected(0, place) for v in starts]
     found = [to.copied(p) if p is not None else p for p in parts]

@@ -12,7 +12,7 @@ from fastrec.runtime.native import steps
 from fastrec.runtime.native.buffers import ONE, Extent, View, product
 from fastrec.runtime.native.lowerer import Lowerer, dtype_of
 from fastrec.runtime.native.lowerings.views import dim_of
-from fastrec.runtime.native.registry import lowers
+from fastrec.runtime.native.registry import OVERFLOWING, lowers
 from fastrec.runtime.native.steps import Instruction
 
 aten = torch.ops.aten
@@ -27,6 +27,7 @@ _OPERATIONS = {
     aten.max.default: "max",
     aten.min.default: "min",
 }
+OVERFLOWING |= {aten.sum.default, aten.sum.dim_IntList, aten.cumsum.default}
 
 
 @lowers(*_OPERATIONS)
@@ -81,7 +82,7 @@ def _extremum(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) 
     largest = node.target is aten.max.dim
     numbers = to.cast(node, view, "int64" if view.dtype != "float32" else "float32")
     found = reduced(to, node, numbers, dim, "max" if largest else "min")
-    where = first_positions(to, node, numbers, dim, ONE, descending=largest)
+    where = _position(to, node, numbers, dim, descending=largest)
     return [to.cast(node, to.reshaped(found, shape), view.dtype), to.reshaped(where, shape)]
 
 
@@ -91,8 +92,16 @@ def _arg_extremum(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, An
     if dim is None:
         view, dim = to.reshaped(view, (product(view.shape),)), 0
     descending = node.target is aten.argmax.default
-    found = first_positions(to, node, view, dim, ONE, descending=descending)
+    found = _position(to, node, view, dim, descending=descending)
     return to.reshaped(found, to.shape_of(node))
+
+
+def _position(to: Lowerer, node: Node, view: View, dim: int, *, descending: bool) -> View:
+    """Where the first of the largest or smallest elements is; a NaN counts as either."""
+    if view.dtype == "float32" and not descending:
+        # In ascending order a NaN is last.
+        view, descending = to.map(node, [view], [("neg_f32", 0)], view.shape), True
+    return first_positions(to, node, view, dim, ONE, descending=descending)
 
 
 @lowers(aten.topk.default)

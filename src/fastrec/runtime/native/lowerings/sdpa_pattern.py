@@ -212,8 +212,8 @@ def _is_causal(scores: Scores) -> bool:
     if scores.added or len(scores.fills) != 1:
         return False
     (fill,) = scores.fills
-    condition = fill.condition.constant
-    if condition is None:
+    condition = fill.condition.repeated
+    if condition is None or any(size.number is None for size in fill.condition.shape[-2:]):
         return False
     seen = np.asarray(condition != fill.where)
     return bool((seen == (np.tri(*seen.shape[-2:]) > 0)).all())
