@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from fastrec.errors import (
 )
 from fastrec.exporters.flat import flattened
 from fastrec.exporters.model_spec import Dims, as_tensors, quantised_module, spec_of
-from fastrec.exporters.trace import evaluated
+from fastrec.exporters.trace import evaluated, first_line
 from fastrec.measure.choice import choice, contest
 from fastrec.measure.machine import usable_cpus
 from fastrec.measure.packages import missing
@@ -31,6 +32,8 @@ from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import inference
 from fastrec.runtime.choice_cache import choice_file, recall, remember
 from fastrec.runtime.engine import PLAN, PRECISIONS, BuildOptions, Engine
+from fastrec.runtime.unlike import LookUps, require_agreement
+from fastrec.spec import InputSpec
 
 FALLBACKS = ("torch", "error")
 _EXTRA = {
@@ -121,11 +124,11 @@ def compile(
     options = BuildOptions(threads, precision, requests, spec, dict(settings or {}))
     if fallback == "error" and backend == "native":
         options.settings.setdefault("executor", "plan")
-    reference = _reference(model, examples)
+    reference, bounded = _reference(model, examples, spec)
     if backend == "auto":
-        engine = _auto(model, examples, options, reference)
+        engine = _auto(model, examples, options, reference, bounded)
     else:
-        engine = _build(backend, model, examples, options, reference)
+        engine = _build(backend, model, examples, options, reference, bounded)
     if backend == "native":
         _tell_fallback(engine)
     engine.structure = structure
@@ -145,13 +148,17 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend_module(name).can_run() for name in BACKENDS}
 
 
-def _reference(model: nn.Module, examples: tuple[torch.Tensor, ...]) -> np.ndarray:
-    with torch.inference_mode():
-        output = evaluated(model)(*examples)
+def _reference(
+    model: nn.Module, examples: tuple[torch.Tensor, ...], spec: InputSpec
+) -> tuple[np.ndarray, InputSpec]:
+    """torch's scores, and the spec with the ranges of the ids that are looked up in a table."""
+    ready = evaluated(model)
+    with torch.inference_mode(), LookUps(examples) as seen:
+        output = ready(*examples)
     if not isinstance(output, torch.Tensor):
         raise DtypeError("model", "a model with one tensor output", type(output).__name__)
     scores: np.ndarray = inference(lambda: output)().numpy()
-    return scores
+    return scores, seen.bounded(spec)
 
 
 def _build(
@@ -160,6 +167,7 @@ def _build(
     examples: tuple[torch.Tensor, ...],
     options: BuildOptions,
     reference: np.ndarray,
+    bounded: InputSpec,
 ) -> Engine:
     module = backend_module(name)
     if (reason := module.can_run()) is not None:
@@ -170,8 +178,16 @@ def _build(
         raise BackendError(
             f"backend {name!r} has no {options.precision}: it has {', '.join(module.PRECISIONS)}"
         )
-    engine = module.build(model, examples, options)
-    scores = engine(*examples).numpy()
+    # Native kernels check their ids themselves, in the pass that reads them.
+    own = options if name == "native" else dataclasses.replace(options, spec=bounded)
+    try:
+        engine = module.build(model, examples, own)
+        scores = engine(*examples).numpy()
+    except (FastrecError, MemoryError):
+        raise
+    except Exception as error:  # of a library below, which may raise anything
+        why = first_line(error)
+        raise BackendError(f"backend {name!r} cannot take this model: {why}") from error
     tolerance = Tolerance()  # re-quantised: whether that is good enough is the caller's to judge
     if engine.precision == "fp32":
         tolerance = Tolerance.for_precision("fp32")
@@ -181,6 +197,10 @@ def _build(
         # The same int8 model: a float's last bit may turn a rounding, by one step of 255.
         tolerance = Tolerance(noise=0.1)
     correctness_gate(reference, scores, tolerance).require(f"backend {name!r}")
+    batch = options.spec.sizes([t.shape for t in examples]).get("B")
+    if batch is not None and options.precision != "int8":
+        forward = inference(evaluated(model))
+        require_agreement(name, engine, forward, examples, batch, engine.precision)
     return engine
 
 
@@ -189,6 +209,7 @@ def _auto(
     examples: tuple[torch.Tensor, ...],
     options: BuildOptions,
     reference: np.ndarray,
+    bounded: InputSpec,
 ) -> Engine:
     """The engine remembered for these, or the fastest of all, which is then remembered."""
     measure = options.setting("measure", ("once", "again"), "once")
@@ -199,14 +220,14 @@ def _auto(
     if found is not None:
         name = found["backend"]
         try:
-            engine = _agreeing(name, model, examples, options, reference)
+            engine = _agreeing(name, model, examples, options, reference, bounded)
         except FastrecError as error:  # it was right before: measure again, and say why
             lost = [choice(f"{name}, remembered", False, None, str(error))]
         else:
             why = f"measured {found['date']} on this machine, for this model, size and versions"
             engine._rows = [choice("auto", True, None, why), *found["rows"], *engine._rows]
             return engine
-    engine, rows = _measured(model, examples, options, reference)
+    engine, rows = _measured(model, examples, options, reference, bounded)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     remember(file, holds_for, engine.backend, rows, date)
     engine._rows = [*rows, *lost, *engine._rows]
@@ -218,6 +239,7 @@ def _measured(
     examples: tuple[torch.Tensor, ...],
     options: BuildOptions,
     reference: np.ndarray,
+    bounded: InputSpec,
 ) -> tuple[Engine, list[dict[str, Any]]]:
     """Build all that can run, drop what disagrees with torch, time the rest; rows that say so."""
     engines: dict[str, Engine] = {}
@@ -231,7 +253,7 @@ def _measured(
             rows.append(choice(name, False, None, _BY_NAME[name]))
             continue
         try:
-            engines[name] = _agreeing(name, model, examples, options, reference)
+            engines[name] = _agreeing(name, model, examples, options, reference, bounded)
         except FastrecError as error:
             rows.append(choice(name, False, None, str(error)))
     if not engines:
@@ -256,13 +278,14 @@ def _agreeing(
     examples: tuple[torch.Tensor, ...],
     options: BuildOptions,
     reference: np.ndarray,
+    bounded: InputSpec,
 ) -> Engine:
     """The backend's engine, whatever its precision as close to torch as that precision allows.
 
     Raises:
         FastrecError: it cannot be built, or its answers differ too much.
     """
-    engine = _build(name, model, examples, options, reference)
+    engine = _build(name, model, examples, options, reference, bounded)
     tolerance = Tolerance.for_precision(engine.precision)
     gate = correctness_gate(reference, engine(*examples).numpy(), tolerance)
     if not gate.passed:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fastrec.errors import ArgumentError, BackendError
+from fastrec.errors import ArgumentError, BackendError, FastrecError
 from fastrec.spec import InputSpec
 from fastrec.structure import Structure
 
@@ -139,9 +139,14 @@ class Engine(abc.ABC):
         """The scores of tensors or arrays, one after the other."""
         self._require_open()
         arrays, from_torch = self.spec.check(inputs)
-        if from_torch:
-            return self._run_torch(inputs, arrays)
-        return self._run(arrays)
+        try:
+            if from_torch:
+                return self._run_torch(inputs, arrays)
+            return self._run(arrays)
+        except (FastrecError, MemoryError):
+            raise
+        except Exception as error:  # of a library below, which may raise anything
+            raise BackendError(f"this {self.backend} engine failed in a call: {error}") from error
 
     def encode(self, *history: Any, candidates: Any = None) -> Any:
         """The histories of B users, encoded for :meth:`score`; see ``PlanEngine.encode``.
