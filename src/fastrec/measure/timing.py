@@ -304,7 +304,7 @@ def correctness_gate(
         )
     m = reference.shape[-1]
     reference, candidate = reference.reshape(-1, m), candidate.reshape(-1, m)
-    # Scores of -inf hide candidates: the same ones in both agree, and so does a NaN that is torch's.
+    # Scores of -inf hide candidates: the same ones in both agree, and so do NaNs of torch's.
     alike = ~np.isfinite(reference)
     alike &= (reference == candidate) | (np.isnan(reference) & np.isnan(candidate))
     reference, candidate = (np.where(alike, 0.0, scores) for scores in (reference, candidate))
