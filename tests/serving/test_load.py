@@ -421,6 +421,24 @@ def test_the_command_writes_a_report(start, engine_path, tmp_path, inside):
     assert "<script" not in page
 
 
+def test_the_command_fails_where_nothing_was_answered_and_says_why(start, engine_path, tmp_path):
+    if not app.registered_commands:
+        _mount()
+    arguments = ["loadtest", start(engine_path, PATIENT).grpc, "--model", "ranker"]
+    # One millionth of a second: every deadline has passed.
+    arguments += ["--rate", "20", "--seconds", "0.5", "--candidates", "4", "--timeout-ms", "0.001"]
+    report = tmp_path / "figures.json"
+    done = CliRunner().invoke(app, [*arguments, "--json", str(report)])
+    assert isinstance(done.exception, ServingError)
+    assert "nothing was answered" in str(done.exception)
+    figures = json.loads(report.read_text())
+    assert figures["all"]["answered"] == 0
+    assert figures["texts"]
+    for kind, text in figures["texts"].items():
+        assert text
+        assert f"the first {kind}" in done.output
+
+
 def test_the_commands_short_forms():
     assert _stages("100:10,100-400:2.5") == (Stage(10, 100), Stage(2.5, 100, 400))
     assert _mix("gold:0.2:1,bulk:0.8", 2, None) == (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastrec.errors import ArgumentError
+from fastrec.errors import ArgumentError, ServingError
 from fastrec.model_source import find_model
 from fastrec.terminal import JsonOption, progress, stdout, write_json
 
@@ -101,6 +101,8 @@ def loadtest(
     write_json(json_out, result)
     if out is not None:
         stdout().print(f"Report: {write_report(result, out)}")
+    if not result["all"]["answered"]:
+        raise ServingError("nothing was answered: the table says why")
 
 
 async def _measure(

@@ -49,10 +49,11 @@ class PlannedRequest(NamedTuple):
 
 class TryResult(NamedTuple):
     """``outcome``: "ok", or why not; ``retry_after_s``: when the server says to come back, negative
-    where it says not to."""
+    where it says not to; ``text``: the refusal's own words."""
 
     outcome: str
     retry_after_s: float | None = None
+    text: str = ""
 
 
 class Target(Protocol):
@@ -70,6 +71,7 @@ class RequestLog:
         done_s: last answer; NaN where there was none.
         outcome: indices into ``outcomes``.
         tries: as many as were sent.
+        texts: outcome -> the words of the first refusal of that kind.
         cpu_s: processor time of the process that sent.
     """
 
@@ -79,11 +81,14 @@ class RequestLog:
         self.outcome = np.zeros(count, np.int16)
         self.tries = np.zeros(count, np.int16)
         self.outcomes = [UNANSWERED, OK]
+        self.texts: dict[str, str] = {}
         self.cpu_s = 0.0
         self._index = {name: i for i, name in enumerate(self.outcomes)}
 
-    def end(self, number: int, outcome: str, at_s: float) -> None:
+    def end(self, number: int, outcome: str, at_s: float, text: str = "") -> None:
         """The last answer to a request."""
+        if text:
+            self.texts.setdefault(outcome, text)
         index = self._index.get(outcome)
         if index is None:
             index = self._index[outcome] = len(self.outcomes)
@@ -183,7 +188,7 @@ class Generator:
                 wait = (told or 0.0) + self._random.uniform(0, most)
                 self.clock.call_at(now + wait, lambda: self._send(number, tries + 1))
                 return
-        self.log.end(number, answer.outcome, now - self._start)
+        self.log.end(number, answer.outcome, now - self._start, answer.text)
         self._open -= 1
         if not self._open and self._next == len(self._at):
             self._finished()

@@ -29,7 +29,8 @@ def summary(generator: Generator, *, bin_s: float | None = None) -> dict[str, An
         ``all``, ``tiers`` (name ->), ``stages`` (one each): offered, answered, in_slo, attainment
         (in_slo / offered), offered_rps, goodput_rps, latency_ms, refused (reason -> count), tries;
         ``series``: the same of each bin by the time that requests were due; ``curve``: percentile
-        -> ms by tier; ``generator``: its processor time and how late it sent.
+        -> ms by tier; ``texts``: kind of refusal -> the words of the first one;
+        ``generator``: its processor time and how late it sent.
     """
     plan, log, schedule = generator.plan, generator.log, generator.schedule
     seconds = plan.seconds
@@ -83,6 +84,7 @@ def summary(generator: Generator, *, bin_s: float | None = None) -> dict[str, An
             for name, own in groups.items()
             if (own & good).any()
         },
+        "texts": dict(log.texts),
         "generator": {
             "cpu_s": log.cpu_s,
             "cpu_us_a_try": 1e6 * log.cpu_s / tries,
@@ -113,4 +115,5 @@ def warnings(result: Mapping[str, Any]) -> list[str]:
     lost = result["all"]["refused"].get(UNANSWERED, 0)
     if lost:
         told.append(f"{lost} requests were never answered")
+    told += [f"the first {kind}: {text}" for kind, text in result["texts"].items()]
     return told

@@ -99,7 +99,7 @@ class CoreTarget:
         try:
             await self._core.infer(request)
         except Rejected as refusal:
-            done(TryResult(str(refusal.kind), refusal.retry_after_s))
+            done(TryResult(str(refusal.kind), refusal.retry_after_s, str(refusal)))
         else:
             done(TryResult(OK))
 
@@ -231,4 +231,4 @@ def _refusal(error: Any) -> TryResult:
         outcome = "queue_full"
     elif not outcome and TIMED_OUT in text:
         outcome = "expired"
-    return TryResult(outcome or code, retry)
+    return TryResult(outcome or code, retry, text)
