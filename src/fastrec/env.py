@@ -7,6 +7,7 @@
 | ``FASTREC_CACHE_DIR`` | tuned launches, choices of ``backend="auto"``, compiled models; default
   ``~/.cache/fastrec`` |
 | ``TRITON_INTERPRET`` | Triton's own: kernels run in its interpreter, on CPU tensors |
+| ``GRPC_VERBOSITY`` | gRPC's own; where it is not set, a server has gRPC's core log nothing |
 | ``FASTREC_BUILD_CPU``, ``FASTREC_BUILD_CUDA``, ``FASTREC_CUDA_ARCHS`` | only setup.py reads them |
 """
 
@@ -42,3 +43,10 @@ def cache_dir() -> Path:
     if own := os.environ.get("FASTREC_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrec"
+
+
+def silence_grpc() -> None:
+    """gRPC's core logs nothing, unless ``GRPC_VERBOSITY`` asks for it: it writes a line for each
+    header of a client that does not parse, as many as the client likes. Before gRPC is imported.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -220,6 +220,41 @@ TEST(c_states_are_held_to_what_they_are_of) {
   fastrec_state_free(state);
 }
 
+// Files may claim anything of their sizes: what cannot be appended to is refused when a state that
+// would be is asked for, and scores as ever.
+TEST(c_states_that_count_users_twice_take_no_events) {
+  // A row of an event as wide as there are users.
+  ModelMaker wide({"B", "L"});
+  const View item = wide.input("item", {B, L}, 7), none;
+  const View events = wide.arena(Dtype::f32, {B, L, 4}), rows = wide.arena(Dtype::f32, {B, L, B});
+  wide.step("gather", {item, wide.floats({7, 4}), none, events});
+  View first = events;
+  first.sizes = rows.sizes;
+  first.strides = {extent(4, 0, 1), 4, 0};
+  wide.step("map", {first, rows}, {{"program", json::parse(R"([["neg_f32",0]])")}});
+
+  // As many events as users.
+  ModelMaker square({"B"});
+  const View ids = square.input("item", {B, B}, 7);
+  const View found = square.arena(Dtype::f32, {B, B, 4});
+  square.step("gather", {ids, square.floats({7, 4}), none, found});
+
+  const Ids history({2, 2}, {1, 2, 3, 4});
+  const fastrec_array given = history;
+  for (const FileParts& parts : {wide.made(rows), square.made(found)}) {
+    Opened opened(parts);
+    fastrec_state* state = nullptr;
+    CHECK(fastrec_encode(opened.engine, &given, 1, FASTREC_APPENDABLE, &state, &opened.error) ==
+          FASTREC_UNSUPPORTED);
+    CHECK(says(opened.error, "append events"));
+    CHECK(!fastrec_encode(opened.engine, &given, 1, 0, &state, &opened.error));
+    fastrec_state* more = nullptr;
+    CHECK(fastrec_append(opened.engine, state, &given, 1, &more, &opened.error) ==
+          FASTREC_ARGUMENT);
+    fastrec_state_free(state);
+  }
+}
+
 TEST(c_files_that_are_no_engines_are_codes) {
   fastrec_engine* engine = nullptr;
   fastrec_error error;

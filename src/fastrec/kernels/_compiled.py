@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ class Signature:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    if not _in_main_interpreter():
+        return None, "the compiled CPU kernels run in Python's main interpreter only"
     try:
         from fastrec import _native
     except ImportError as error:
@@ -35,6 +38,19 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if "torch" in sys.modules:
         _follow_torch(_native)
     return _native, None
+
+
+def _in_main_interpreter() -> bool:
+    """Whether this is the process's main interpreter: in others the compiled part would wait for a
+    lock for ever while it is imported."""
+    try:
+        interpreters = importlib.import_module("_interpreters")
+    except ImportError:
+        try:
+            interpreters = importlib.import_module("_xxsubinterpreters")
+        except ImportError:
+            return True
+    return bool(interpreters.get_current() == interpreters.get_main())
 
 
 def follow_torch() -> None:

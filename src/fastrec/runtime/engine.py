@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fastrec.errors import ArgumentError, BackendError, FastrecError
+from fastrec.runtime.ending import watch
 from fastrec.spec import InputSpec
 from fastrec.structure import Structure
 
@@ -112,6 +113,7 @@ class Engine(abc.ABC):
         versions: dict[str, str],
         structure: Structure | None = None,
     ) -> None:
+        watch(type(self))
         self.backend = backend
         self.precision = precision
         self.threads = threads
