@@ -238,6 +238,52 @@ def test_a_model_is_compiled_once_for_what_takes_engines(
         find_model(OWN).engine_path()
 
 
+def test_a_model_replaced_while_it_is_compiled_is_compiled_again(
+    given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTREC_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    shutil.copytree(given["training"], folder)
+    runs = []
+
+    def compiles(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        runs.append(command)
+        if len(runs) == 1:
+            (folder / "model.extra").write_text("another")
+        shutil.copy(given["small"], command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", compiles)
+    engine = find_model(folder).engine_path()
+    assert len(runs) == 2
+    assert list((tmp_path / "cache" / "engines").iterdir()) == [engine.parent]
+    assert find_model(folder).engine_path() == engine
+    assert len(runs) == 2
+    data = bytearray(engine.read_bytes())
+    data[-1] ^= 1
+    engine.write_bytes(data)
+    find_model(folder).engine_path()
+    assert len(runs) == 3  # a damaged one counts as missing
+    (folder / "model.extra").unlink()
+    assert find_model(folder).engine_path().parent != engine.parent
+    assert len(runs) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FASTREC_CACHE_DIR", str(tmp_path / "file"))
+
+    def compiles(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        shutil.copy(given["small"], command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", compiles)
+    with load_engine(find_model(given["training"]).engine_path()) as engine:
+        assert engine.backend == "native"
+
+
 def test_what_a_server_takes_as_it_is(given: dict[str, Path]) -> None:
     assert served_path(given["checkpoint"]) == given["checkpoint"]
     assert served_path(given["search"]) == given["search"] / "best"

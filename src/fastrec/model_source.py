@@ -12,10 +12,12 @@ Folders that hold a result among other things are followed to it: ``best`` of ``
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ import typer
 
 from fastrec import __version__, env
 from fastrec.errors import ArgumentError, ArtifactError, BackendError
+from fastrec.files import atomic_write
 from fastrec.terminal import stderr
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ _WORDS = {
     "own": "a model of your own",
 }
 _COMPILE_TIMEOUT_S = 600.0
+_REPLACEMENTS = 5  # of a model while it is compiled, until it is given up
 
 ModelArgument = Annotated[
     str,
@@ -151,22 +155,50 @@ class ModelSource:
         if self.kind == "engine":
             assert self.path is not None
             return self.path
-        if self.path is None:  # nothing tells when its weights change
-            folder = Path(tempfile.mkdtemp(prefix="fastrec-"))
-        else:
-            folder = env.cache_dir() / "engines" / self._key()
-        target = folder / f"{self.name}.engine"
-        if not target.is_file():
+        from fastrec.runtime.native.file import is_whole
+
+        name = f"{self.name}.engine"
+        for _ in range(_REPLACEMENTS):
+            key = self._key()
+            kept = env.cache_dir() / "engines" / key / name
+            if key and is_whole(kept):
+                return kept
+            made = _own_folder() / name
             stderr().print(f"compiling {self.given}", style="dim")
-            command = [sys.executable, "-m", "fastrec", "compile", self.given, str(target)]
+            command = [sys.executable, "-m", "fastrec", "compile", self.given, str(made)]
             _run(command if example is None else [*command, "--example", example], self.given)
-        return target
+            if not key:
+                return made
+            if self._key() != key:
+                continue  # the files were replaced meanwhile: nobody knows of which it is
+            try:
+                with atomic_write(kept, sync=False) as draft:
+                    shutil.copyfile(made, draft)
+            except OSError:
+                return made  # a cache that cannot be written is no error
+            shutil.rmtree(made.parent, ignore_errors=True)
+            return kept
+        raise ArtifactError(f"{self.given}: replaced again and again while it was compiled")
 
     def _key(self) -> str:
-        assert self.path is not None
+        """A name of the model's content; "" where nothing tells when its weights change."""
+        if self.path is None:
+            return ""
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("model.*"))
-        stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return hashlib.sha256(repr((__version__, stamps)).encode()).hexdigest()[:24]
+        total = hashlib.sha256(__version__.encode())
+        for file in files:
+            total.update(file.name.encode() + b"\0")
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    total.update(block)
+        return total.hexdigest()[:24]
+
+
+def _own_folder() -> Path:
+    """A folder for an engine that no cache holds, removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix="fastrec-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def find_model(given: str | Path) -> ModelSource:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import re
 import shutil
@@ -25,10 +24,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastrec import __version__
+from fastrec import __version__, env
 from fastrec.errors import ArtifactError, FastrecError
-from fastrec.runtime.native.file import is_engine_file
+from fastrec.runtime.native.file import is_engine_file, is_whole
 from fastrec.runtime.screening import SUFFIX as SCREEN_SUFFIX
+from fastrec.serving.compile import REPLACED, digest_of
 from fastrec.serving.core.inference_core import InferenceCore
 from fastrec.serving.core.request import Kind, Rejected
 
@@ -37,6 +37,7 @@ log = logging.getLogger("fastrec.serving")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 _COMPILE_TIMEOUT_S = 600.0
+_REPLACEMENTS = 5  # of a checkpoint while it is compiled, until it is given up
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class ModelRepository:
         if not self._root.exists():
             raise ArtifactError(f"{path}: there is no such file or folder")
         self._core = core
-        self._cache = cache or Path.home() / ".cache" / "fastrec" / "engines"
+        self._cache = cache or env.cache_dir() / "engines"
         self._loaded: dict[tuple[str, str], Found] = {}
         self._reasons: dict[tuple[str, str], str] = {}
         # Private copies of engine files, by model and version.
@@ -189,7 +190,13 @@ class ModelRepository:
     async def _load(self, name: str, version: str, found: Found) -> None:
         key, path, copy = (name, version), found.path, None
         if found.kind == "checkpoint":
-            path = await compiled(path, self._cache)
+            folder = _writable(self._cache)
+            try:
+                path = await compiled(path, folder)
+            except BaseException:
+                _remove(None if folder == self._cache else folder / path.name)
+                raise
+            copy = None if folder == self._cache else path
         elif path.is_file():
             path = copy = await asyncio.to_thread(_copied, path)
         try:
@@ -258,39 +265,54 @@ def _copied(file: Path) -> Path:
     return folder / file.name
 
 
+def _writable(cache: Path) -> Path:
+    """The cache, or a folder of its own for one engine where the cache cannot be written."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="fastrec-serving-"))
+
+
 def _remove(copy: Path | None) -> None:
     if copy is not None:
         shutil.rmtree(copy.parent, ignore_errors=True)
 
 
 async def compiled(checkpoint: Path, cache: Path) -> Path:
-    """The engine file of a checkpoint, compiled now if it is not in the cache.
+    """The engine file of a checkpoint, compiled now if it is not in the cache, or damaged there.
 
     Raises:
         ArtifactError: it cannot be compiled, and why.
     """
-    try:
-        manifest = (checkpoint / "model.json").read_bytes()
-        json.loads(manifest)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{checkpoint}: not a fastrec model ({error})") from error
-    # The manifest holds the checksum of the weights.
-    key = hashlib.sha256(manifest + __version__.encode()).hexdigest()[:24]
-    path = cache / f"{checkpoint.name}-{key}.engine"
-    if is_engine_file(path):
-        return path
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        path = Path(tempfile.mkdtemp(prefix="fastrec-")) / path.name
-    log.info("%s: compiling (torch runs in a process of its own)", checkpoint)
-    await _compile(checkpoint, path)
-    return path
+    for _ in range(_REPLACEMENTS):
+        try:
+            digest = digest_of(checkpoint)
+        except OSError as error:
+            raise ArtifactError(f"{checkpoint}: not a fastrec model ({error})") from error
+        key = hashlib.sha256(f"{digest} {__version__}".encode()).hexdigest()[:24]
+        path = cache / f"{checkpoint.name}-{key}.engine"
+        if await asyncio.to_thread(is_whole, path):
+            return path
+        path.unlink(missing_ok=True)
+        log.info("%s: compiling (torch runs in a process of its own)", checkpoint)
+        if await _compile(checkpoint, path, digest):
+            return path
+    raise ArtifactError(f"{checkpoint}: replaced again and again while it was compiled")
 
 
-async def _compile(checkpoint: Path, engine: Path) -> None:
-    """Compile in a process of its own, which is killed if this task is cancelled."""
-    command = [sys.executable, "-m", "fastrec.serving.compile", str(checkpoint), str(engine)]
+async def _compile(checkpoint: Path, engine: Path, digest: str) -> bool:
+    """Compile in a process of its own, which is killed if this task is cancelled; False where the
+    checkpoint is no longer the one of this digest."""
+    command = [
+        sys.executable,
+        "-m",
+        "fastrec.serving.compile",
+        str(checkpoint),
+        str(engine),
+        digest,
+    ]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=subprocess.DEVNULL,
@@ -307,9 +329,12 @@ async def _compile(checkpoint: Path, engine: Path) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+    if process.returncode == REPLACED:
+        return False
     if process.returncode != 0:
         lines = stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
         raise ArtifactError(f"{checkpoint}: cannot be compiled: {lines[-1]}")
+    return True
 
 
 def _model_at(path: Path) -> Found | None:

@@ -78,6 +78,17 @@ def is_engine_file(path: Path) -> bool:
         return False
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is a native engine's that opens here; all of its bytes are read."""
+    if not is_engine_file(path):
+        return False
+    try:
+        read(path, None)
+    except ArtifactError:
+        return False
+    return True
+
+
 def read(path: Path, threads: int | None, *, copy: bool = False) -> tuple[Any, dict[str, Any]]:
     """The compiled engine of a file, and what the file says of it.
 
