@@ -240,9 +240,10 @@ std::vector<Extent> rows_of_layers(const Program& program, int users) {
         std::any_of(step.operands.begin(), step.operands.end(), [&](const View& view) {
           return !view.absent() && is_constant(program, view) && view.sizes.size() > 1;
         });
-    if (!weights || step.kind->rows(step.fields.get()) != Rows::last) continue;
+    const bool one_row = step.kind->traits.one_row;
+    if (!weights || (!one_row && step.kind->rows(step.fields.get()) != Rows::last)) continue;
     const Shape& x = step.operands[0].sizes;
-    const Extent count = product(x, 0, x.size() - 1).without(users);
+    const Extent count = one_row ? Extent(1) : product(x, 0, x.size() - 1).without(users);
     if (std::find(rows.begin(), rows.end(), count) == rows.end()) rows.push_back(count);
   }
   return rows;

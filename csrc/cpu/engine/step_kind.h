@@ -102,6 +102,8 @@ struct Traits {
   const char* shown;  // the name in describe()
   Users users;
   Checked checked = {};
+  // Its weights meet one row of a user at a time (recurrent layers): users are better run together.
+  bool one_row = false;
 };
 
 // Memory traffic and arithmetic of one call of a step. Each byte counts once, however often a

@@ -22,7 +22,7 @@ int64_t scratch_floats(int64_t keys, int64_t head_dim) {
 }
 
 // e^x for x <= 0: 2^n * e^r, |r| <= ln(2) / 2, Taylor series to r^6 (remainder below 1.3e-7).
-// Below -104 it is 0 (from -88 on with AVX2); a NaN stays one.
+// Below -87.7 it is 0; a NaN stays one.
 FASTREC_VEC_INLINE Floats exp_nonpositive(Floats x) {
   x = maximum(splat(-110.0f), x);
   const Floats n = round_half_even(multiply(x, splat(1.44269504088896341f)));

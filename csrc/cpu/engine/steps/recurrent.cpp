@@ -6,9 +6,9 @@
 // absent; lengths i64 [A]: steps from there on leave the state as it is, and their result is 0; y
 // f32 [A, L, S * H]. S is 2 for LSTM (hidden state, then cell), else 1. All contiguous.
 #include <algorithm>
-#include <cmath>
 #include <memory>
 
+#include "engine/loops/loops.h"
 #include "engine/make_kind.h"
 #include "engine/steps/middle.h"
 #include "engine/steps/packed_linear.h"
@@ -18,7 +18,7 @@ namespace fastrec::engine {
 namespace grouped = grouped_linear;
 namespace {
 
-enum class Cell { gru, lstm, tanh, relu };
+using loops::Cell;
 constexpr const char* kCellNames[] = {"gru", "lstm", "tanh", "relu"};
 
 int64_t gates_of(Cell cell) { return cell == Cell::gru ? 3 : cell == Cell::lstm ? 4 : 1; }
@@ -27,29 +27,6 @@ int64_t states_of(Cell cell) { return cell == Cell::lstm ? 2 : 1; }
 struct alignas(64) Block {
   float units[grouped::kLine];
 };
-
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
-// The next state of a user: `in` are the inputs' gates, `own` the hidden state's.
-void step(Cell cell, int64_t size, const float* in, const float* own, float* state) {
-  for (int64_t i = 0; i < size; ++i) {
-    if (cell == Cell::gru) {
-      const float reset = sigmoid(in[i] + own[i]);
-      const float keep = sigmoid(in[size + i] + own[size + i]);
-      const float next = std::tanh(in[2 * size + i] + reset * own[2 * size + i]);
-      state[i] = next + keep * (state[i] - next);
-    } else if (cell == Cell::lstm) {
-      const float input = sigmoid(in[i] + own[i]), forget = sigmoid(in[size + i] + own[size + i]);
-      const float next = std::tanh(in[2 * size + i] + own[2 * size + i]);
-      const float output = sigmoid(in[3 * size + i] + own[3 * size + i]);
-      state[size + i] = forget * state[size + i] + input * next;
-      state[i] = output * std::tanh(state[size + i]);
-    } else {
-      const float sum = in[i] + own[i];
-      state[i] = cell == Cell::tanh ? std::tanh(sum) : sum < 0 ? 0 : sum;
-    }
-  }
-}
 
 struct Recurrent {
   static constexpr const char* name = "recurrent";
@@ -73,7 +50,8 @@ struct Recurrent {
   static constexpr Traits traits = {.op = "grouped_linear",
                                     .shown = "recurrent",
                                     .users = Users::apart_of_two,
-                                    .checked = {lengths, "lengths", x, 1}};
+                                    .checked = {lengths, "lengths", x, 1},
+                                    .one_row = true};
 
   static Rows rows(const Fields&) { return Rows::mixed; }
   static Isa isa(const Fields&, Tensors) { return grouped::select(grouped::Dtype::f32).isa; }
@@ -123,7 +101,8 @@ struct Recurrent {
     const int64_t work = to.count() * operands[weight].sizes[0];
     constexpr int64_t kParallelMultiplyAdds = 500'000;
     const int threads = work < kParallelMultiplyAdds ? 1 : num_threads();
-    const int64_t tiles = (users + grouped::kTileRows - 1) / grouped::kTileRows;
+    const int64_t tiles = std::max((users + grouped::kTileRows - 1) / grouped::kTileRows,
+                                   std::min<int64_t>(threads, users));
     parallel_for(tiles, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
         run_tile(fields, operands, packed, grouped::tile_row0(t, users, tiles),
@@ -142,6 +121,7 @@ struct Recurrent {
   static void run_tile(const Fields& fields, Tensors operands, const PackedWeight& packed,
                        int64_t first, int64_t last) {
     const grouped::Kernel& kernel = *packed.kernel;
+    const loops::Loops& loops = loops::select();
     const Tensor &in = operands[x], &ends = operands[lengths], &to = operands[y];
     const int64_t steps = in.sizes[1], gates = in.sizes[2], width = to.sizes[2];
     const int64_t size = operands[weight].sizes[1];
@@ -171,8 +151,8 @@ struct Recurrent {
           std::fill_n(result, width, 0.0f);
           continue;
         }
-        step(fields.cell, size, in.as<float>() + ((first + r) * steps + t) * gates, own + r * gates,
-             state + r * width);
+        loops.cell(fields.cell, size, in.as<float>() + ((first + r) * steps + t) * gates,
+                   own + r * gates, state + r * width);
         std::copy_n(state + r * width, width, result);
       }
     }

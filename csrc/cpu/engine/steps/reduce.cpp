@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "engine/loops/loops.h"
 #include "engine/make_kind.h"
 #include "engine/steps/middle.h"
 #include "scratch.h"
@@ -12,19 +13,8 @@
 namespace fastrec::engine {
 namespace {
 
-enum class Operation { sum, mean, max, min };
+using Operation = loops::Reduction;
 constexpr const char* kOperationNames[] = {"sum", "mean", "max", "min"};
-
-// The sum of a row: several partial ones, so that an addition need not wait for the one before.
-double sum_of(const float* row, int64_t count) {
-  constexpr int kSums = 8;
-  double sums[kSums] = {};
-  int64_t n = 0;
-  for (; n + kSums <= count; n += kSums)
-    for (int i = 0; i < kSums; ++i) sums[i] += row[n + i];
-  for (; n < count; ++n) sums[0] += row[n];
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
 
 // Integers wrap, as in torch.
 void reduce_integers(const Tensor& x, Operation operation, int64_t* result) {
@@ -73,38 +63,16 @@ struct Reduce {
   static Status run(const Fields& fields, Tensors operands, const void*) {
     const Tensor& x = operands[Reduce::x];
     const int64_t count = x.sizes[1], width = x.sizes[2];
-    const bool minimum = fields.operation == Operation::min;
-    const bool extremum = minimum || fields.operation == Operation::max;
-    constexpr double kInfinity = std::numeric_limits<double>::infinity();
-    const double divisor = fields.operation == Operation::mean ? static_cast<double>(count) : 1.0;
     if (x.dtype == Dtype::i64) {
       reduce_integers(x, fields.operation, operands[y].as<int64_t>());
       return {};
     }
+    const auto reduce = loops::select().reduce;
     parallel_for(x.sizes[0], 1, threads_for(x), [&](int64_t begin, int64_t end) {
-      if (width == 1 && !extremum) {
-        for (int64_t a = begin; a < end; ++a)
-          operands[y].as<float>()[a] =
-              static_cast<float>(sum_of(x.as<float>() + a * count, count) / divisor);
-        return;
-      }
       double* const total = scratch<double>(width);
-      for (int64_t a = begin; a < end; ++a) {
-        const float* row = x.as<float>() + a * count * width;
-        std::fill_n(total, width, !extremum ? 0.0 : minimum ? kInfinity : -kInfinity);
-        for (int64_t n = 0; n < count; ++n, row += width) {
-          if (minimum)
-            for (int64_t c = 0; c < width; ++c)
-              total[c] = row[c] < total[c] || row[c] != row[c] ? row[c] : total[c];
-          else if (extremum)
-            for (int64_t c = 0; c < width; ++c)
-              total[c] = row[c] > total[c] || row[c] != row[c] ? row[c] : total[c];
-          else
-            for (int64_t c = 0; c < width; ++c) total[c] += row[c];
-        }
-        float* result = operands[y].as<float>() + a * width;
-        for (int64_t c = 0; c < width; ++c) result[c] = static_cast<float>(total[c] / divisor);
-      }
+      for (int64_t a = begin; a < end; ++a)
+        reduce(fields.operation, x.as<float>() + a * count * width, count, width, total,
+               operands[y].as<float>() + a * width);
     });
     return {};
   }
