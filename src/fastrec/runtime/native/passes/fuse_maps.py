@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastrec.runtime.native.buffers import Extent, View
+from fastrec.runtime.native.buffers import Extent, View, product
 from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.steps import Instruction, Step
 
-# csrc/cpu/engine: kMaxRegisters and kMaxOperands bound a fused map.
-MAX_REGISTERS, MAX_INPUTS = 24, 8
+# csrc/cpu/engine: kMaxRegisters, kMaxOperands and kMaxDims bound a fused map.
+MAX_REGISTERS, MAX_INPUTS, MAX_DIMS = 24, 8, 6
 
 
 def fuse_maps(program: Program) -> None:
@@ -26,6 +26,8 @@ def fuse_maps(program: Program) -> None:
         reads = [i for i, v in enumerate(consumer.x) if v.buffer is step.y.buffer]
         if len(reads) != 1 or not step.y.is_whole or _index_used(step):
             continue
+        if consumer.is_copy and len(step.program) > 0:
+            _apart(consumer, step.y)
         inlined = _views_through(consumer.x[reads[0]], step)
         if inlined is None:
             continue
@@ -44,27 +46,24 @@ def _index_used(step: Step) -> bool:
 def _views_through(read: View, producer: Step) -> list[View] | None:
     """The producer's inputs with the dimensions under which the consumer reads its result.
 
-    Works where the consumer reads the producer's result whole, dimension by dimension, perhaps
-    with dimensions of size 1 added. A result that is broadcast is better computed once, by a step.
+    Works where the consumer reads the producer's result whole, dimension by dimension in any
+    order, perhaps with dimensions of size 1 added. A result that is broadcast is better computed
+    once, by a step.
     """
     out = producer.y
-    axis = len(out.shape) - 1
+    left = [axis for axis, size in enumerate(out.shape) if size.number != 1]
     chosen: list[int | None] = []
-    for size, stride in zip(reversed(read.shape), reversed(read.strides), strict=True):
+    for size, stride in zip(read.shape, read.strides, strict=True):
         if size.number == 1:
             chosen.append(None)
             continue
-        if stride.number == 0:
+        same = [a for a in left if out.shape[a] == size and out.strides[a] == stride]
+        if stride.number == 0 or not same:
             return None
-        while axis >= 0 and out.shape[axis].number == 1:
-            axis -= 1
-        if axis < 0 or out.shape[axis] != size or out.strides[axis] != stride:
-            return None
-        chosen.append(axis)
-        axis -= 1
-    if any(out.shape[a].number != 1 for a in range(axis + 1)):
+        chosen.append(same[0])
+        left.remove(same[0])
+    if left:
         return None
-    chosen.reverse()
     return [
         View(
             v.buffer,
@@ -74,6 +73,23 @@ def _views_through(read: View, producer: Step) -> list[View] | None:
         )
         for v in producer.x
     ]
+
+
+def _apart(copy: Step, out: View) -> None:
+    """Let a copy of ``out`` that reads several of its dimensions as one have them apart."""
+    (read,) = copy.x
+    shape: list[Extent] = []
+    for size, stride in zip(read.shape, read.strides, strict=True):
+        runs = [
+            out.shape[first : last + 1]
+            for last in range(len(out.shape))
+            for first in range(last)
+            if out.strides[last] == stride and product(out.shape[first : last + 1]) == size
+        ]
+        shape += runs[0] if runs else (size,)
+    x, y = read.reshaped(tuple(shape)), copy.y.reshaped(tuple(shape))
+    if x is not None and y is not None and len(shape) <= MAX_DIMS:
+        copy.x, copy.y = [x], y
 
 
 def _inline(
