@@ -1,7 +1,7 @@
 """Rankers in the idioms of public recommenders: native against every other runtime.
 
-``python bench/bench_models.py --out DIR [--only NAME]``. Models and sizes: ``bench/rankers``; random
-weights. Each engine is held against the torch model before it is timed; rounds are interleaved in
+``python bench/bench_models.py --out DIR [--only NAME]``. Models and sizes: ``bench/rankers``,
+random weights. Each engine is held against the torch model before it is timed; rounds interleave in
 one process, ratios carry 95 % intervals. A model's row replaces the one in DIR's report, so a run
 may take some models, and another one the rest; ``--page FILE`` writes the summary between that
 page's markers.
