@@ -8,6 +8,7 @@ serving can load it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,10 @@ from fastrec.errors import ArgumentError, DtypeError, ShapeError
 # Bits of an integer that one float32 holds exactly, and how many floats hold an int64.
 BITS, PIECES = 22, 3
 _SEQUENCES = {"tuple": tuple, "list": list}
+_TAKEN_AS = {
+    **dict.fromkeys(("float64", "float16", "bfloat16"), "float32"),
+    **dict.fromkeys(("int32", "int16", "int8", "uint8"), "int64"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +122,8 @@ class Structure:
 
     def _tensors(self, inputs: list[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
         found: dict[int, Any] = {}
-        self._match(self.arguments[0], inputs, "inputs", found)
-        self._match(self.arguments[1], dict(named), "inputs", found)
+        self._match(self.arguments[0], inputs, ("inputs",), found)
+        self._match(self.arguments[1], named, ("inputs",), found)
         return tuple(self._as_given(i, found[i]) for i in range(len(self.leaves)))
 
     def built(self, scores: Any) -> Any:
@@ -132,41 +137,45 @@ class Structure:
             parts.append(_unpacked(part, output))
         return build(self.result, parts)
 
-    def _match(self, node: list[Any], value: Any, path: str, found: dict[int, Any]) -> None:
+    def _match(
+        self, node: list[Any], value: Any, path: tuple[str, ...], found: dict[int, Any]
+    ) -> None:
         kind, inside = node[:2]
         if kind == "tensor":
             found[inside] = value
         elif kind == "value":
             if value != inside or type(value) is not type(inside):
-                raise ArgumentError(path, f"{inside!r}, which the engine was compiled with", value)
+                expected = f"{inside!r}, which the engine was compiled with"
+                raise ArgumentError("".join(path), expected, value)
         elif kind in _SEQUENCES:
             if not isinstance(value, list | tuple) or len(value) != len(inside):
                 came = len(value) if isinstance(value, list | tuple) else type(value).__name__
-                raise ArgumentError(path, f"{len(inside)} values", came)
+                raise ArgumentError("".join(path), f"{len(inside)} values", came)
             for i, (inner, own) in enumerate(zip(inside, value, strict=True)):
-                self._match(inner, own, f"{path}[{i}]", found)
+                self._match(inner, own, (*path, "[", str(i), "]"), found)
         elif kind == "dict":
             if not isinstance(value, Mapping) or set(value) != set(inside):
                 mapping = isinstance(value, Mapping)
                 keys = sorted(map(str, value)) if mapping else type(value).__name__
-                raise ArgumentError(path, f"the keys {sorted(inside)}", keys)
+                raise ArgumentError("".join(path), f"the keys {sorted(inside)}", keys)
             for key, inner in inside.items():
-                self._match(inner, value[key], f"{path}[{key!r}]", found)
+                self._match(inner, value[key], (*path, "['", key, "']"), found)
         else:
             for name, inner in inside.items():
                 if not hasattr(value, name):
-                    raise ArgumentError(path, f"an object with {name}", type(value).__name__)
-                self._match(inner, getattr(value, name), f"{path}.{name}", found)
+                    came = type(value).__name__
+                    raise ArgumentError("".join(path), f"an object with {name}", came)
+                self._match(inner, getattr(value, name), (*path, ".", name), found)
 
     def _as_given(self, number: int, value: Any) -> Any:
         """A tensor in the dtype that the engine takes, if it came in the one that it was compiled
         with."""
         leaf = self.leaves[number]
-        dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+        dtype = _name(getattr(value, "dtype", type(value).__name__))
         if dtype != leaf.dtype:
             raise DtypeError(leaf.path, leaf.dtype, dtype)
-        taken = taken_as(dtype)
-        value = value if taken == dtype else _cast(value, taken)
+        if dtype in _TAKEN_AS:
+            value = _cast(value, _TAKEN_AS[dtype])
         if not leaf.per_user:
             return value
         if not value.shape or value.shape[0] % leaf.per_user:
@@ -187,9 +196,13 @@ def structure_of(header: Mapping[str, Any]) -> Structure | None:
 
 def taken_as(dtype: str) -> str:
     """The dtype that engines take a tensor in."""
-    if dtype in ("float64", "float16", "bfloat16"):
-        return "float32"
-    return {"int16": "int64", "uint8": "int64", "int8": "int64", "int32": "int64"}.get(dtype, dtype)
+    return _TAKEN_AS.get(dtype, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _name(dtype: Any) -> str:
+    """numpy's name of a dtype of numpy or torch."""
+    return str(dtype).removeprefix("torch.")
 
 
 def build(node: list[Any], tensors: Sequence[Any]) -> Any:

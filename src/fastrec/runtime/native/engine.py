@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,19 @@ from fastrec.runtime.native.user_state import (
     aligned,
     candidate_positions,
 )
+
+
+def _numpy_of(inputs: Sequence[Any]) -> tuple[np.ndarray, ...] | None:
+    """Plain tensors as arrays, without a look at what they hold; None for anything else."""
+    if not inputs or isinstance(inputs[0], np.ndarray):
+        return None
+    torch = sys.modules.get("torch")
+    if torch is None or any(type(value) is not torch.Tensor for value in inputs):
+        return None
+    try:
+        return tuple([value.numpy() for value in inputs])
+    except (RuntimeError, TypeError):
+        return None  # a gradient, a device or a dtype, of which the spec's check tells
 
 
 class PlanEngine(Engine):
@@ -74,8 +88,14 @@ class PlanEngine(Engine):
 
     def _call(self, *inputs: Any) -> Any:
         native = self._native  # another thread may close the engine, which unsets it
-        scores = None if native is None else native(inputs, self.threads)
-        return super()._call(*inputs) if scores is None else scores
+        if native is not None:
+            if (arrays := _numpy_of(inputs)) is None:
+                scores = native(inputs, self.threads)
+            elif (scores := native(arrays, self.threads)) is not None:
+                scores = sys.modules["torch"].from_numpy(scores)
+            if scores is not None:
+                return scores
+        return super()._call(*inputs)
 
     def encode(
         self,
