@@ -60,12 +60,6 @@ std::optional<std::vector<Array>> arrays_of(const InputSpec& spec, const py::tup
   return arrays;
 }
 
-int64_t count_of(const std::vector<int64_t>& sizes) {
-  int64_t count = 1;
-  for (const int64_t size : sizes) count *= size;
-  return count;
-}
-
 // A read-only array of memory that `owner` keeps.
 py::array read_only(const py::dtype& dtype, const std::vector<int64_t>& sizes, const void* data,
                     const py::handle& owner) {
@@ -117,17 +111,35 @@ py::list constants_of(const py::object& self) {
   return arrays;
 }
 
-// The scores; None where the inputs are not arrays in order.
+// New arrays for an engine's outputs, and where they lie.
+struct Outputs {
+  Outputs(const Engine& engine, const SpecSizes& sizes) : arrays(engine.program().outputs.size()) {
+    const Program& program = engine.program();
+    for (size_t i = 0; i < arrays.size(); ++i) {
+      const Dtype dtype = program.buffers[program.outputs[i].buffer].dtype;
+      py::array array(py::dtype(numpy_number(dtype)), engine.output_sizes(sizes, i));
+      addresses[i] = static_cast<std::byte*>(array.mutable_data());
+      arrays[i] = std::move(array);
+    }
+  }
+
+  py::tuple arrays;
+  std::byte* addresses[kMaxOperands];
+};
+
+// The output, or a tuple of them; None where the inputs are not arrays in order.
 py::object call(BoundEngine& self, const py::tuple& inputs, int threads) {
   Engine& engine = *self.engine;
   const auto arrays = arrays_of(engine.inputs(), inputs);
   SpecSizes sizes = unknown_sizes();
   if (!arrays || !engine.inputs().admits(arrays->data(), sizes)) return py::none();
-  py::array_t<float> scores(engine.output_sizes(sizes));
-  float* const to = scores.mutable_data();
-  py::gil_scoped_release nogil;
-  engine.run(arrays->data(), sizes, to, threads);
-  return scores;
+  Outputs outputs(engine, sizes);
+  {
+    py::gil_scoped_release nogil;
+    engine.run(arrays->data(), sizes, outputs.addresses, threads);
+  }
+  if (outputs.arrays.size() == 1) return outputs.arrays[0];
+  return std::move(outputs.arrays);
 }
 
 // A row a step: what it costs on these inputs, and its time in each of `calls` calls.
@@ -138,11 +150,11 @@ py::object profiled(BoundEngine& self, const py::tuple& inputs, int calls, int t
   if (!arrays || !engine.inputs().admits(arrays->data(), sizes)) return py::none();
   const std::vector<ProgramStep>& steps = engine.program().steps;
   std::vector<int64_t> ns(steps.size() * calls);
+  const Outputs outputs(engine, sizes);
   {
     py::gil_scoped_release nogil;
-    std::vector<float> scores(count_of(engine.output_sizes(sizes)));
     for (int c = 0; c < calls; ++c)
-      engine.run(arrays->data(), sizes, scores.data(), threads, ns.data() + c * steps.size());
+      engine.run(arrays->data(), sizes, outputs.addresses, threads, ns.data() + c * steps.size());
   }
   std::vector<const std::byte*> addresses;
   for (const Array& array : *arrays) addresses.push_back(array.data);
@@ -297,7 +309,8 @@ void bind(py::module_& parent) {
       .def_property_readonly("constants", constants_of,
                              "Read-only bytes, as the engine holds them.")
       .def("__call__", call, py::arg("inputs"), py::arg("threads"),
-           "The scores; None where the inputs are not numpy arrays as the specification says.")
+           "The output, or a tuple of several; None where the inputs are not numpy arrays as the "
+           "specification says.")
       .def(
           "plan", [](const BoundEngine& self) { return json::write(self.engine->plan()); },
           "JSON: see Engine::plan in engine.h.")

@@ -67,16 +67,19 @@ class Checker {
   void whole() {
     inputs();
     for (const Buffer& b : program_.buffers) buffer(b);
-    require(program_.outputs.size() == 1, "one output");
-    inside(program_.outputs[0]);
-    const View& output = program_.outputs[0];
-    const Buffer& scores = program_.buffers[output.buffer];
-    const bool all = output.offset == 0 && output.is_contiguous() &&
-                     product(output.sizes) == product(scores.shape);
-    require(scores.dtype == Dtype::f32 && all, "a whole float32 output");
+    require(!program_.outputs.empty() && program_.outputs.size() <= kMaxOperands,
+            "an output, and at most 32");
+    for (const View& output : program_.outputs) {
+      inside(output);
+      const Shape& made = program_.buffers[output.buffer].shape;
+      const bool all =
+          output.offset == 0 && output.is_contiguous() && product(output.sizes) == product(made);
+      require(all && outputs_.insert(output.buffer).second, "outputs that are whole buffers");
+    }
     written_.insert(program_.inputs.begin(), program_.inputs.end());
     for (size_t s = 0; s < program_.steps.size(); ++s) step(s);
-    require(written_.contains(output.buffer), "an output that is computed");
+    for (const int output : outputs_)
+      require(written_.contains(output), "an output that is computed");
   }
 
  private:
@@ -231,14 +234,14 @@ class Checker {
         continue;
       }
       require(b.space == Space::arena || b.space == Space::output, "a result that may be written");
-      require(b.space == Space::arena || view.buffer == program_.outputs[0].buffer,
+      require(b.space == Space::arena || outputs_.contains(view.buffer),
               "no other output than the plan's");
     }
   }
 
   const Program& program_;
   const std::vector<Limit>& limits_;
-  std::set<int> written_;
+  std::set<int> written_, outputs_;
   std::map<int, int> parts_;  // how many steps write a buffer
 };
 

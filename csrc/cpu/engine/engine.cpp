@@ -146,7 +146,11 @@ Engine::Engine(const json::Value& header, std::vector<Constant> constants,
   threads_ = static_cast<int>(threads);
   check_inputs(program_, inputs_);
   check(program_, {inputs_.limits.begin(), inputs_.limits.begin() + program_.symbols.size()});
-  program_.buffers[program_.outputs[0].buffer].space = Space::output;
+  for (size_t i = 0; i < program_.outputs.size(); ++i) {
+    Buffer& output = program_.buffers[program_.outputs[i].buffer];
+    output.space = Space::output;
+    output.index = static_cast<int>(i);
+  }
   order_by_rows(program_);
   executor_ = std::make_unique<Executor>(make_plan(program_));
 }
@@ -189,15 +193,24 @@ json::Value Engine::plan() const {
   return described;
 }
 
-std::vector<int64_t> Engine::output_sizes(const SpecSizes& sizes) const {
-  return sizes_at(program_.outputs[0].sizes, symbols_of(sizes));
+bool Engine::gives_scores() const {
+  return program_.outputs.size() == 1 &&
+         program_.buffers[program_.outputs[0].buffer].dtype == Dtype::f32;
 }
 
-void Engine::run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads,
-                 int64_t* step_ns) {
+std::vector<int64_t> Engine::output_sizes(const SpecSizes& sizes, size_t output) const {
+  return sizes_at(program_.outputs[output].sizes, symbols_of(sizes));
+}
+
+void Engine::run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads) {
+  std::byte* const outputs[] = {reinterpret_cast<std::byte*>(scores)};
+  run(inputs, sizes, outputs, threads);
+}
+
+void Engine::run(const Array* inputs, const SpecSizes& sizes, std::byte* const* outputs,
+                 int threads, int64_t* step_ns) {
   const std::byte* addresses[kMaxOperands];
   for (size_t i = 0; i < inputs_.fields.size(); ++i) addresses[i] = inputs[i].data;
-  std::byte* const outputs[] = {reinterpret_cast<std::byte*>(scores)};
   const Symbols symbols = symbols_of(sizes);
   Status status;
   {
@@ -211,6 +224,7 @@ void Engine::run(const Array* inputs, const SpecSizes& sizes, float* scores, int
 }
 
 std::shared_ptr<SplitExecutors> Engine::split(const std::vector<int>& candidates, bool appendable) {
+  if (!gives_scores()) throw CannotSplit("this plan's results are no scores: it runs as a whole");
   const std::lock_guard lock(mutex_);
   std::shared_ptr<SplitExecutors>& made = splits_[{candidates, appendable}];
   if (!made) made = std::make_shared<SplitExecutors>(*this, candidates, appendable);

@@ -70,12 +70,15 @@ class Engine {
   // take turns in the same memory).
   json::Value plan() const;
 
-  // Of the scores, float32.
-  std::vector<int64_t> output_sizes(const SpecSizes& sizes) const;
-  // The scores of inputs that the specification admits, on at most `threads` threads. `step_ns`
+  // Whether there is one output, float32, as every engine file has it.
+  bool gives_scores() const;
+  std::vector<int64_t> output_sizes(const SpecSizes& sizes, size_t output = 0) const;
+  // The outputs of inputs that the specification admits, on at most `threads` threads. `step_ns`
   // receives each step's time where it is not null. Throws Refused or std::bad_alloc.
-  void run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads,
+  void run(const Array* inputs, const SpecSizes& sizes, std::byte* const* outputs, int threads,
            int64_t* step_ns = nullptr);
+  // The same of an engine that gives scores.
+  void run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads);
 
   // The parts for these candidate inputs (positions), made once. Throws CannotSplit.
   std::shared_ptr<SplitExecutors> split(const std::vector<int>& candidates, bool appendable);

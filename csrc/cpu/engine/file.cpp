@@ -194,6 +194,7 @@ OpenedFile open_file(const std::string& path, Keep keep) {
     held->sections = sections(file, static_cast<int64_t>(begin), bytes, keep, path);
     std::vector<Constant> constants = constants_of(header, bytes, held, keep, path);
     opened.engine = std::make_unique<Engine>(header, std::move(constants), held);
+    if (!opened.engine->gives_scores()) throw InvalidProgram("an invalid plan: one float32 output");
   } catch (const json::Error& error) {
     throw FileError(path + ": an invalid plan: " + error.what());
   } catch (const InvalidProgram& error) {

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import nn
 
-from fastrec.errors import BackendError
+from fastrec.errors import BackendError, FastrecError
 from fastrec.models.attention import Attention
 from fastrec.spec import InputSpec
 
@@ -102,7 +102,7 @@ def guards_hold(
                 return False
             if names.setdefault(size.node.expr, str(dim)) != dim:
                 return False
-            guards = [guard.expr for guard in size.node.shape_env.guards]
+            guards = guards_of(size)
     if len(set(names.values())) != len(names):
         return False
     for guard in guards:
@@ -118,6 +118,13 @@ def guards_hold(
             if guard.subs(dict.fromkeys(used, value)) != sympy.true:
                 return False
     return True
+
+
+def guards_of(size: torch.SymInt) -> list[Any]:
+    """The conditions on sizes that an export holds for, in terms of those that are left: sizes that
+    turned out equal are one."""
+    env = size.node.shape_env
+    return [guard.expr.subs(env.replacements) for guard in env.guards]
 
 
 def _takes_any(model: nn.Module) -> bool:
@@ -161,6 +168,18 @@ def evaluated(model: nn.Module, *, fused: bool = False) -> nn.Module:
         if isinstance(module, Attention):
             module.fused = fused
     return copied
+
+
+@contextlib.contextmanager
+def typed(problem: str) -> Iterator[None]:
+    """Whatever torch's tracers raise within as a BackendError that begins with ``problem``: they
+    run the model's own code, which may raise anything."""
+    try:
+        yield
+    except FastrecError:
+        raise
+    except Exception as error:
+        raise BackendError(f"{problem}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -80,8 +80,9 @@ def compile(
         calibration: batches for backends that quantise by calibration (openvino); the examples by
             default.
         settings: a backend's own settings, forced instead of chosen; see its page in the docs.
-        fallback: what native does with a model that is no plan: ``torch`` runs it op by op in
-            torch's forward (``describe()`` names the op), ``error`` raises what is lacking.
+        fallback: what native does with a model that is no one plan: ``torch`` runs what no plan
+            holds in torch (``describe()`` and a FallbackWarning tell it), the rest as plans where
+            that is faster; ``error`` raises what is lacking.
         dims: for models that are not fastrec's, sizes of native engines that stay free beside the
             batch ``"B"``, by input: ``{"item": ("B", "L"), "cand": ("B", "m")}``. One name is one
             size wherever it appears. What the model's code specialises on is fixed all the same.
@@ -136,11 +137,19 @@ def compile(
 
 
 def _tell_fallback(engine: Engine) -> None:
-    """Warn where the native backend runs a model in torch because it is no plan."""
-    for row in engine.describe():
-        if row.get("setting") == PLAN and row["why"] and not row["chosen"] and not row["p50_ms"]:
-            text = f"this model is no native plan and runs op by op in torch: {row['why']}"
-            warnings.warn(text, FallbackWarning, stacklevel=3)
+    """Warn where the native backend leaves a model, or parts of it, to torch."""
+    rows = engine.describe()
+    why = [r["why"] for r in rows if r.get("setting") == PLAN and not (r["chosen"] or r["p50_ms"])]
+    if not why:
+        return
+    plans = sum(row.get("setting") == "plan" for row in rows)
+    if plans:
+        text = f"this model is no one native plan: {plans} hold parts of it, torch runs the rest"
+        why += [row["why"] for row in rows if row.get("setting") == "torch"]
+    else:
+        text = "this model is no native plan and runs op by op in torch"
+    told = "; ".join(dict.fromkeys(why))
+    warnings.warn(f"{text}: {told}", FallbackWarning, stacklevel=3)
 
 
 def available_backends() -> dict[str, str | None]:

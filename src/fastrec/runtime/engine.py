@@ -21,8 +21,8 @@ from fastrec.structure import Structure
 if TYPE_CHECKING:
     import torch
 
-# The choice of the native backend between one plan and torch.
-PLAN = "one plan"
+# The choices of the native backend: one plan, or several with torch between them, or torch.
+PLAN, PARTS = "one plan", "parts"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 

@@ -1,9 +1,9 @@
-"""fastrec's own kernels: the whole model as one native call, or op by op within torch's forward.
+"""fastrec's own kernels: the whole model as one native call, in parts, or within torch's forward.
 
 The native call (:mod:`fastrec.runtime.native.engine`) needs neither Python nor torch. A model that
-holds an op without a lowering runs op by op, and ``describe()`` names that op. Both ways are timed,
-and so are torch's share of the threads and its attention where torch takes part. For models in 16
-bits see :mod:`fastrec.runtime.native.bf16`.
+is no one plan runs in parts (:mod:`fastrec.runtime.native.parts`) or op by op, and ``describe()``
+names the ops concerned. Both ways are timed, and so are torch's share of the threads and its
+attention where torch takes part. For models in 16 bits see :mod:`fastrec.runtime.native.bf16`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastrec.exporters.model_spec import quantised_module
 from fastrec.exporters.trace import evaluated
 from fastrec.kernels._compiled import reason_missing
 from fastrec.measure.choice import choice, fastest
+from fastrec.measure.timing import Tolerance
 from fastrec.models.attention import Attention, CrossAttention
 from fastrec.nn import Int8Embedding, SparseInt8Linear
 from fastrec.runtime.backends._torch import (
@@ -31,15 +32,18 @@ from fastrec.runtime.backends._torch import (
     reason_no_torch,
     torch_versions,
 )
-from fastrec.runtime.engine import PLAN, BuildOptions, Engine
+from fastrec.runtime.engine import PARTS, PLAN, BuildOptions, Engine
 from fastrec.runtime.native.bf16 import multiply_bf16, precision_of, widened
 from fastrec.runtime.native.engine import PlanEngine
 from fastrec.runtime.native.lower import lower, program_spec
+from fastrec.runtime.native.parts import Parts, PartsEngine
 from fastrec.runtime.native.passes import optimise
 from fastrec.runtime.threads import with_torch_threads
 from fastrec.spec import InputSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+# A float's last bit may turn a rounding of an int8 layer.
+_SAME_INT8 = Tolerance(noise=0.1)
 
 
 def can_run() -> str | None:
@@ -61,9 +65,9 @@ def build(
     Args:
         model: as it is: float, 16 bits or quantised.
         example_inputs: as the options' spec says.
-        options: settings are ``executor`` (``plan``: one native call; ``torch``: op by op; by
-            default the faster), ``torch_threads`` and ``max_batch`` (larger batches are refused; by
-            default there is no limit).
+        options: settings are ``executor`` (``plan``: one native call; ``parts``: several, torch in
+            between; ``torch``: op by op; by default the fastest), ``torch_threads`` and
+            ``max_batch`` (larger batches are refused; by default there is no limit).
 
     Raises:
         ArgumentError: an unknown or bad setting.
@@ -71,13 +75,17 @@ def build(
     """
     options.allow("executor", "torch_threads", "max_batch")
     largest = _largest_batch(options)
-    executor = options.setting("executor", ("plan", "torch"))
+    executor = options.setting("executor", ("plan", "parts", "torch"))
     precision = _precision(model, options.precision)
-    plan, refusal = (
-        (None, None) if executor == "torch" else _planned(model, example_inputs, options, largest)
-    )
+    plan, refusal, parts, no_parts = None, None, None, None
+    if executor in ("auto", "plan"):
+        plan, refusal = _planned(model, example_inputs, options, largest)
+    if executor == "parts" or (executor == "auto" and plan is None):
+        parts, no_parts = _in_parts(model, example_inputs, options, precision)
     if executor == "plan" and plan is None:
         raise BackendError(str(refusal))
+    if executor == "parts" and parts is None:
+        raise BackendError(str(no_parts))
     shares = sorted({1, options.threads})
     if "torch_threads" in options.settings:
         shares = [int(options.settings["torch_threads"])]
@@ -97,24 +105,33 @@ def build(
     calls = {label: at(forwards[name], n) for label, (name, n) in names.items()}
     if plan is not None:
         calls = {PLAN: plan} if executor == "plan" else {PLAN: plan, **calls}
+    if parts is not None:
+        calls = {PARTS: parts} if executor == "parts" else {PARTS: parts, **calls}
     best, rows = fastest(calls, example_inputs, settle_s=SPIN_S)
     if refusal is not None:
         rows.append(choice(PLAN, False, None, str(refusal)))
+    if no_parts is not None:
+        rows.append(choice(PARTS, False, None, str(no_parts)))
     if best == PLAN:
         assert plan is not None
         plan._rows = [*plan.profile(example_inputs), *rows, *plan._rows]
         return plan
+    about: dict[str, Any] = {
+        "backend": "native",
+        "precision": precision,
+        "threads": options.threads,
+        "spec": _up_to(options.spec, largest),
+        "versions": versions(),
+    }
+    if best == PARTS:
+        assert parts is not None
+        return PartsEngine(parts, rows=[*parts.rows(), *rows], **about)
+    if parts is not None:
+        rows += parts.torch_rows()
+        parts.close()
     attention, torch_threads = names[best]
-    return TorchEngine(
-        forwards[attention],
-        torch_threads=torch_threads,
-        backend="native",
-        precision=precision,
-        threads=options.threads,
-        spec=_up_to(options.spec, largest),
-        rows=[*_module_rows(models[attention], example_inputs), *rows],
-        versions=versions(),
-    )
+    rows = [*_module_rows(models[attention], example_inputs), *rows]
+    return TorchEngine(forwards[attention], torch_threads=torch_threads, rows=rows, **about)
 
 
 def _precision(model: nn.Module, wanted: str | None) -> str:
@@ -186,6 +203,29 @@ def _planned(
         versions=versions(),
     )
     return engine, None
+
+
+def _in_parts(
+    model: nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    options: BuildOptions,
+    precision: str,
+) -> tuple[Parts | None, BackendError | None]:
+    """The model in parts, or the reason why there are none."""
+    if (reason := reason_missing()) is not None:
+        return None, BackendError(reason)
+    try:
+        parts = Parts(
+            model if precision in ("fp32", "int8") else widened(model),
+            example_inputs,
+            options.spec,
+            threads=options.threads,
+            torch_threads=int(options.settings.get("torch_threads", options.threads)),
+            tolerance=_SAME_INT8 if precision == "int8" else Tolerance.for_precision("fp32"),
+        )
+    except BackendError as error:
+        return None, error
+    return parts, None
 
 
 def _with_kernel_threads(forward: Forward, threads: int) -> Forward:

@@ -172,6 +172,22 @@ class PlanEngine(Engine):
             self._require_open()
         return native
 
+    def results(self, arrays: tuple[np.ndarray, ...], threads: int) -> tuple[np.ndarray, ...]:
+        """All outputs of a program that may have several.
+
+        Args:
+            arrays: the inputs, contiguous.
+            threads: that the call may use.
+
+        Raises:
+            BackendError: the inputs are not as the spec says, or the engine is closed.
+            IdRangeError: an id lies outside its table.
+        """
+        found = self._open()(arrays, threads)
+        if found is None:
+            raise BackendError(f"expected inputs of {self.spec.names} that the spec accepts")
+        return found if isinstance(found, tuple) else (found,)
+
     def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
         return self._checked(arrays, self.threads)
 

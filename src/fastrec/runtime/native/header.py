@@ -48,7 +48,7 @@ def described(program: Program) -> tuple[dict[str, Any], list[np.ndarray]]:
         "symbols": list(program.symbols),
         "inputs": inputs,
         "steps": [step(s) for s in program.steps],
-        "outputs": [view(program.output)],
+        "outputs": [view(v) for v in program.outputs],
         "buffers": buffers,
     }
     return values, constants

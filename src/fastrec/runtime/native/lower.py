@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 from torch._decomp import decomposition_table
 
 from fastrec.errors import BackendError
-from fastrec.exporters.trace import evaluated, exports, first_line, quiet
+from fastrec.exporters.trace import evaluated, exports, quiet, typed
 from fastrec.runtime.native import lowerings  # noqa: F401  (registers every lowering)
-from fastrec.runtime.native.lowerer import FreeSize, Lowerer, is_lowered
+from fastrec.runtime.native.lowerer import Lowerer, is_lowered
+from fastrec.runtime.native.piece import piece_of
 from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.refusals import FreeSize, written
 from fastrec.runtime.native.registry import LOWERINGS
 from fastrec.spec import InputSpec
 
@@ -38,7 +40,8 @@ def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputS
     problem: BackendError | None = None
     for exported, symbols, reason in exports(evaluated(model), example_inputs, spec):
         try:
-            program = Lowerer(decomposed(exported), symbols, spec).run()
+            graph = decomposed(exported)
+            program = Lowerer(piece_of(graph, spec), symbols, spec).run()
         except FreeSize as error:
             problem = error  # with that size fixed it may be a plan
         else:
@@ -48,31 +51,36 @@ def lower(model: nn.Module, example_inputs: Sequence[torch.Tensor], spec: InputS
     raise problem
 
 
-def decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+def decomposed(
+    exported: torch.export.ExportedProgram, whole: Collection[str] = ()
+) -> torch.export.ExportedProgram:
     """The graph without in-place ops, and what has no lowering in terms of torch's core ops.
 
-    A graph of ops that all have lowerings stays as it is.
+    A graph of ops that all have lowerings stays as it is, and so do the ops named in ``whole``.
     """
     if all(map(is_lowered, exported.graph.nodes)):
         return exported
     table = torch.export.default_decompositions()
-    for target in LOWERINGS:
+    kept = {target for target in decomposition_table if str(target) in whole}
+    for target in (*LOWERINGS, *kept):
         table.pop(target, None)
     for _ in range(_ROUNDS):
-        with quiet():
-            try:
-                exported = exported.run_decompositions(table)
-            except Exception as error:
-                raise BackendError(
-                    f"torch can't decompose this model: {first_line(error)}"
-                ) from error
+        with quiet(), typed("torch can't decompose this model"):
+            exported = exported.run_decompositions(table)
         left = {n.target for n in exported.graph.nodes if not is_lowered(n)}
         # torch can take more ops apart than those beyond its core.
-        found = {t: f for t, f in decomposition_table.items() if t in left and t not in table}
+        found = {t: f for t, f in decomposition_table.items() if t in left - {*table, *kept}}
         if not found:
             break
         table.update(found)
     return exported
+
+
+def decomposed_in_parts(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same for a graph that is cut: what torch is left with keeps the ops as written."""
+    made = decomposed(exported)
+    left = {written(n) for n in made.graph.nodes if not is_lowered(n)}
+    return decomposed(exported, left) if left else made
 
 
 def program_spec(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import sympy
 import torch
-from torch.export.graph_signature import OutputKind
 
 from fastrec.errors import BackendError
 from fastrec.runtime.native import steps
-from fastrec.runtime.native.buffers import DTYPES, ONE, Buffer, Extent, Shape, View
+from fastrec.runtime.native.buffers import DTYPES, ONE, Buffer, Extent, Shape, View, product
+from fastrec.runtime.native.piece import Piece
 from fastrec.runtime.native.program import Program
+from fastrec.runtime.native.refusals import (
+    FreeSize,
+    Unlowered,
+    module_of,
+    no_lowering,
+    refusal,
+)
 from fastrec.runtime.native.registry import LOWERINGS, OVERFLOWING
 from fastrec.runtime.native.steps import Instruction, Step
 from fastrec.spec import InputSpec
@@ -31,27 +35,9 @@ _COMPUTED = {
     "int16": "int64",
 }
 _BITS = {torch.int32: 32, torch.int16: 16}
-# What to write instead of ops that no plan can hold.
-_INSTEAD = {
-    "nonzero": "a mask: torch.where(condition, x, 0)",
-    "masked_select": "a mask: torch.where(condition, x, 0)",
-    "masked_scatter": "a mask: torch.where(condition, values, x)",
-    "unique": "the ids as they are: a size that depends on values is no plan",
-    "unique2": "the ids as they are: a size that depends on values is no plan",
-    "bincount": "one_hot(x, n).sum(0)",
-    "item": "the tensor itself: a number read from a tensor is no plan",
-    "_local_scalar_dense": "the tensor itself: a number read from a tensor is no plan",
-    "pack_padded_sequence": "the padded sequence and a mask over the result",
-    "_pack_padded_sequence": "the padded sequence and a mask over the result",
-}
-
 
 # The largest number in a size that is looked through.
 _MOST = 64
-
-
-class FreeSize(BackendError):
-    """A size that the program cannot leave free, and may hold if it is fixed."""
 
 
 class _Missing:
@@ -69,34 +55,24 @@ def is_lowered(node: torch.fx.Node) -> bool:
     """Whether a node of the graph has a lowering, or needs none."""
     if node.op != "call_function" or node.target is operator.getitem:
         return True
-    if _is_size(node):
+    if is_size(node):
         return True
     schema = getattr(node.target, "_schema", None)
     return node.target in LOWERINGS and not (schema is not None and schema.is_mutable)
 
 
-def _is_size(node: torch.fx.Node) -> bool:
+def is_size(node: torch.fx.Node) -> bool:
     """Whether a node is a number made of sizes."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
-def _written(node: torch.fx.Node) -> str:
-    """The op as the model has it, which torch may have taken apart."""
-    return str(node.meta.get("original_aten") or node.target)
-
-
-def _instead(op: str) -> str:
-    """The nearest form of an unsupported op."""
-    name = op.split(".")[-2] if "." in op else op
-    if name in _INSTEAD:
-        return f"write {_INSTEAD[name]}"
-    known = [str(target) for target in LOWERINGS]
-    close = difflib.get_close_matches(op, known, n=3, cutoff=0.6)
-    return f"the nearest supported: {', '.join(close) or 'see docs/runtime.md'}"
-
-
 class Lowerer:
     """Walks the graph once.
+
+    Args:
+        piece: of the graph.
+        symbols: the sizes that are free.
+        spec: of the piece's inputs.
 
     Attributes:
         steps: the program's steps so far.
@@ -104,83 +80,75 @@ class Lowerer:
         env: node -> its lowered value: a View, a list of them, or a Python value.
     """
 
-    def __init__(
-        self, exported: torch.export.ExportedProgram, symbols: tuple[str, ...], spec: InputSpec
-    ) -> None:
-        self.exported, self.symbols, self.spec = exported, symbols, spec
+    def __init__(self, piece: Piece, symbols: tuple[str, ...], spec: InputSpec) -> None:
+        self.piece, self.symbols, self.spec = piece, symbols, spec
         self.steps: list[Step] = []
         self.inputs: list[Buffer] = []
         self.env: dict[torch.fx.Node, Any] = {}
-        self.names: dict[Any, str] = {}  # torch.export's symbol -> ours
 
     def run(self) -> Program:
-        """The program of the whole graph."""
-        signature = self.exported.graph_signature
-        state = {**self.exported.state_dict, **self.exported.constants}
-        held = {
-            **signature.inputs_to_parameters,
-            **signature.inputs_to_buffers,
-            **signature.inputs_to_lifted_tensor_constants,
-        }
-        output: View | None = None
-        problems: list[str] = []
-        for node in self.exported.graph.nodes:
-            if node.op == "placeholder":
-                if node.name in held:
-                    self.env[node] = constant(state[held[node.name]])
-                else:
-                    self.env[node] = self._input(node)
-            elif node.op == "call_function":
-                try:
-                    self.env[node] = self._call(node)
-                except FreeSize:
-                    raise
-                except BackendError as error:
-                    self.env[node] = _Missing()
-                    problems.append(str(error))
-            elif node.op == "output" and not problems:
-                output = self._output(node)
-        if problems:
-            raise BackendError("; ".join(dict.fromkeys(problems)))
-        assert output is not None
-        return Program(self.symbols, self.inputs, self.steps, output)
+        """The program of the whole piece.
 
-    def _output(self, node: torch.fx.Node) -> View:
-        """The model's result, float32 and contiguous, in memory of its own."""
-        kinds = [spec.kind for spec in self.exported.graph_signature.output_specs]
-        results: Any = node.args[0]
-        (result,) = [
-            r for r, kind in zip(results, kinds, strict=True) if kind is OutputKind.USER_OUTPUT
-        ]
-        output = self.env[result]
-        if output.dtype != "float32":
-            output = self.map(None, [output], [("to_f32", 0)], output.shape)
-        output = self.contiguous(output)
-        return output if output.buffer.space == "arena" else self.copied(output)
+        Raises:
+            Unlowered: it holds ops without a lowering.
+            FreeSize: a size has to be fixed.
+            BackendError: an input that no program takes.
+        """
+        self.env.update({node: constant(value) for node, value in self.piece.held.items()})
+        for node in self.piece.inputs:
+            self.env[node] = self._input(node)
+        problems: dict[torch.fx.Node, str] = {}
+        for node in self.piece.nodes:
+            try:
+                self.env[node] = self._call(node)
+            except FreeSize as error:
+                if self.piece.packed:
+                    raise
+                problems[node] = str(error)
+            except BackendError as error:
+                problems[node] = str(error)
+            if node in problems:
+                self.env[node] = _Missing()
+        if problems:
+            raise Unlowered(problems)
+        outputs: list[View] = []
+        for node in self.piece.outputs:
+            outputs.append(self._output(node, {view.buffer for view in outputs}))
+        return Program(self.symbols, self.inputs, self.steps, outputs)
+
+    def _output(self, node: torch.fx.Node, taken: set[Buffer]) -> View:
+        """A result, contiguous and in memory of its own."""
+        output = self.env[node]
+        if not isinstance(output, View):
+            raise Unlowered({node: refusal(node, "its result is no tensor of a plan")})
+        if output.dtype != "float32" and self.piece.packed:
+            output = self.cast(None, output, "float32")
+        buffer = output.buffer
+        whole = output.is_contiguous and product(output.shape) == product(buffer.shape)
+        own = buffer.space == "arena" and buffer not in taken
+        return output if whole and own else self.copied(output)
 
     def _input(self, node: torch.fx.Node) -> View:
         f = self.spec.fields[len(self.inputs)]
         value = node.meta["val"]
-        for size, name in zip(value.shape, f.dims, strict=True):
-            if isinstance(size, torch.SymInt):
-                self.names[size.node.expr] = str(name)
         dtype = str(value.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise BackendError(f"native: {f.name} is {dtype}; expected one of {', '.join(DTYPES)}")
-        buffer = Buffer(dtype, self.shape(value.shape), "input", len(self.inputs))
+        dims = tuple(map(Extent.of, f.dims))
+        buffer = Buffer(dtype, dims, "input", len(self.inputs))
         self.inputs.append(buffer)
-        view = buffer.view()
+        view = self.reshaped(buffer.view(), self.shape(value.shape))
         return self.map(node, [view], [], view.shape, "int64") if dtype == "int32" else view
 
     def _call(self, node: torch.fx.Node) -> Any:
-        if _is_size(node):
+        if is_size(node):
             return node.meta["val"]  # of tensors; becomes an Extent where one is asked for
         lowering = LOWERINGS.get(node.target)
         if lowering is None and node.target is not operator.getitem:
             if not node.users:
                 return None  # a check of sizes
-            raise self.unsupported(node, f"it has no lowering; {_instead(_written(node))}")
-        if any(isinstance(self.env[n], _Missing) for n in node.all_input_nodes):
+            raise BackendError(no_lowering(node))
+        if any(isinstance(self.env.get(n), _Missing) for n in node.all_input_nodes):
             return _Missing()
         args = [self._value(a) for a in node.args]
         kwargs = {name: self._value(a) for name, a in node.kwargs.items()}
@@ -197,7 +165,7 @@ class Lowerer:
         """Integers of 32 and 16 bits, reduced to what those hold, as in torch."""
         dtype = node.meta["val"].dtype
         bits = _BITS.get(dtype)
-        read = {n.meta["val"].dtype for n in node.all_input_nodes if not _is_size(n)}
+        read = {n.meta["val"].dtype for n in node.all_input_nodes if not is_size(n)}
         if bits is None or read <= {torch.bool, torch.uint8}:
             return result
         program = [("integer", 2 ** (bits - 1)), ("add_i64", 0, 1), ("integer", 2**bits)]
@@ -206,7 +174,8 @@ class Lowerer:
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):
-            return self.env[argument]
+            # A number made of sizes may stand outside the piece.
+            return self.env[argument] if argument in self.env else argument.meta["val"]
         if isinstance(argument, list | tuple):
             return [self._value(a) for a in argument]
         return argument
@@ -240,15 +209,18 @@ class Lowerer:
         """A size of the graph: an int or a SymInt."""
         if isinstance(size, int):
             return Extent(size)
-        expression = size.node.expr
+        expression, names = size.node.expr, self.piece.names
+        coefficient, rest = expression.as_content_primitive()
+        if rest in names:
+            return Extent(int(coefficient), (names[rest],))
         coefficient, rest = expression.as_coeff_Mul()
         symbols: list[str] = []
         for base, power in rest.as_powers_dict().items():
             if base == 1:
                 continue
-            if base not in self.names or not power.is_Integer or power < 1:
+            if base not in names or not power.is_Integer or power < 1:
                 return self._simplified(expression)
-            symbols += [self.names[base]] * int(power)
+            symbols += [names[base]] * int(power)
         return Extent(int(coefficient), tuple(sorted(symbols)))
 
     def _simplified(self, expression: Any) -> Extent:
@@ -260,7 +232,11 @@ class Lowerer:
         refused = FreeSize(f"native: a size of {expression} is not a product of input sizes")
         symbols = list(expression.free_symbols)
         numbers = [abs(int(n)) for n in expression.atoms(sympy.Integer)]
-        if len(symbols) != 1 or symbols[0] not in self.names or max(numbers, default=0) > _MOST:
+        if (
+            len(symbols) != 1
+            or symbols[0] not in self.piece.names
+            or max(numbers, default=0) > _MOST
+        ):
             raise refused
         found = [expression.subs(symbols[0], value) for value in range(1, 2 * _MOST + 1)]
         if not all(getattr(size, "is_Integer", False) for size in found):
@@ -269,7 +245,7 @@ class Lowerer:
             return Extent(int(found[0]))
         if any(size != value * found[0] for value, size in enumerate(found, 1)):
             raise refused
-        return Extent(int(found[0]), (self.names[symbols[0]],))
+        return Extent(int(found[0]), (self.piece.names[symbols[0]],))
 
     def shape(self, sizes: Sequence[Any]) -> Shape:
         """A shape of the graph."""
@@ -356,20 +332,18 @@ class Lowerer:
     def reshaped(self, view: View, shape: Shape) -> View:
         """The view under another shape, copied if need be."""
         result = view.reshaped(shape) or self.copied(view).reshaped(shape)
-        assert result is not None
+        if result is None:
+            old, new = (f"[{', '.join(map(str, sizes))}]" for sizes in (view.shape, shape))
+            raise FreeSize(f"native: a view of {old} as {new}")
         return result
 
     def unsupported(self, node: torch.fx.Node, why: str) -> BackendError:
         """An error that names the op and where it comes from."""
-        return BackendError(self._refusal(node, why))
+        return BackendError(refusal(node, why))
 
     def free_size(self, node: torch.fx.Node, why: str) -> FreeSize:
         """The same, where a size would have to be fixed."""
-        return FreeSize(self._refusal(node, why))
-
-    def _refusal(self, node: torch.fx.Node, why: str) -> str:
-        where = module_of(node) or "the model's forward"
-        return f"native: {_written(node)} in {where}{line_of(node)}: {why}"
+        return FreeSize(refusal(node, why))
 
     def cast(self, node: torch.fx.Node | None, view: View, dtype: str) -> View:
         """The view's elements as another of the program's dtypes."""
@@ -415,15 +389,3 @@ def dtype_of(node: torch.fx.Node) -> str:
 def is_static(sizes: Sequence[Any]) -> bool:
     """Whether no size is a symbol."""
     return all(isinstance(s, int) for s in sizes)
-
-
-def module_of(node: torch.fx.Node) -> str:
-    """Dotted name of the innermost module that a node comes from."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]) if stack else ""
-
-
-def line_of(node: torch.fx.Node) -> str:
-    """The line of the model's source that a node comes from: " (file.py:12)", or ""."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f" ({Path(found[-1][0]).name}:{found[-1][1]})" if found else ""

@@ -7,7 +7,7 @@ program: which buffers share memory, which steps run together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastrec.runtime.native.buffers import Buffer, View
 from fastrec.runtime.native.steps import Step
@@ -21,17 +21,24 @@ class Program:
         symbols: names of the free sizes, e.g. ``B``.
         inputs: a buffer for each input of the model.
         steps: what is computed.
-        output: the result.
-        more_outputs: whole buffers that a part of a split program returns beside its output.
+        outputs: the results, each a whole buffer of its own; of a model, one.
         fixed: why sizes that the spec leaves free are no symbols ("" where all are).
     """
 
     symbols: tuple[str, ...]
     inputs: list[Buffer]
     steps: list[Step]
-    output: View
-    more_outputs: list[View] = field(default_factory=list)
+    outputs: list[View]
     fixed: str = ""
+
+    @property
+    def output(self) -> View:
+        """The first result."""
+        return self.outputs[0]
+
+    def gives(self, buffer: Buffer) -> bool:
+        """Whether a buffer is a result."""
+        return any(view.buffer is buffer for view in self.outputs)
 
     def readers(self) -> dict[Buffer, list[Step]]:
         """Which steps read a buffer; a step that reads it twice stands twice."""

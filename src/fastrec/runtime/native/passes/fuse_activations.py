@@ -20,7 +20,7 @@ def fuse_activations(program: Program) -> None:
         made = writers.get(buffer, [])
         if len(made) != 1 or made[0].kind != "linear" or len(readers[buffer]) != 1:
             continue
-        if buffer is program.output.buffer:
+        if program.gives(buffer):
             continue
         made[0].y, made[0].activation = step.y, activation
         program.steps.remove(step)

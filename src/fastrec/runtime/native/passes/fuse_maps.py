@@ -16,11 +16,7 @@ def fuse_maps(program: Program) -> None:
         if step.kind != "map" or step not in program.steps:
             continue
         consumers = program.readers().get(step.y.buffer, [])
-        if (
-            len(consumers) != 1
-            or consumers[0].kind != "map"
-            or step.y.buffer is program.output.buffer
-        ):
+        if len(consumers) != 1 or consumers[0].kind != "map" or program.gives(step.y.buffer):
             continue
         (consumer,) = consumers
         reads = [i for i, v in enumerate(consumer.x) if v.buffer is step.y.buffer]

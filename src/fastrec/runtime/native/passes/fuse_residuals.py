@@ -20,6 +20,6 @@ def fuse_residuals(program: Program) -> None:
         if program.steps[first] is not norm:
             continue
         norm.x, norm.residual = step.x
-        if len(readers) > 1 or step.y.buffer is program.output.buffer:
+        if len(readers) > 1 or program.gives(step.y.buffer):
             norm.sum = step.y
         program.steps.remove(step)

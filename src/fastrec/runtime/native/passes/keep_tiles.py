@@ -17,7 +17,7 @@ def keep_tiles(program: Program) -> None:
         if step.kind not in ("linear_int8", "layer_norm") or buffer.dtype != "uint8":
             continue
         users = readers.get(buffer, [])
-        if buffer is program.output.buffer or any(user.kind != "linear_int8" for user in users):
+        if program.gives(buffer) or any(user.kind != "linear_int8" for user in users):
             continue
         if not step.y.is_whole or any(not user.x.is_whole for user in users):
             continue

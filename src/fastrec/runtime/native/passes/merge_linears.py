@@ -41,7 +41,7 @@ def _groups(program: Program) -> list[list[Step]]:
     for step in program.steps:
         if step.kind not in _JOINED or step.y.dtype != "float32":
             continue
-        if step.y.buffer is program.output.buffer or not step.y.is_whole:
+        if program.gives(step.y.buffer) or not step.y.is_whole:
             continue
         outputs = _outputs(step)
         if outputs % PANEL if step.kind == "linear_int8" else outputs <= FEW_OUTPUTS:

@@ -9,7 +9,7 @@ def quantise_norms(program: Program) -> None:
     """Let a LayerNorm whose readers all quantise its result alike write uint8."""
     readers = program.readers()
     for step in program.steps:
-        if step.kind != "layer_norm" or step.y.buffer is program.output.buffer:
+        if step.kind != "layer_norm" or program.gives(step.y.buffer):
             continue
         users = readers.get(step.y.buffer, [])
         if not users or any(user.kind != "linear_int8" for user in users):

@@ -25,7 +25,7 @@ def remove_copies(program: Program) -> None:
     """Let steps read originals; copies that are no longer read are left to remove_unused."""
     _swap_with_linears(program)
     for copy in program.steps:
-        if _is_copy(copy) and copy.y.buffer is not program.output.buffer:
+        if _is_copy(copy) and not program.gives(copy.y.buffer):
             _read_through(program, copy)
 
 
@@ -113,7 +113,7 @@ def _swap_with_linears(program: Program) -> None:
             continue
         if read.offset or product(read.shape) != product(read.buffer.shape):
             continue
-        if y.buffer is program.output.buffer:
+        if program.gives(y.buffer):
             continue
         moved = _in_order(made[0].x[0], read.shape[-1])
         if moved is None:

@@ -12,7 +12,7 @@ def remove_unused(program: Program) -> None:
         used = [
             step
             for step in program.steps
-            if any(v.buffer in readers or v.buffer is program.output.buffer for v in step.outputs)
+            if any(v.buffer in readers or program.gives(v.buffer) for v in step.outputs)
         ]
         if len(used) == len(program.steps):
             return

@@ -16,6 +16,8 @@ def write_in_place(program: Program) -> None:
             continue
         if source.shape != into.shape or source.buffer.space != "arena":
             continue
+        if program.gives(source.buffer):
+            continue
         readers = program.readers().get(source.buffer, [])
         if any(not view.is_whole for r in readers for view in r.reads(source.buffer)):
             continue
