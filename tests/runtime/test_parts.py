@@ -271,7 +271,7 @@ def test_bad_input_and_close(model_of, tmp_path):
     engine = parts_of(model_of(Asks), histories(4))
     with pytest.raises(ShapeError):
         engine(ids(50, 4, 7))
-    with pytest.raises((IndexError, IdRangeError)):
+    with pytest.raises(IdRangeError, match="item"):
         engine(torch.full((4, 6), 50))
     engine(*histories(4))
     with pytest.raises(BackendError, match="no file of its own"):

@@ -29,7 +29,7 @@ from fastrec.measure.packages import missing
 from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.models import RankerConfig, SASRecConfig
 from fastrec.runtime.backends import BACKENDS, backend_module
-from fastrec.runtime.backends._torch import inference
+from fastrec.runtime.backends._torch import TorchEngine, inference
 from fastrec.runtime.choice_cache import choice_file, recall, remember
 from fastrec.runtime.engine import PLAN, PRECISIONS, BuildOptions, Engine
 from fastrec.runtime.unlike import LookUps, require_agreement
@@ -145,10 +145,12 @@ def _tell_fallback(engine: Engine) -> None:
     plans = sum(row.get("setting") == "plan" for row in rows)
     if plans:
         text = f"this model is no one native plan: {plans} hold parts of it, torch runs the rest"
-        why += [row["why"] for row in rows if row.get("setting") == "torch"]
     else:
         text = "this model is no native plan and runs op by op in torch"
-    told = "; ".join(dict.fromkeys(why))
+    ops = [row["why"] for row in rows if row.get("setting") == "torch"]
+    if ops and why[0].startswith("native: "):
+        why = []  # the same ops
+    told = "; ".join(dict.fromkeys(why + ops))
     warnings.warn(f"{text}: {told}", FallbackWarning, stacklevel=3)
 
 
@@ -191,6 +193,8 @@ def _build(
     own = options if name == "native" else dataclasses.replace(options, spec=bounded)
     try:
         engine = module.build(model, examples, own)
+        if isinstance(engine, TorchEngine):
+            engine.spec = dataclasses.replace(engine.spec, fields=bounded.fields)
         scores = engine(*examples).numpy()
     except (FastrecError, MemoryError):
         raise
