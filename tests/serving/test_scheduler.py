@@ -336,6 +336,21 @@ def test_an_engine_that_dies_loses_no_request() -> None:
     assert max(t.tries for got in world.answers.values() for t in got) == 2
 
 
+@pytest.mark.parametrize("users", [1, 30])
+def test_a_request_whose_last_engine_died_expires(users: int) -> None:
+    world = World(ServingConfig(slo=SLO(1000.0)), 1)
+    sent = world.send(users=users, deadline=0.5)
+    world.clock.call_at(0.0005, world.engines[0].die)
+    world.clock.run(0.4)
+    assert world.lost == ["died"]
+    assert sent.error is None
+    world.clock.run(0.501)
+    assert sent.error is not None
+    assert sent.error.kind is Kind.EXPIRED
+    assert world.scheduler.queues.count == 0
+    assert not world.scheduler.open
+
+
 def test_an_engine_that_hangs_is_found_and_its_requests_run_elsewhere() -> None:
     pool = Pool(stall_factor=10, stall_floor_ms=20)
     config = ServingConfig(slo=SLO(200.0), pool=pool, lanes=Queueing(reserved_slots=0))

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 
 from fastrec.serving.core.clock import Clock, Timer
-from fastrec.serving.core.queues import QUEUED, PendingRequest
+from fastrec.serving.core.queues import PendingRequest
 
 
 class Expiries:
@@ -24,13 +24,13 @@ class Expiries:
         self._timer: tuple[float, Timer] | None = None
 
     def add(self, pending: PendingRequest) -> None:
-        """A request that has begun to wait."""
+        """A request that has begun to wait, or waits again."""
         heapq.heappush(self._heap, (pending.deadline, next(self._made), pending))
         self._arm()
 
     def _arm(self) -> None:
         heap = self._heap
-        while heap and heap[0][2].state != QUEUED:
+        while heap and not heap[0][2].waits:
             heapq.heappop(heap)
         if not heap:
             return
@@ -46,6 +46,6 @@ class Expiries:
         now, heap = self._clock.now(), self._heap
         while heap and heap[0][0] <= now:
             _, _, pending = heapq.heappop(heap)
-            if pending.state == QUEUED:
+            if pending.waits:
                 self._timed_out(pending)
         self._arm()

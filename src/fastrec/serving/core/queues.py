@@ -69,6 +69,14 @@ class PendingRequest:
     def __post_init__(self, arrays: tuple[np.ndarray, ...]) -> None:
         self.bytes = sum([a.nbytes for a in arrays])
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has not begun, or a piece of it waits again because its engine was lost."""
+        if self.state == QUEUED:
+            return True
+        again = self.tries > 1 and self.state != DONE
+        return again and any(sub.state == QUEUED for chunk in self.subs for sub in chunk)
+
 
 @dataclass(slots=True, eq=False)
 class SubRequest:

@@ -451,6 +451,8 @@ class Scheduler:
             sub.avoid = slot
             sub.state = QUEUED
             self.queues.push(sub)
+            if not pending.guaranteed:
+                self._expiries.add(pending)
 
     def _sub_done(self, sub: SubRequest, seconds: float) -> None:
         sub.state = DONE
