@@ -43,7 +43,7 @@ def heuristic(
     if itemsize == 4:
         # Multiplied without matrix units, where float32 is to be exact.
         most = 32 if width <= 64 and not backward else 16
-        return LaunchConfig(min(bucket, most), most, 4 if width <= 64 else 8, 1)
+        return LaunchConfig(min(bucket, most), most, 8, 1)
     if backward:
         return LaunchConfig(bucket, 32, 4 if width <= 32 else 8, 1)
     # Blocks of 64 keys would spill: times and edges are 64 bits wide.
