@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from idioms import agrees, draw, ids
+from idioms import agrees, close, draw, ids
 from torch import Tensor, nn
 
 import fastrec
@@ -177,3 +177,59 @@ def with_same(value: Any, tensors: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(with_same(inner, tensors) for inner in value)
     return next(tensors) if isinstance(value, Tensor) else value
+
+
+def fixed_because(engine) -> str:
+    return "; ".join(r["why"] for r in engine.describe() if r.get("setting") == "free sizes")
+
+
+def test_a_model_that_refuses_other_batches_is_told_so() -> None:
+    class Four(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            if len(x) != 4:
+                raise KeyError(f"{len(x)} users")
+            return {"sum": x.sum(1), "double": x * 2}
+
+    engine = fastrec.compile(Four(), (draw(4, 3),), backend="native", fallback="error")
+    assert "a batch of 5 in place of 4: '5 users'" in fixed_because(engine)
+    with pytest.raises(ShapeError):
+        engine(draw(5, 3))
+    with pytest.raises(ArgumentError, match="dims"):
+        fastrec.compile(Four(), (draw(4, 3),), backend="native", dims={"x": ("B", 3)})
+
+
+def test_an_input_that_nothing_reads_leaves_the_batch_free() -> None:
+    class Splits(nn.Module):
+        def forward(self, user: Tensor, x: Tensor) -> Tensor:
+            heads = torch.cat(x.split(2, dim=1), 0)
+            return torch.cat(heads.split(x.shape[0], dim=0), 1) * 3
+
+    model = Splits()
+    engine = fastrec.compile(model, (ids(9, 3), draw(3, 4)), backend="native", fallback="error")
+    assert not fixed_because(engine)
+    for batch in (1, 4, 9):
+        x = draw(batch, 4)
+        close(f"B={batch}", engine(ids(9, batch), x), model(ids(9, batch), x))
+
+
+def test_a_batch_that_stands_second() -> None:
+    """As offsets of bags do."""
+
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = nn.EmbeddingBag(30, 4, mode="sum")
+
+        def forward(self, dense: Tensor, offsets: Tensor, item: Tensor) -> Tensor:
+            return dense + self.bag(item[0], offsets[0]) + self.bag(item[1], offsets[1])
+
+    def request(batch: int) -> tuple[Tensor, ...]:
+        offsets = torch.arange(0, 2 * batch, 2).repeat(2, 1)
+        return draw(batch, 4), offsets, ids(30, 2, 2 * batch)
+
+    model = Bags()
+    free = {"offsets": (2, "B"), "item": (2, "n")}
+    engine = fastrec.compile(model, request(4), backend="native", fallback="error", dims=free)
+    for batch in (4, 1, 6):
+        with torch.no_grad():
+            close(f"B={batch}", engine(*request(batch)), model(*request(batch)))

@@ -413,4 +413,4 @@ def test_the_engine_refuses_what_it_cannot_run() -> None:
     ):
         step = steps.map(x=[x.view()], y=y, program=program)
         with pytest.raises(BackendError, match=why):
-            PlanEngine.build(Program(("B",), [x], [step], y), spec=spec, **about)
+            PlanEngine.build(Program(("B",), [x], [step], [y]), spec=spec, **about)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastrec.errors import ArgumentError, BackendError, DtypeError, FastrecError
-from fastrec.exporters.trace import evaluated, first_line
+from fastrec.exporters.trace import evaluated, first_line, typed
 from fastrec.structure import BITS, Leaf, Output, Structure, taken_as
 
 
@@ -25,6 +25,7 @@ class Flat(nn.Module):
         arguments: the examples' positional and named ones: their objects are copied for each call.
         batch: of the examples.
         examples: the tensors.
+        refused: why the model takes no other batch ("" where it does).
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class Flat(nn.Module):
         arguments: tuple[Any, Any],
         batch: int,
         examples: Sequence[torch.Tensor],
+        refused: str,
     ) -> None:
         super().__init__()
         self.batch = batch
+        self.refused = refused
         following = [i for i, t in enumerate(examples) if t.ndim and t.shape[0] == batch]
         self.follows = following[0] if following else None
         self.model = model
@@ -125,7 +128,7 @@ def flattened(
             described(evaluated(model)(*call[0], **call[1]), found, [], "")
         return found
 
-    batch, per_user, grown = _grown(tensors, run)
+    batch, per_user, grown, refused = _grown(tensors, run)
     packed = len(results) > 1 or not results[0].is_floating_point()
     outputs = [_output(t, other, batch) for t, other in zip(results, grown, strict=True)]
     leaves = [
@@ -137,17 +140,20 @@ def flattened(
         (t.unflatten(0, (batch, rows)) if rows else t).to(getattr(torch, taken_as(_name(t))))
         for t, rows in zip(tensors, per_user, strict=True)
     )
-    return Flat(model, structure, (list(args), named), batch, examples), examples, structure
+    flat = Flat(model, structure, (list(args), named), batch, examples, refused)
+    return flat, examples, structure
 
 
 def _grown(
     tensors: Sequence[torch.Tensor],
     run: Callable[[Sequence[torch.Tensor]], list[torch.Tensor]],
-) -> tuple[int, list[int], list[torch.Tensor]]:
-    """The batch; how many rows for each user a tensor has where that is not one (else 0); and the
-    results for one more user, or for as many where the model takes no other batch.
+) -> tuple[int, list[int], list[torch.Tensor], str]:
+    """The batch; how many rows for each user a tensor has where that is not one (else 0); the
+    results for one more user, or for as many where the model takes no other batch; and why it takes
+    no other ("" where it does).
 
-    The batch is the first of the tensors' first sizes that the model takes one more of.
+    The batch is the first of the tensors' first sizes that the model takes one more of, if then a
+    result has more rows too: a model may read the first of some tables, however many there are.
     """
     sizes = list(dict.fromkeys(t.shape[0] for t in tensors if t.ndim and len(t)))
     ways = []
@@ -157,16 +163,26 @@ def _grown(
             for t in tensors
         ]
         ways += [(batch, [0] * len(tensors)), (batch, multiples)]
+    refused = ""
+    unchanged: list[tuple[int, list[int], list[torch.Tensor], str]] = []
+    shapes = [t.shape for t in run(tensors)]
     for batch, per_user in ways:
         more = []
         for tensor, rows in zip(tensors, per_user, strict=True):
             follows = bool(tensor.ndim) and (tensor.shape[0] == batch or rows > 0)
             more.append(torch.cat([tensor, tensor[: max(rows, 1)]]) if follows else tensor)
         try:
-            return batch, per_user, run(more)
-        except Exception:  # the model's own, of whatever kind: it takes no such batch
+            with typed(f"the model refuses a batch of {batch + 1} in place of {batch}"):
+                found = batch, per_user, run(more), ""
+        except FastrecError as error:
+            refused = refused or str(error)
             continue
-    return (sizes or [1])[0], [0] * len(tensors), run(tensors)
+        if [t.shape for t in found[2]] != shapes:
+            return found
+        unchanged.append(found)
+    if unchanged and not refused:
+        return unchanged[0]
+    return (sizes or [1])[0], [0] * len(tensors), run(tensors), refused
 
 
 def described(value: Any, tensors: list[torch.Tensor], paths: list[str], path: str) -> list[Any]:

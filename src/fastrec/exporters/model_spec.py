@@ -70,11 +70,17 @@ def spec_of(
     names += [f"input_{i}" for i in range(len(names), len(example_inputs))]
     batch = next((t.shape[0] for t in example_inputs if t.ndim), 1)
     batch = model.batch if isinstance(model, Flat) else batch
+    # How several results follow the batch is not known where the model has shown one batch alone.
+    one = model.refused if isinstance(model, Flat) and model.structure.packed else ""
+    if one and any("B" in given for given in (dims or {}).values()):
+        raise ArgumentError("dims", "fixed sizes for a model that takes one batch", one)
     own = [
         # An input of another first size does not follow the batch.
         InputField(
             name,
-            tuple("B" if d == 0 and s == batch else s for d, s in enumerate(tensor.shape)),
+            tuple(
+                "B" if d == 0 and s == batch and not one else s for d, s in enumerate(tensor.shape)
+            ),
             str(tensor.numpy().dtype),
         )
         for name, tensor in zip(names, example_inputs, strict=False)
@@ -85,13 +91,13 @@ def spec_of(
             raise ArgumentError("dims", f"names of inputs, of {names[: len(own)]}", repr(name))
         at = names.index(name)
         shape = tuple(example_inputs[at].shape)
-        fits = len(given) == len(shape) and given[0] == "B"
+        fits = len(given) == len(shape)
         for size, actual in zip(given, shape, strict=False):
             known = sizes.setdefault(size, actual) if isinstance(size, str) else size
             fits = fits and known == actual
         if not fits:
             raise ShapeError(
-                f"dims[{name!r}]", f"('B', ...) that fit the example's {list(shape)}", tuple(given)
+                f"dims[{name!r}]", f"sizes that fit the example's {list(shape)}", tuple(given)
             )
         own[at] = InputField(name, tuple(given), own[at].dtype)
     for size, most in (limits or {}).items():

@@ -88,8 +88,10 @@ def guards_hold(
 ) -> bool:
     """Whether an export with inferred sizes holds for all sizes from 2 on.
 
-    Its inputs have to be free where the spec says so, and each guard has to be one of quotients of
-    sizes by small numbers, or by the size itself, that holds for 2..128: those repeat, or stay.
+    Its inputs have to be free where the spec says so (sizes that the spec counts as one may well be
+    several to torch: an input that nothing reads has its own), and each guard has to be one of
+    quotients of sizes by small numbers, or by the size itself, that holds for 2..128: those repeat,
+    or stay.
     """
     names: dict[Any, str] = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
@@ -103,8 +105,6 @@ def guards_hold(
             if names.setdefault(size.node.expr, str(dim)) != dim:
                 return False
             guards = guards_of(size)
-    if len(set(names.values())) != len(names):
-        return False
     for guard in guards:
         used = list(guard.free_symbols)
         numbers = [abs(int(n)) for n in guard.atoms(sympy.Integer)]

@@ -84,7 +84,8 @@ def compile(
             holds in torch (``describe()`` and a FallbackWarning tell it), the rest as plans where
             that is faster; ``error`` raises what is lacking.
         dims: for models that are not fastrec's, sizes of native engines that stay free beside the
-            batch ``"B"``, by input: ``{"item": ("B", "L"), "cand": ("B", "m")}``. One name is one
+            batch ``"B"``, by input: ``{"item": ("B", "L"), "cand": ("B", "m")}``, where the batch
+            may also stand elsewhere than first: ``{"offsets": (3, "B")}``. One name is one
             size wherever it appears. What the model's code specialises on is fixed all the same.
         limits: the most of a free size, ``{"L": 100}``: a model that slices a table of positions
             needs it said.

@@ -17,6 +17,7 @@ from torch import nn
 import fastrec
 from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError
+from fastrec.exporters.flat import Flat
 from fastrec.exporters.model_spec import quantised_module
 from fastrec.exporters.trace import evaluated
 from fastrec.kernels._compiled import reason_missing
@@ -193,13 +194,15 @@ def _planned(
     optimise(program)
     if precision == "bf16":
         multiply_bf16(program)
+    refused = model.refused if isinstance(model, Flat) else ""
+    fixed = "; ".join(dict.fromkeys(why for why in (refused, program.fixed) if why))
     engine = PlanEngine.build(
         program,
         backend="native",
         precision=precision,
         threads=options.threads,
         spec=_up_to(program_spec(options.spec, program, example_inputs), largest),
-        rows=[choice("free sizes", False, None, program.fixed)] if program.fixed else [],
+        rows=[choice("free sizes", False, None, fixed)] if fixed else [],
         versions=versions(),
     )
     return engine, None

@@ -134,10 +134,12 @@ class Lowerer:
         dtype = str(value.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise BackendError(f"native: {f.name} is {dtype}; expected one of {', '.join(DTYPES)}")
-        dims = tuple(map(Extent.of, f.dims))
+        shape = self.shape(value.shape)
+        # A model's size may have been fixed; a region's may be taken apart.
+        dims = shape if self.piece.packed else tuple(map(Extent.of, f.dims))
         buffer = Buffer(dtype, dims, "input", len(self.inputs))
         self.inputs.append(buffer)
-        view = self.reshaped(buffer.view(), self.shape(value.shape))
+        view = self.reshaped(buffer.view(), shape)
         return self.map(node, [view], [], view.shape, "int64") if dtype == "int32" else view
 
     def _call(self, node: torch.fx.Node) -> Any:

@@ -79,7 +79,7 @@ class Parts:
             held.enter_context(torch._dynamo.config.patch(known))
             self._forward = traced
             requests = [tuple(examples)]
-            for batch in _BATCHES if "B" in spec.limits else ():
+            for batch in _BATCHES if any("B" in f.dims for f in spec.fields) else ():
                 given = _of_batch(examples, spec, batch)
                 try:
                     with typed(f"the model refuses a batch of {batch}"), learning():
@@ -177,10 +177,13 @@ def _of_batch(
     tensors: Sequence[torch.Tensor], spec: InputSpec, batch: int
 ) -> tuple[torch.Tensor, ...]:
     """The examples' users, repeated or cut to another number."""
-    return tuple(
-        t[torch.arange(batch) % len(t)] if f.dims and f.dims[0] == "B" else t
-        for t, f in zip(tensors, spec.fields, strict=True)
-    )
+    taken = []
+    for tensor, f in zip(tensors, spec.fields, strict=True):
+        if "B" in f.dims:
+            dim = f.dims.index("B")
+            tensor = tensor.index_select(dim, torch.arange(batch) % tensor.shape[dim])
+        taken.append(tensor)
+    return tuple(taken)
 
 
 def _marked(tensors: Sequence[torch.Tensor], spec: InputSpec) -> tuple[torch.Tensor, ...]:
