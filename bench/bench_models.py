@@ -34,6 +34,7 @@ RIVALS = ("onnxruntime", "openvino", "torch_compile", "torch")
 # Their own quantisers; torch.compile has none that serves a float model as it is.
 INT8_RIVALS = ("onnxruntime", "openvino")
 REQUESTS = 4
+EXAMPLES = 8
 # Scores of so many users are compared where a precision may change a ranking.
 GATE_BATCH = 50
 BEGIN, END = "<!-- bench_models -->", "<!-- /bench_models -->"
@@ -72,6 +73,7 @@ class Cell:
         self.engines: dict[str, Engine] = {}
         self.refused: dict[str, str] = {}
         self.errors: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of compiling
 
     def add(
         self,
@@ -82,8 +84,8 @@ class Cell:
         backend: str,
         threads: int,
         precision: str | None = None,
-    ) -> float:
-        """Compile one, and hold it against ``base``; seconds of compiling."""
+    ) -> None:
+        """Compile one, and hold it against ``base``."""
         quantises = {"calibration": [idiom.inputs(32, 100)]} if precision == "int8" else {}
         fallback = {"fallback": "error"} if backend == "native" else {}
         start = time.perf_counter()
@@ -92,32 +94,29 @@ class Cell:
                 model, idiom.inputs(self.batch, 7), backend, threads,
                 precision=precision, **quantises, **fallback,
             )  # fmt: skip
-            seconds = time.perf_counter() - start
+            self.seconds[name] = time.perf_counter() - start
             kind = "int8" if name.endswith("int8") else "fp32"
             inputs = idiom.inputs(GATE_BATCH if kind == "int8" else self.batch, 8)
             self.errors[name], why = error_of(engine, base, inputs, kind)
         except FastrecError as error:
             self.refused[name] = str(error).splitlines()[0][:200]
-            return 0.0
+            return
         if why is None:
             self.engines[name] = engine
         else:
             self.refused[name] = why
-        return seconds
 
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()
 
 
-def measure(
-    idiom: Idiom, batch: int, threads: int, rivals: list[str], seconds: float, int8: bool
-) -> dict[str, Any]:
-    """One row: milliseconds of each engine, and native's ratios to the best rival."""
-    torch.manual_seed(0)
-    model = idiom.build().eval()
-    cell = Cell(batch)
-    compile_s = cell.add("native", model, model, idiom, "native", threads)
+def built(
+    idiom: Idiom, model: torch.nn.Module, threads: int, rivals: list[str], int8: bool
+) -> Cell:
+    """All engines of a model, compiled on a batch of eight."""
+    cell = Cell(EXAMPLES)
+    cell.add("native", model, model, idiom, "native", threads)
     try:
         if int8:
             cell.add("native int8", quantised(model, idiom), model, idiom, "native", threads)
@@ -127,16 +126,22 @@ def measure(
         cell.add(rival, model, model, idiom, rival, threads)
         if int8 and rival in INT8_RIVALS:
             cell.add(f"{rival} int8", model, model, idiom, rival, threads, "int8")
+    return cell
+
+
+def measure(cell: Cell, idiom: Idiom, batch: int, threads: int, seconds: float) -> dict[str, Any]:
+    """One row: milliseconds of each engine, and native's ratios to the best rival."""
     inputs = [arrays(idiom.inputs(batch, 10 + i)) for i in range(REQUESTS)]
+    # Of one thread the CPU's time counts, which a busy machine leaves alone, and nothing spins.
+    alone: dict[str, Any] = {"clock": time.process_time_ns, "settle_s": 0.0} if threads == 1 else {}
     taken = interleaved(
-        cell.engines, inputs, rounds=25, calls=8, warm_s=0.004, seconds_budget=seconds
+        cell.engines, inputs, rounds=25, calls=8, warm_s=0.004, seconds_budget=seconds, **alone
     )
-    cell.close()
     row: dict[str, Any] = {
         "ms": {name: samples.p50_ms for name, samples in taken.items()},
         "errors": cell.errors,
         "refused": cell.refused,
-        "compile_s": compile_s,
+        "compile_s": cell.seconds.get("native", float("nan")),
     }
     fp32 = [n for n in taken if not n.startswith("native") and not n.endswith("int8")]
     every = [n for n in taken if not n.startswith("native")]
@@ -175,14 +180,18 @@ def main(
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     report["machine"] = machine_card()
     for name in names:
+        torch.manual_seed(0)
+        model = MODELS[name].build().eval()
         for count in map(int, threads.split(",")):
+            cell = built(MODELS[name], model, count, rivals.split(","), int8)
             for batch in map(int, batches.split(",")):
-                row = measure(MODELS[name], batch, count, rivals.split(","), seconds, int8)
+                row = measure(cell, MODELS[name], batch, count, seconds)
                 found = report["rows"].setdefault(name, {}).setdefault(str(count), {})
                 found[str(batch)] = row | {"date": report["machine"]["date"]}
                 console.print(_line(name, count, batch, row), markup=False, soft_wrap=True)
                 file.write_text(json.dumps(report, indent=1) + "\n")
                 gc.collect()
+            cell.close()
     (out / "models_speed.md").write_text(markdown(report))
     if page is not None:
         written(page, summary(report))
@@ -226,7 +235,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Models of others, one native call each",
         "",
         _head(report) + " Made by `bench/bench_models.py`; random weights; sizes in",
-        "`bench/rankers`. Milliseconds are medians of interleaved rounds; faster: the best",
+        "`bench/rankers`. Milliseconds are medians of interleaved rounds, with one thread of CPU",
+        "time (of the whole process), so that a busy machine shows little; faster: the best",
         "rival's time over native's, with a 95 % interval (INT8: the best rival in any",
         "precision). Error: native against torch, of the largest score.",
         "",
