@@ -190,6 +190,17 @@ Sample take(bool rows) {
                          m.arena(Dtype::f32, {B, L, 3})});
 }
 
+// Windows of three positions, one apart.
+Sample window_linear() {
+  Maker m;
+  View x = m.input(Dtype::f32, {B, 9, 16});
+  x.sizes = {B, 7, 3, 16};
+  x.strides = {9 * 16, 16, 16, 1};
+  return m.with("window_linear",
+                {x, m.floats({33, 48}), m.floats({33}), m.arena(Dtype::f32, {B, 7, 33})},
+                {{"activation", "relu"}});
+}
+
 Sample window_sparse_attention(bool causal) {
   Maker m;
   return m.with(
@@ -244,6 +255,7 @@ std::vector<std::pair<std::string, Sample>> samples() {
   add("separable_projection", separable_projection());
   add("softmax", softmax());
   for (const bool rows : {false, true}) add("take", take(rows));
+  add("window_linear", window_linear());
   for (const bool causal : {false, true})
     add("window_sparse_attention", window_sparse_attention(causal));
   for (const bool everything : {false, true})

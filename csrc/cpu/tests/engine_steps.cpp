@@ -494,6 +494,44 @@ TEST(step_grouped_linear) {
                             {rows, 15}, {{"shuffle", shuffle}});
 }
 
+// Against the linear layer of the windows as rows; the last windows end where x does.
+TEST(step_window_linear) {
+  for (const int64_t parts : {1, 2, 3})
+    for (const int64_t positions : {1, 5, 13})
+      for (const int64_t outputs : {5, 33}) {
+        constexpr int64_t kUsers = 3, kWidth = 16, kApart = 2;
+        const int64_t length = positions + kApart * (parts - 1), inputs = parts * kWidth;
+        Random random(73);
+        const auto x = random.floats(kUsers * length * kWidth), b = random.floats(outputs),
+                   w = random.floats(outputs * inputs);
+        std::vector<float> expected;
+        for (int64_t r = 0; r < kUsers * positions; ++r)
+          for (int64_t n = 0; n < outputs; ++n) {
+            double sum = b[n];
+            for (int64_t i = 0; i < inputs; ++i) {
+              const int64_t place = r / positions * length + r % positions + i / kWidth * kApart;
+              sum += static_cast<double>(x[place * kWidth + i % kWidth]) * w[n * inputs + i];
+            }
+            expected.push_back(static_cast<float>(std::max(sum, 0.0)));
+          }
+        for_every_setting(named("window_linear", {parts, positions, outputs}), [&](Place place) {
+          const Buffer<float> xs(x, place), ws(w, place), bs(b, place);
+          Buffer<float> out(expected.size(), place);
+          Tensor windows = tensor(xs.data(), Dtype::f32, {kUsers, positions, parts, kWidth});
+          windows.strides[0] = length * kWidth;
+          windows.strides[1] = kWidth;
+          windows.strides[2] = kApart * kWidth;
+          CHECK(run_step("window_linear",
+                         {windows, tensor(ws.data(), Dtype::f32, {outputs, inputs}),
+                          tensor(bs.data(), Dtype::f32, {outputs}),
+                          tensor(out.data(), Dtype::f32, {kUsers, positions, outputs})},
+                         {{"activation", "relu"}})
+                    .fault == Fault::none);
+          CHECK(worst_error(out.values(), expected, 1e-5, 1e-5) <= 1);
+        });
+      }
+}
+
 TEST(step_separable_projection) {
   Random random(67);
   for (const int64_t length : {1, 5, 33})

@@ -23,5 +23,6 @@
   X(separable_projection)     \
   X(softmax)                  \
   X(take)                     \
+  X(window_linear)            \
   X(window_sparse_attention)  \
   X(window_sparse_attention_int8)

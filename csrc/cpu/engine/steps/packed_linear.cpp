@@ -67,17 +67,24 @@ void PackedLinear::check(const StepCheck& check, const Fields&) {
   check.result(y, {in.rows, outputs}, false);
 }
 
-std::shared_ptr<void> PackedLinear::prepare(const Fields&, Tensors operands) {
-  const Tensor& from = operands[weight];
+std::shared_ptr<PackedWeight> packed_weight(const Tensor& weight, const Tensor& bias) {
   auto packed = std::make_shared<PackedWeight>();
   packed->kernel = &grouped::select(grouped::Dtype::f32);
-  const int64_t outputs = from.sizes[0], inputs = from.sizes[1];
-  if (packed->kernel->dots && outputs <= kFewOutputs) return packed;
+  const int64_t outputs = weight.sizes[0], inputs = weight.sizes[1];
   packed->memory.resize(grouped::panel_floats(*packed->kernel, 1, outputs, inputs));
-  packed->panels =
-      grouped::pack(*packed->kernel, from.data, grouped::Dtype::f32, operands[bias].as<float>(), 1,
-                    outputs, inputs, true, packed->memory.data());
+  packed->panels = grouped::pack(*packed->kernel, weight.data, grouped::Dtype::f32,
+                                 bias.as<float>(), 1, outputs, inputs, true, packed->memory.data());
   return packed;
+}
+
+std::shared_ptr<void> PackedLinear::prepare(const Fields&, Tensors operands) {
+  const grouped::Kernel& kernel = grouped::select(grouped::Dtype::f32);
+  if (kernel.dots && operands[weight].sizes[0] <= kFewOutputs) {
+    auto as_it_lies = std::make_shared<PackedWeight>();
+    as_it_lies->kernel = &kernel;
+    return as_it_lies;
+  }
+  return packed_weight(operands[weight], operands[bias]);
 }
 
 Status PackedLinear::run(const Fields& fields, Tensors operands, const void* prepared) {

@@ -4,6 +4,7 @@
 // x [.., K] f32 contiguous; weight [N, K] f32, a constant; bias [N] f32; y f32 [.., N] contiguous.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "activation_quantize/activation_quantize.h"
@@ -18,6 +19,9 @@ struct PackedWeight {
   std::vector<float> memory;
   grouped_linear::Panels panels;
 };
+
+// The weight [N, K] and the bias, which may be absent, in panels of fp32.
+std::shared_ptr<PackedWeight> packed_weight(const Tensor& weight, const Tensor& bias);
 
 // The part that linear and linear_bf16 share.
 struct PackedLinear {

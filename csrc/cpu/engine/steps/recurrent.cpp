@@ -79,14 +79,7 @@ struct Recurrent {
   }
 
   static std::shared_ptr<void> prepare(const Fields&, Tensors operands) {
-    const Tensor& from = operands[weight];
-    auto packed = std::make_shared<PackedWeight>();
-    packed->kernel = &grouped::select(grouped::Dtype::f32);
-    packed->memory.resize(grouped::panel_floats(*packed->kernel, 1, from.sizes[0], from.sizes[1]));
-    packed->panels =
-        grouped::pack(*packed->kernel, from.data, grouped::Dtype::f32, operands[bias].as<float>(),
-                      1, from.sizes[0], from.sizes[1], true, packed->memory.data());
-    return packed;
+    return packed_weight(operands[weight], operands[bias]);
   }
 
   static Status run(const Fields& fields, Tensors operands, const void* prepared) {

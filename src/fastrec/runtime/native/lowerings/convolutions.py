@@ -6,6 +6,7 @@ layer over them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from torch.fx import Node
 
 from fastrec.runtime.native import steps
-from fastrec.runtime.native.buffers import Extent, Shape, View
+from fastrec.runtime.native.buffers import ONE, Extent, Shape, View, product
 from fastrec.runtime.native.lowerer import Lowerer, constant
 from fastrec.runtime.native.lowerings.reductions import reduced
 from fastrec.runtime.native.lowerings.views import joined, padded
 from fastrec.runtime.native.registry import lowers
 
 aten = torch.ops.aten
+# csrc/cpu/grouped_linear/grouped_linear.h: kLine; csrc/cpu/engine/steps/packed_linear.cpp:
+# kFewOutputs, which dot products are faster for.
+LINE, FEW_OUTPUTS = 16, 4
 
 
 def _spread(values: Sequence[int] | int, count: int) -> list[int]:
@@ -61,6 +65,19 @@ def _windows(
     return View(view.buffer, sizes, strides, view.offset), tuple(positions)
 
 
+def _as_they_lie(windows: View, kernel: Sequence[int]) -> View | None:
+    """Windows [B, positions.., kernel.., C] as [B, positions, parts, floats of a part], as
+    ``window_linear`` reads them; None where its parts would be none of that."""
+    batch, *positions = windows.shape[: -1 - len(kernel)]
+    for parts in range(len(kernel) + 1):
+        width = product(windows.shape[len(windows.shape) - 1 - len(kernel) + parts :])
+        shape = (batch, product(positions), Extent(math.prod(kernel[:parts])), width)
+        found = windows.reshaped(shape)
+        if found is not None and found.strides[-1] == ONE and width.coefficient % LINE == 0:
+            return found
+    return None
+
+
 @lowers(aten.convolution.default)
 def _convolution(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = args
@@ -93,17 +110,20 @@ def _convolution(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any
         add = None
         if bias is not None:
             add = constant(torch.from_numpy(np.ascontiguousarray(bias.constant[own])))
-        results.append(
-            to.emit(
-                node,
-                steps.linear,
-                (*lead, Extent(outputs // groups)),
-                x=to.contiguous(to.reshaped(to.contiguous(part), (*lead, Extent(width)))),
-                weight=constant(torch.from_numpy(matrix)),
-                bias=add,
-                activation="none",
-            )
-        )
+        count = Extent(outputs // groups)
+        named = {
+            "weight": constant(torch.from_numpy(matrix)),
+            "bias": add,
+            "activation": "none",
+        }
+        apart = _as_they_lie(part, kernel) if rows is not x else None
+        if apart is not None and count.coefficient > FEW_OUTPUTS:
+            shape = (*apart.shape[:2], count)
+            found = to.emit(node, steps.window_linear, shape, x=apart, **named)
+            results.append(to.reshaped(found, (*lead, count)))
+        else:
+            x_rows = to.contiguous(to.reshaped(to.contiguous(part), (*lead, Extent(width))))
+            results.append(to.emit(node, steps.linear, (*lead, count), x=x_rows, **named))
     y = results[0]
     if groups > 1:
         y = joined(to, node, results, len(lead), (*lead, Extent(outputs)))

@@ -236,6 +236,14 @@ def _pad(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Vi
 
 def padded(to: Lowerer, node: Node, view: View, pads: Sequence[int], value: float) -> View:
     """A concatenation with constants (``pads`` as torch has them); less where they are negative."""
+    # In the order of memory, so that rows are copied as they lie.
+    rank = len(view.shape)
+    order = sorted(range(rank), key=lambda d: view.strides[d].number or 1 << 60, reverse=True)
+    if order != list(range(rank)) and view.permuted(order).is_contiguous:
+        every = [*pads, *[0] * (2 * rank - len(pads))]
+        moved = [p for d in reversed(order) for p in every[2 * (rank - 1 - d) :][:2]]
+        found = padded(to, node, view.permuted(order), moved, value)
+        return found.permuted([order.index(d) for d in range(rank)])
     dtype = torch.float32 if view.dtype == "float32" else torch.int64
     fill = constant(torch.tensor(value, dtype=dtype if view.dtype != "bool" else torch.bool))
     for place in range(0, len(pads), 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.steps import Step
 
+_LINEAR = ("linear", "window_linear")
 # A map's instruction -> a linear layer's activation.
 _ACTIVATIONS = {"relu_f32": "relu", "gelu_f32": "gelu"}
 
@@ -18,7 +19,7 @@ def fuse_activations(program: Program) -> None:
             continue
         buffer = step.x[0].buffer
         made = writers.get(buffer, [])
-        if len(made) != 1 or made[0].kind != "linear" or len(readers[buffer]) != 1:
+        if len(made) != 1 or made[0].kind not in _LINEAR or len(readers[buffer]) != 1:
             continue
         if program.gives(buffer):
             continue
