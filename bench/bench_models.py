@@ -192,7 +192,7 @@ def main(
                 file.write_text(json.dumps(report, indent=1) + "\n")
                 gc.collect()
             cell.close()
-    (out / "models_speed.md").write_text(markdown(report))
+    written(out / "models_speed.md", markdown(report))
     if page is not None:
         written(page, summary(report))
 
@@ -212,8 +212,8 @@ def _gain(row: dict[str, Any], name: str) -> str:
 
 
 def written(page: Path, text: str) -> None:
-    """Put the text between the page's markers."""
-    old = page.read_text()
+    """Put the text between the page's markers; a new page is these alone."""
+    old = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.S)
     if not pattern.search(old):
         raise typer.BadParameter(f"{page} has no {BEGIN} .. {END}")
@@ -232,8 +232,6 @@ def _head(report: dict[str, Any]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """Every row, for people."""
     lines = [
-        "# Models of others, one native call each",
-        "",
         _head(report) + " Made by `bench/bench_models.py`; random weights; sizes in",
         "`bench/rankers`. Milliseconds are medians of interleaved rounds, with one thread of CPU",
         "time (of the whole process), so that a busy machine shows little; faster: the best",

@@ -100,3 +100,29 @@ def test_maps_fuse_through_copies_that_reorder() -> None:
 
     engine = agrees(Outer(), lambda b: (draw(b, 6, 7, seed=b), draw(b, 4, 7, seed=b)))
     assert kinds(engine)["map"] == 2  # the products, in the layer's order; the sums' order
+
+
+class Convolutions(nn.Module):
+    """Windows that are read in place: dilated and padded, strided, over whole rows, of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.causal = nn.Conv1d(16, 24, 3, dilation=2, padding=4)
+        self.strided = nn.Conv1d(16, 8, 2, stride=3, bias=False)
+        self.rows = nn.Conv2d(1, 5, (3, 16))
+        self.image = nn.Conv2d(16, 6, (1, 2), padding=(0, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        channels = x.transpose(1, 2)
+        return {
+            "causal": torch.relu(self.causal(channels))[:, :, :9],
+            "strided": self.strided(channels),
+            "rows": self.rows(x.unsqueeze(1)).squeeze(3),
+            "image": self.image(channels.unsqueeze(2)).squeeze(2),
+        }
+
+
+def test_convolutions_read_their_windows_in_place() -> None:
+    engine = agrees(Convolutions(), lambda batch: (draw(batch, 9, 16, seed=batch),))
+    assert kinds(engine)["window_linear"] == 4
+    assert kinds(engine)["linear"] == 0
