@@ -13,7 +13,13 @@ from torch import nn
 import fastrec
 from fastrec.errors import BackendError, IdRangeError
 from fastrec.kernels._compiled import reason_missing
-from fastrec.nn import GroupedLinear, LowRankLinear, SeparableProjection, WindowSparseAttention
+from fastrec.nn import (
+    GroupedLinear,
+    HstuBlock,
+    LowRankLinear,
+    SeparableProjection,
+    WindowSparseAttention,
+)
 from fastrec.runtime import load_engine
 from fastrec.runtime.engine import Engine
 
@@ -216,3 +222,59 @@ SUMS = {
 def test_sums_and_padding(name: str, tmp_path: Path) -> None:
     for sizes in ((1, 1), (3, 17), (64, 33)):
         agrees(Lambda(SUMS[name]), lambda b, sizes=sizes: [some(b, *sizes)], tmp_path)
+
+
+class Hstu(nn.Module):
+    """Two layers of HSTU over a history and its candidates, which stand behind it."""
+
+    def __init__(self, targets: int | None = 5, **options: Any) -> None:
+        super().__init__()
+        self.targets = targets
+        self.items = nn.Embedding(50, 32)
+        self.blocks = nn.ModuleList(
+            HstuBlock(32, 4, max_length=20, attention_dim=8, value_dim=6, **options)
+            for _ in range(2)
+        )
+        self.head = nn.Linear(32, 1)
+
+    def forward(
+        self, items: torch.Tensor, times: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        x = self.items(items)
+        for block in self.blocks:
+            timed = block.time_bias is not None
+            x = block(x, lengths=lengths, timestamps=times if timed else None, targets=self.targets)
+        return self.head(x).squeeze(-1)
+
+
+def events(batch: int, seed: int, length: int = 20) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(seed)
+    items = torch.randint(0, 50, (batch, length), generator=draw)
+    times = torch.randint(0, 10_000_000, (batch, length), generator=draw).sort(1).values
+    return items, times, torch.randint(5, length + 1, (batch,), generator=draw)
+
+
+@pytest.mark.parametrize("targets", [None, 5])
+@pytest.mark.parametrize("options", [{}, {"time_buckets": 9}, {"causal": False}], ids=str)
+def test_layers_of_hstu_are_one_plan(options: dict[str, Any], targets: int | None) -> None:
+    torch.manual_seed(0)
+    model = Hstu(targets, **options).eval()
+    with fastrec.compile(model, events(3, 0), "native", 2, fallback="error") as engine:
+        rows = [row for row in engine.describe() if row["op"] == "pointwise_attention"]
+        assert len(rows) == 2
+        assert all(row["macs"] > 0 for row in rows)
+        for batch in (1, 3, 8):
+            inputs = events(batch, batch)
+            with torch.no_grad():
+                expected = model(*inputs)
+            torch.testing.assert_close(engine(*inputs), expected, rtol=1e-4, atol=1e-5)
+        items, times, lengths = events(3, 1)
+        lengths[1] = 21
+        with pytest.raises(IdRangeError, match=r"lengths.* in 0\.\.20, got 21"):
+            engine(items, times, lengths)
+        lengths[1] = 3 if targets else 0
+        if targets:  # five candidates do not fit into three rows
+            with pytest.raises(IdRangeError):
+                engine(items, times, lengths)
+        else:
+            engine(items, times, lengths)

@@ -124,7 +124,8 @@ Refused refusal_of(const Program& program, const std::vector<std::string>& names
       limit.sizes[dim < 0 ? limit.sizes.size() + dim : dim].at(symbols) - (what == "ids" ? 1 : 0);
   const std::string expected = what + " in 0.." + std::to_string(last);
   const std::string came = std::to_string(status.value);
-  const int buffer = step.operands[checked.operand].buffer;
+  const int operand = status.operand < 0 ? checked.operand : status.operand;
+  const int buffer = step.operands[operand].buffer;
   const std::set<int> found = sources(program, status.step, buffer);
   if (found.empty()) return {Refused::Kind::id_range, where, expected, came};
   std::string any;

@@ -72,6 +72,7 @@ struct Status {
   Fault fault = Fault::none;
   int step = -1;
   int64_t value = 0;
+  int operand = -1;  // with the value, where it is not the one that the kind's traits name
 };
 
 // Which rows of one user a step keeps apart, so that threads may share them out.

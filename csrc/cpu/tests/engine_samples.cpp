@@ -150,6 +150,22 @@ Sample reduce(const char* operation) {
                 {{"operation", operation}});
 }
 
+Sample pointwise_attention(bool tables) {
+  Maker m;
+  const View edges = m.constant<int64_t>(Dtype::i64, {2}, {1, 5});
+  const View times = m.input(Dtype::i64, {B, L}), lengths = m.input(Dtype::i64, {B});
+  const View y = m.arena(Dtype::f32, {B, L, 2, 4});
+  if (!tables)
+    return m.with(
+        "pointwise_attention",
+        {m.heads(), m.heads(), m.heads(), kNone, kNone, kNone, kNone, kNone, lengths, kNone, y},
+        {{"scale", 0.5}, {"norm", 0}, {"causal", true}});
+  return m.with("pointwise_attention",
+                {m.heads(), m.heads(), m.heads(), m.floats({2, 7}), m.floats({3}), edges, times,
+                 times, lengths, m.input(Dtype::i64, {B}), y},
+                {{"scale", 0.5}, {"norm", 9.0}, {"causal", false}});
+}
+
 Sample resumed_attention(bool has_pattern) {
   Maker m;
   return m.with("resumed_attention",
@@ -245,6 +261,7 @@ std::vector<std::pair<std::string, Sample>> samples() {
   add("masked_attention", masked_attention(true, false));
   add("masked_attention", masked_attention(false, true));
   for (const bool transposed : {false, true}) add("matmul", matmul(transposed));
+  for (const bool tables : {false, true}) add("pointwise_attention", pointwise_attention(tables));
   add("quantize", quantize());
   add("recurrent", recurrent("gru", 3, 1));
   add("recurrent", recurrent("lstm", 4, 2));

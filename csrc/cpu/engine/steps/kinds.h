@@ -15,6 +15,7 @@
   X(map)                      \
   X(masked_attention)         \
   X(matmul)                   \
+  X(pointwise_attention)      \
   X(quantize)                 \
   X(recurrent)                \
   X(reduce)                   \

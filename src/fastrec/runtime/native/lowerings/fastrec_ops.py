@@ -98,6 +98,41 @@ def _window_sparse_attention(
     return [out.permuted((0, 2, 1, 3)), None]
 
 
+@lowers(ops.pointwise_attention.default)
+def _pointwise_attention(to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]) -> View:
+    q, k, v, position, time, edges, times, query_times, lengths, cu_seqlens, targets = args[:11]
+    scale, norm, causal = args[11:14]
+    if cu_seqlens is not None or len(q.shape) != 4:
+        raise to.unsupported(node, "cu_seqlens; the nearest supported is a batch with lengths")
+    _require_constants(to, node, position, time)
+    if edges is not None and edges.constant is None:
+        raise to.unsupported(node, "edges that are computed; the nearest supported is a buffer")
+    batch, heads, rows, _ = q.shape
+    numbers = (times, query_times, lengths, targets)
+    times, query_times, lengths, targets = (
+        None if x is None else to.contiguous(x) for x in numbers
+    )
+    out = to.emit(
+        node,
+        steps.pointwise_attention,
+        (batch, rows, heads, v.shape[3]),
+        q=to.rows_contiguous(q),
+        k=to.rows_contiguous(k),
+        v=to.rows_contiguous(v),
+        position=position,
+        time=time,
+        edges=edges,
+        times=times,
+        query_times=query_times,
+        lengths=lengths,
+        targets=targets,
+        scale=scale,
+        norm=0.0 if norm is None else norm,
+        causal=bool(causal),
+    )
+    return out.permuted((0, 2, 1, 3))
+
+
 @lowers(ops.window_sparse_attention_int8.default)
 def _window_sparse_attention_int8(
     to: Lowerer, node: Node, args: list[Any], kwargs: dict[str, Any]
