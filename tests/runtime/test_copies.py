@@ -88,7 +88,7 @@ def test_a_copy_that_is_the_result_or_another_dtype_stays() -> None:
     cast, out = Buffer("int64", (Extent(4),)), Buffer("float32", (Extent(4),))
     read = steps.map(x=[cast.view()], y=out.view(), program=[("to_f32", 0)])
     copy = steps.map(x=[x.view()], y=cast.view(), program=[])
-    plan = Program((), [x], [copy, read], out.view())
+    plan = Program((), [x], [copy, read], [out.view()])
     remove_copies(plan)
     assert read.inputs[0].buffer is cast
 

@@ -107,7 +107,7 @@ def test_what_is_broadcast_counts_once() -> None:
     out = Buffer("float32", (size, Extent(50))).view()
     step = steps.map(x=[spread, spread], y=out, program=[("mul_f32", 0, 1)])
     engine = PlanEngine.build(
-        Program(("B",), [vector], [step], out),
+        Program(("B",), [vector], [step], [out]),
         spec=InputSpec((InputField("x", ("B",), "float32"),)),
         backend="native", precision="fp32", threads=1, rows=[], versions={},
     )  # fmt: skip

@@ -250,6 +250,8 @@ def _module_rows(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[dic
 
     def counter(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, torch.Tensor):
+                return  # a recurrent layer's, or the like
             # Rows of a Linear's input: elements of the output over its last dimension.
             rows = output.numel() // max(output.shape[-1], 1)
             calls[name] = calls.get(name, 0) + rows
