@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -286,7 +287,7 @@ def _output(tensor: torch.Tensor, grown: torch.Tensor, batch: int) -> Output:
 def _packed(tensor: torch.Tensor, output: Output, batch: int) -> torch.Tensor:
     """A result's tensor as floats, [B, n]; an integer as pieces that floats hold exactly."""
     if output.per_user:
-        rows = tensor.reshape(batch, output.per_user * int(np.prod(output.shape[1:])))
+        rows = tensor.reshape(batch, output.per_user * math.prod(output.shape[1:]))
     else:
         rows = tensor.reshape(1, -1).expand(batch, -1)
     if not output.dtype.startswith(("int", "uint")):

@@ -91,7 +91,8 @@ def cut(graph: GraphModule, held: Mapping[Node, torch.Tensor], threads: int) -> 
             except Unlowered as error:
                 problems.update(error.reasons)
             except BackendError as error:
-                problems.update(dict.fromkeys(nodes, str(error)))
+                why = refusal(nodes[0], f"{error} in the plan from here on")
+                problems.update(dict.fromkeys(nodes, why))
         if not problems:
             break
         refused.update(problems)
