@@ -182,6 +182,14 @@ def typed(problem: str) -> Iterator[None]:
         raise BackendError(f"{problem}: {first_line(error)}") from error
 
 
+def owned(model: nn.Module) -> nn.Module:
+    """A copy with tensors of its own; what a module keeps of a computation is no longer part of
+    it."""
+    kept = [v for module in model.modules() for v in vars(module).values()]
+    computed = [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, memo={id(v): v.detach().clone() for v in computed})
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporters' chatter (deprecations, missing torchvision) away from the user."""

@@ -22,7 +22,7 @@ from fastrec.errors import (
 )
 from fastrec.exporters.flat import flattened
 from fastrec.exporters.model_spec import Dims, as_tensors, quantised_module, spec_of
-from fastrec.exporters.trace import evaluated, first_line
+from fastrec.exporters.trace import evaluated, first_line, owned
 from fastrec.measure.choice import choice, contest
 from fastrec.measure.machine import usable_cpus
 from fastrec.measure.packages import missing
@@ -43,6 +43,7 @@ _EXTRA = {
     "litert": "litert",
     "qnn": "qnn",
 }
+_READS_THE_MODEL = ("torch", "torch_compile", "openvino")
 # Backends that "auto" leaves to those who ask for them.
 _BY_NAME = {"qnn": "prepares the model for one chip, in float16: ask for it by name"}
 
@@ -193,7 +194,9 @@ def _build(
     # Native kernels check their ids themselves, in the pass that reads them.
     own = options if name == "native" else dataclasses.replace(options, spec=bounded)
     try:
-        engine = module.build(model, examples, own)
+        # Those read the model's own memory; the others write or pack it.
+        given = owned(model) if name in _READS_THE_MODEL else model
+        engine = module.build(given, examples, own)
         if isinstance(engine, TorchEngine):
             engine.spec = dataclasses.replace(engine.spec, fields=bounded.fields)
         scores = engine(*examples).numpy()

@@ -19,7 +19,7 @@ from fastrec import kernels
 from fastrec.errors import ArgumentError, BackendError
 from fastrec.exporters.flat import Flat
 from fastrec.exporters.model_spec import quantised_module
-from fastrec.exporters.trace import evaluated
+from fastrec.exporters.trace import evaluated, owned
 from fastrec.kernels._compiled import reason_missing
 from fastrec.measure.choice import choice, fastest
 from fastrec.measure.timing import Tolerance
@@ -132,7 +132,8 @@ def build(
         parts.close()
     attention, torch_threads = names[best]
     rows = [*_module_rows(models[attention], example_inputs), *rows]
-    return TorchEngine(forwards[attention], torch_threads=torch_threads, rows=rows, **about)
+    forward = _with_kernel_threads(inference(owned(models[attention])), options.threads)
+    return TorchEngine(forward, torch_threads=torch_threads, rows=rows, **about)
 
 
 def _precision(model: nn.Module, wanted: str | None) -> str:
