@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
-from idioms import agrees, draw
+import torch.nn.functional as F
+from idioms import Idioms, agrees, draw
 from torch import Tensor, nn
 
+import fastrec
 from fastrec.kernels._compiled import reason_missing
 from fastrec.runtime.engine import Engine
 
@@ -42,6 +45,30 @@ def test_gelu_by_erf_becomes_the_layers_activation(spelling: str) -> None:
             return self.down(GELUS[spelling](self.up(x)))
 
     assert kinds(agrees(Gelu(), rows)) == {"linear": 2}
+
+
+@pytest.mark.parametrize(
+    ("spelled", "same"),
+    [
+        (lambda x: x / (1 + torch.exp(-x)), F.silu),
+        (lambda x: 1 / (1 + torch.exp(-x)), torch.sigmoid),
+        (lambda x: 2 * torch.sigmoid(2 * x) - 1, torch.tanh),
+    ],
+)
+def test_functions_are_known_by_their_values(
+    spelled: Callable[[Tensor], Tensor], same: Callable[[Tensor], Tensor]
+) -> None:
+    x = torch.cat([draw(300), torch.tensor([0.0, 120, -120, torch.inf, -torch.inf])])
+    found = [
+        fastrec.compile(Idioms({"y": f}), (x[None],), "native", fallback="error")(x[None])["y"]
+        for f in (spelled, same)
+    ]
+    assert torch.equal(found[0].nan_to_num(7.0), found[1].nan_to_num(7.0))
+
+
+def test_what_overflows_to_nan_in_torch_does_so_here() -> None:
+    spelled = {"sigmoid": lambda x: torch.exp(x) / (1 + torch.exp(x))}
+    agrees(spelled, lambda batch: (120 * draw(batch, 50, seed=batch),))
 
 
 def test_another_function_is_not_taken_for_gelu() -> None:

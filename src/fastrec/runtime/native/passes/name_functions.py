@@ -38,6 +38,8 @@ _NAMED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 _COSTLY = ("exp_f32", "tanh_f32", "erf_f32", "sigmoid_f32")
 _PLACES = np.concatenate([np.linspace(-9, 9, 361), [-60.0, -25.0, -1e-3, 1e-3, 25.0, 60.0]])
+# Where float32 overflows: e^x / (1 + e^x) is NaN there, and no sigmoid.
+_EXTREMES = np.array([90, -90, 120, -120, 1e3, -1e3, np.inf, -np.inf], np.float32)
 # Of the value and its argument: constants are written with five digits and more, and GELU by tanh,
 # which is another function, is off by 4e-4.
 _TOLERANCE = 1e-5
@@ -58,17 +60,26 @@ def name_functions(program: Program) -> None:
 def _function(program: Sequence[Instruction]) -> str | None:
     if not any(name in _COSTLY for name, *_ in program):
         return None
-    registers = [_PLACES]
     with np.errstate(all="ignore"):
-        for name, *operands in program:
-            if name == "number":
-                registers.append(np.full_like(_PLACES, operands[0]))
-            elif name in _OPS:
-                registers.append(_OPS[name](*(registers[o] for o in operands)))
-            else:
-                return None
+        values, extremes = _computed(program, _PLACES), _computed(program, _EXTREMES)
+        if values is None or extremes is None:
+            return None
         for name, function in _NAMED.items():
-            error = np.abs(registers[-1] - function(_PLACES))
-            if np.all(error <= _TOLERANCE * np.maximum(np.abs(_PLACES), 1)):
+            error = np.abs(values - function(_PLACES))
+            same = np.isclose(extremes, function(_EXTREMES.astype(np.float64)), equal_nan=True)
+            if np.all(error <= _TOLERANCE * np.maximum(np.abs(_PLACES), 1)) and np.all(same):
                 return name
     return None
+
+
+def _computed(program: Sequence[Instruction], x: np.ndarray) -> np.ndarray | None:
+    """The program's values in x's dtype; None where it holds another op."""
+    registers = [x]
+    for name, *operands in program:
+        if name == "number":
+            registers.append(np.full_like(x, operands[0]))
+        elif name in _OPS:
+            registers.append(_OPS[name](*(registers[o] for o in operands)).astype(x.dtype))
+        else:
+            return None
+    return registers[-1]
