@@ -152,7 +152,6 @@ Sample reduce(const char* operation) {
 
 Sample pointwise_attention(bool tables) {
   Maker m;
-  const View edges = m.constant<int64_t>(Dtype::i64, {2}, {1, 5});
   const View times = m.input(Dtype::i64, {B, L}), lengths = m.input(Dtype::i64, {B});
   const View y = m.arena(Dtype::f32, {B, L, 2, 4});
   if (!tables)
@@ -160,6 +159,7 @@ Sample pointwise_attention(bool tables) {
         "pointwise_attention",
         {m.heads(), m.heads(), m.heads(), kNone, kNone, kNone, kNone, kNone, lengths, kNone, y},
         {{"scale", 0.5}, {"norm", 0}, {"causal", true}});
+  const View edges = m.constant<int64_t>(Dtype::i64, {2}, {1, 5});
   return m.with("pointwise_attention",
                 {m.heads(), m.heads(), m.heads(), m.floats({2, 7}), m.floats({3}), edges, times,
                  times, lengths, m.input(Dtype::i64, {B}), y},
