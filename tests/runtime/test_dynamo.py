@@ -173,6 +173,40 @@ def test_sizes_that_are_products(traced):
     assert sum(plans_of(traced)) >= 2
 
 
+def test_numbers_made_of_free_sizes(traced):
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(50, 8), nn.Linear(8, 4)
+
+        def forward(self, item: torch.Tensor) -> torch.Tensor:
+            near = item.clamp(max=item.shape[1] - 1)
+            return self.out(self.table(near)).relu() / item.shape[1]
+
+    model = Clamps()
+    fast = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for batch, length in ((4, 7), (6, 5), (3, 12)):
+            item = ids(50, batch, length)
+            close(f"{batch} x {length}", fast(item), model(item))
+    assert sum(plans_of(traced)) > 0
+
+
+def test_graph_without_inputs(traced):
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(draw(8, 8))
+
+        def forward(self) -> torch.Tensor:
+            return (self.weight @ self.weight).relu()
+
+    model = Squares()
+    with torch.no_grad():
+        close("squares", compiled(model)(), model())
+    assert not traced[0][0].reason
+
+
 def test_several_results_of_several_dtypes(traced):
     class Results(nn.Module):
         def __init__(self) -> None:

@@ -255,7 +255,7 @@ class DynamoGraph:
         given = [_normal(t) if isinstance(t, torch.Tensor) else t for t in given]
         with typed("torch.export can't trace a graph of this model"), quiet():
             exported = torch.export.export(
-                bound, tuple(given), dynamic_shapes=(self._free,), strict=False
+                bound, tuple(given), dynamic_shapes=(self._free,) if given else None, strict=False
             )
         exported = decomposed_in_parts(exported)
         kinds = {spec.kind for spec in exported.graph_signature.output_specs}

@@ -61,6 +61,13 @@ def is_lowered(node: torch.fx.Node) -> bool:
     return node.target in LOWERINGS and not (schema is not None and schema.is_mutable)
 
 
+def _holds_size(value: Any) -> bool:
+    """Whether a number in a step's fields is a size that torch left free."""
+    if isinstance(value, list | tuple) and not isinstance(value, View):
+        return any(map(_holds_size, value))
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
 def is_size(node: torch.fx.Node) -> bool:
     """Whether a node is a number made of sizes."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
@@ -276,6 +283,9 @@ class Lowerer:
         Returns:
             the result.
         """
+        if _holds_size(list(named.values())):
+            why = "a number that depends on a free size"
+            raise BackendError(f"native: {why}") if node is None else self.unsupported(node, why)
         y = Buffer(dtype, shape).view()
         module = "" if node is None else module_of(node)
         self.steps.append(constructor(y=y, module=module, **named))
