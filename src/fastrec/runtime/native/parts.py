@@ -7,7 +7,6 @@ what the examples have not shown, another branch or a size that is not free, run
 
 from __future__ import annotations
 
-import copy
 import logging
 import types
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import nn
 
 from fastrec import kernels
 from fastrec.errors import BackendError
-from fastrec.exporters.trace import evaluated, quiet, typed
+from fastrec.exporters.trace import evaluated, owned, quiet, typed
 from fastrec.measure.choice import choice
 from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.runtime.backends._torch import TorchEngine
@@ -69,10 +68,10 @@ class Parts:
         tolerance: Tolerance,
     ) -> None:
         with typed("a model that can't be copied"):
-            owned = copy.deepcopy(evaluated(model))
+            own = owned(evaluated(model))
         self.threads, self.torch_threads = threads, torch_threads
         self.batches = ""
-        traced = torch.compile(_own_code(owned), backend=backend)
+        traced = torch.compile(_own_code(own), backend=backend)
         with ExitStack() as held, quiet():
             held.enter_context(_calm())
             known = {k: v for k, v in _DYNAMO.items() if hasattr(torch._dynamo.config, k)}
@@ -97,7 +96,7 @@ class Parts:
             raise BackendError(f"no part of this model is a native plan: {why}")
         for given in requests:
             with torch.no_grad():
-                wanted = owned(*given).float().numpy()
+                wanted = own(*given).float().numpy()
             gate = correctness_gate(wanted, self(*given).numpy(), tolerance)
             gate.require("parts of this model")
 
