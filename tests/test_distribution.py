@@ -75,7 +75,7 @@ def test_messages_and_metadata_name_one_distribution(project: dict[str, Any]) ->
 
 def test_the_table_of_extras_is_the_metadata_s(project: dict[str, Any]) -> None:
     optional = project["optional-dependencies"]
-    assert set(EXTRAS) == set(optional) - {"all", "demo", "test", "lint", "dev"}
+    assert set(EXTRAS) == set(optional) - {"all", "demo", "test", "lint", "docs", "dev"}
     for extra, packages in EXTRAS.items():
         names = {re.split(r"[\[><=;]", need)[0].strip() for need in optional[extra]}
         assert set(packages) <= names, extra
