@@ -204,6 +204,7 @@ std::vector<int64_t> Engine::output_sizes(const SpecSizes& sizes, size_t output)
 }
 
 void Engine::run(const Array* inputs, const SpecSizes& sizes, float* scores, int threads) {
+  if (!gives_scores()) throw Refused("this plan gives other results than scores");
   std::byte* const outputs[] = {reinterpret_cast<std::byte*>(scores)};
   run(inputs, sizes, outputs, threads);
 }
