@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import TorchEngine, inference
 from fastrec.runtime.choice_cache import choice_file, recall, remember
 from fastrec.runtime.engine import PLAN, PRECISIONS, BuildOptions, Engine
+from fastrec.runtime.threads import with_torch_threads
 from fastrec.runtime.unlike import LookUps, require_agreement
 from fastrec.spec import InputSpec
 
@@ -216,7 +218,7 @@ def _build(
     correctness_gate(reference, scores, tolerance).require(f"backend {name!r}")
     batch = options.spec.sizes([t.shape for t in examples]).get("B")
     if batch is not None and options.precision != "int8":
-        forward = inference(evaluated(model))
+        forward = partial(with_torch_threads, options.threads, inference(evaluated(model)))
         require_agreement(name, engine, forward, examples, batch, engine.precision)
     return engine
 
