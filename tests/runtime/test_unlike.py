@@ -112,15 +112,19 @@ def test_other_inputs_have_the_examples_dtypes_and_sizes(batch: int) -> None:
             assert len(inputs[3]) == 7
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ids_outside_their_table_are_refused_alike(backend: str) -> None:
+def test_ids_outside_their_table_are_refused_alike(backend: str, int8: bool) -> None:
     model = Depends(lambda own, item: own.items(item).sum(1)).eval()
     examples = ids(50, 4, 6)
+    if int8:
+        every = fastrec.Int8()
+        fastrec.quantize_(model, every, [(examples,)], lambda m, name: name == "items")
     engine = fastrec.compile(model, (examples,), backend, 1)
     for bad in (50, -1, 2**40):
         broken = examples.clone()
         broken[1, 2] = bad
-        with pytest.raises(IdRangeError, match="item"):
+        with pytest.raises(IdRangeError, match="ids"):
             engine(broken)
     with torch.inference_mode():
         torch.testing.assert_close(engine(examples), model(examples), rtol=1e-4, atol=1e-5)

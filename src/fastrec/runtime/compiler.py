@@ -29,6 +29,7 @@ from fastrec.measure.machine import usable_cpus
 from fastrec.measure.packages import missing
 from fastrec.measure.timing import Tolerance, correctness_gate
 from fastrec.models import RankerConfig, SASRecConfig
+from fastrec.nn import Int8Embedding
 from fastrec.runtime.backends import BACKENDS, backend_module
 from fastrec.runtime.backends._torch import TorchEngine, inference
 from fastrec.runtime.choice_cache import choice_file, recall, remember
@@ -168,8 +169,14 @@ def _reference(
 ) -> tuple[np.ndarray, InputSpec]:
     """torch's scores, and the spec with the ranges of the ids that are looked up in a table."""
     ready = evaluated(model)
-    with torch.inference_mode(), LookUps(examples) as seen:
-        output = ready(*examples)
+    seen = LookUps(examples)
+    hooks = [seen.watch(m) for m in ready.modules() if isinstance(m, Int8Embedding)]
+    try:
+        with torch.inference_mode(), seen:
+            output = ready(*examples)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not isinstance(output, torch.Tensor):
         raise DtypeError("model", "a model with one tensor output", type(output).__name__)
     scores: np.ndarray = inference(lambda: output)().numpy()

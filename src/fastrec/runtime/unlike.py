@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from fastrec.errors import BackendError, FastrecError
+from fastrec.nn import Int8Embedding
 from fastrec.spec import InputSpec
 
 # Errors of an engine that answers another question, as shares of the largest score: far beyond
@@ -22,7 +24,6 @@ from fastrec.spec import InputSpec
 _GROSS = {"fp32": 0.02}
 _GROSS_ROUNDED = 0.5
 
-_LOOKUPS = {"aten::embedding": (1, 0), "fastrec::int8_embedding": (0, 1)}  # ids, table
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -45,12 +46,20 @@ class LookUps(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if (operands := _LOOKUPS.get(function._schema.name)) is not None:
-            ids, table = (args[i] for i in operands)
-            place = self._places.get((ids.data_ptr(), ids.numel()))
-            if place is not None:
-                self.rows[place] = min(self.rows.get(place, len(table)), len(table))
+        if function._schema.name == "aten::embedding":
+            self._note(args[1], len(args[0]))
         return function(*args, **(kwargs or {}))
+
+    def watch(self, module: Int8Embedding) -> RemovableHandle:
+        """See the module's look-ups too, which go past torch's dispatcher."""
+        return module.register_forward_pre_hook(
+            lambda own, given: self._note(given[0], own.num_embeddings)
+        )
+
+    def _note(self, ids: torch.Tensor, rows: int) -> None:
+        place = self._places.get((ids.data_ptr(), ids.numel()))
+        if place is not None:
+            self.rows[place] = min(self.rows.get(place, rows), rows)
 
     def bounded(self, spec: InputSpec) -> InputSpec:
         """The spec with the ids' ranges, where it has none: torch refuses ids outside them, where
