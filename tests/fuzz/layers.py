@@ -90,6 +90,8 @@ def attention(g: Grower) -> Value | None:
     ]
     k, v = g.rng.choice(alike), g.rng.choice(alike)
     dims = q.shape[-1]
+    if not dims:
+        raise LookupError
     heads = g.rng.choice([h for h in (1, 2, 4) if dims % h == 0] or [1])
     uses: tuple[Value, ...] = (q, k, v)
     names = [x.name for x in uses]
