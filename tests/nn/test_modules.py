@@ -155,3 +155,12 @@ def test_embedding_refuses_ids_outside() -> None:
 def test_zero_rows_stay_exactly_zero() -> None:
     table = nn.Embedding(4, 3, padding_idx=0)
     assert not Int8Embedding.from_float(table)(torch.tensor([0])).any()
+
+
+def test_an_int8_table_takes_int32_ids_as_torchs_does() -> None:
+    torch.manual_seed(0)
+    table = Int8Embedding.from_float(nn.Embedding(40, 8))
+    ids = torch.randint(0, 40, (3, 5))
+    assert torch.equal(table(ids.int()), table(ids))
+    with pytest.raises(IdRangeError):
+        table(torch.tensor([40], dtype=torch.int32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 
 import numpy as np
 import pytest
@@ -422,3 +423,15 @@ def test_any_torch_model_with_float_inputs():
                 engine(x.double())
     with compile_engine(model, (x,), "torch", 1, precision="bf16") as engine:
         torch.testing.assert_close(engine(x), wanted, rtol=0.05, atol=0.02)
+
+
+def test_a_model_in_training_with_an_old_weight_norm_is_compiled() -> None:
+    """Its weight is the result of a computation, which torch does not copy by itself."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 4)).train()
+    x = torch.randn(3, 8)
+    with fastrec.compile(model, (x,), "torch", 1) as engine:
+        torch.testing.assert_close(engine(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+    assert model.training

@@ -162,8 +162,9 @@ def evaluated(model: nn.Module, *, fused: bool = False) -> nn.Module:
     ready = all(module.fused == fused for module in attentions)
     if ready and not any(module.training for module in model.modules()):
         return model
-    tensors = [*model.parameters(), *model.buffers()]
-    copied: nn.Module = copy.deepcopy(model, memo={id(t): t for t in tensors}).eval()
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    kept = {id(v): v.detach() for v in _computed(model)}
+    copied: nn.Module = copy.deepcopy(model, memo=kept | shared).eval()
     for module in copied.modules():
         if isinstance(module, Attention):
             module.fused = fused
@@ -185,9 +186,13 @@ def typed(problem: str) -> Iterator[None]:
 def owned(model: nn.Module) -> nn.Module:
     """A copy with tensors of its own; what a module keeps of a computation is no longer part of
     it."""
+    return copy.deepcopy(model, memo={id(v): v.detach().clone() for v in _computed(model)})
+
+
+def _computed(model: nn.Module) -> list[torch.Tensor]:
+    """What modules keep of a computation, which torch does not copy: old weight_norm's weight."""
     kept = [v for module in model.modules() for v in vars(module).values()]
-    computed = [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, memo={id(v): v.detach().clone() for v in computed})
+    return [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
 
 
 @contextlib.contextmanager

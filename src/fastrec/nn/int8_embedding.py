@@ -56,12 +56,14 @@ class Int8Embedding(nn.Module):
         return module
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """ids int64 [...] -> float32 [..., embedding_dim].
+        """ids int64 or int32 [...] -> float32 [..., embedding_dim].
 
         Raises:
             IdRangeError (an IndexError): an id lies outside the table.
         """
         ids = input
+        if getattr(ids, "dtype", None) is torch.int32:  # which torch's tables take too
+            ids = ids.long()
         if torch.compiler.is_compiling() or type(ids) is not torch.Tensor:
             return torch.ops.fastrec.int8_embedding(ids, self.weight, self.scale)
         if self._runs_compiled and ids.dtype is torch.int64 and ids.is_cpu and ids.is_contiguous():
