@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[object, Callable[[], nn.Module]] = {F.relu: nn.ReLU, F.gelu: 
 
 
 class TakenApart:
-    """What :func:`take_apart_` replaced in a model, to be put back."""
+    """The modules that :func:`take_apart_` replaced in a model, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -190,7 +190,7 @@ def owned(model: nn.Module) -> nn.Module:
 
 
 def _computed(model: nn.Module) -> list[torch.Tensor]:
-    """What modules keep of a computation, which torch does not copy: old weight_norm's weight."""
+    """Results of computations that modules keep, and torch does not copy: old weight_norm's."""
     kept = [v for module in model.modules() for v in vars(module).values()]
     return [v for v in kept if isinstance(v, torch.Tensor) and not v.is_leaf]
 

@@ -330,7 +330,7 @@ def _sizes_of_tensors(placeholders: Sequence[Node]) -> dict[int, tuple[int, int]
 
 
 def _state(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """What changes when weights are written to, or replaced."""
+    """Numbers that change when weights are written to, or replaced."""
     return [(-1 if w.is_inference() else w._version, w.data_ptr()) for w in weights]
 
 

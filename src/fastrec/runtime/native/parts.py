@@ -117,7 +117,7 @@ class Parts:
 
     @property
     def reasons(self) -> list[str]:
-        """What torch runs, and why."""
+        """The ops that torch runs, and why."""
         found: list[str] = []
         for graph, plans in self._made:
             found += [graph.reason, graph.ended, *(plans.cut.reasons if plans.cut else ())]

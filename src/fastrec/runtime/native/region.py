@@ -20,7 +20,7 @@ from fastrec.spec import InputField, InputSpec
 
 @dataclass(frozen=True)
 class RegionInputs:
-    """What a region's plan is given.
+    """The inputs that a region's plan is given.
 
     Attributes:
         spec: the plan's inputs.

@@ -67,7 +67,7 @@ def _windows(
 
 def _as_they_lie(windows: View, kernel: Sequence[int]) -> View | None:
     """Windows [B, positions.., kernel.., C] as [B, positions, parts, floats of a part], as
-    ``window_linear`` reads them; None where its parts would be none of that."""
+    ``window_linear`` reads them; None where its parts would not be such."""
     batch, *positions = windows.shape[: -1 - len(kernel)]
     for parts in range(len(kernel) + 1):
         width = product(windows.shape[len(windows.shape) - 1 - len(kernel) + parts :])
