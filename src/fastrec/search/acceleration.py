@@ -25,6 +25,7 @@ from fastrec.terminal import stdout
 
 Progress = Callable[[str, int, int], None]
 RIVALS = ("onnxruntime", "openvino")
+_TURN_S = 0.03
 TORCH, OURS, INT8 = "torch", "fastrec", "fastrec INT8"
 
 
@@ -253,11 +254,15 @@ def _timed(
         return (lambda: engine(**examples)) if named else (lambda: engine(*examples))
 
     calls = {name: call(engine) for name, engine in engines.items()}
-    # The slowest spin of idle workers, between turns.
+    # The slowest spin of idle workers, between turns. A turn is long enough for an engine's threads
+    # to wake and its data to be in the caches: ONNX Runtime and OpenVINO take twice as long else.
     spin = max(engine.spin_s for engine in engines.values())
+    once = interleaved(calls, [()], rounds=1, calls=2, settle_s=spin)
+    counts = {n: min(max(round(_TURN_S * 1e3 / t.p50_ms), 2), 40) for n, t in once.items()}
     taken = interleaved(
-        calls, [()], rounds=100, calls=4, warm_s=0.002, settle_s=spin, seconds_budget=seconds
-    )
+        calls, [()],
+        rounds=100, calls=counts, warm_s=_TURN_S, settle_s=spin, seconds_budget=seconds,
+    )  # fmt: skip
     return {
         name: way if name not in taken else dataclasses.replace(
             way, p50_ms=taken[name].p50_ms, speedup=ratio(taken[TORCH], taken[name])
