@@ -35,7 +35,7 @@ RIVALS = ("onnxruntime", "openvino", "torch_compile", "torch")
 INT8_RIVALS = ("onnxruntime", "openvino")
 REQUESTS = 4
 EXAMPLES = 8
-# Scores of so many users are compared where a precision may change a ranking.
+# Scores of this many users are compared where a precision may change a ranking.
 GATE_BATCH = 50
 BEGIN, END = "<!-- bench_models -->", "<!-- /bench_models -->"
 GOALS = {"1": 1.0, "8": 0.95, "50": 0.95}

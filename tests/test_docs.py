@@ -18,7 +18,7 @@ ROOMS = ("compress", "data", "kernels", "models", "nn", "runtime", "search", "tr
 
 
 def listed() -> set[str]:
-    """What the reference pages take their text from."""
+    """The names that the reference pages take their text from."""
     pages = [page.read_text() for page in (DOCS / "reference").glob("*.md")]
     return {name for text in pages for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
 

@@ -74,7 +74,7 @@ def evaluated(
 
 @dataclass
 class Reference:
-    """What torch says, and how far an engine may be from it."""
+    """torch's results, and how far an engine may be from them."""
 
     values: dict[str, Tensor]
     tolerance: dict[str, Tensor]
@@ -117,7 +117,7 @@ def reference(model: Model, inputs: tuple[Tensor, ...]) -> Reference:
 
 
 def difference(name: str, ours: Any, wanted: Reference) -> str | None:
-    """What is wrong with one result, or None."""
+    """The fault of one result, or None."""
     right, most = wanted.values[name], wanted.tolerance[name]
     if not isinstance(ours, Tensor) or ours.dtype != right.dtype or ours.shape != right.shape:
         kind = f"{ours.dtype} {list(ours.shape)}" if isinstance(ours, Tensor) else type(ours)
@@ -139,7 +139,7 @@ def difference(name: str, ours: Any, wanted: Reference) -> str | None:
 
 @dataclass
 class Tally:
-    """What became of the graphs."""
+    """Counts of graphs that were right, refused or wrong."""
 
     graphs: int = 0
     right: int = 0

@@ -143,7 +143,7 @@ class Model:
 
 @dataclass
 class Value:
-    """What a name stands for, one tensor a request."""
+    """The tensors of a name, one a request."""
 
     name: str
     tensors: list[Tensor]

@@ -25,7 +25,7 @@ Op = Callable[[Grower], "Value | None"]
 
 
 def unlowered(g: Grower) -> Value | None:
-    """What no plan may hold, so far: the refusal has to be a typed one."""
+    """Models that no plan may hold, so far: the refusal has to be a typed one."""
     v = g.value("f")
     dim, n = g.dim(v), v.name
     forms = (

@@ -1,4 +1,4 @@
-"""What passes recognise and fold: one step where a model spells out several."""
+"""Passes recognise and fold: one step where a model spells out several."""
 
 from __future__ import annotations
 

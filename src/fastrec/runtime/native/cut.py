@@ -21,7 +21,7 @@ from fastrec.runtime.native.program import Program
 from fastrec.runtime.native.refusals import Unlowered, no_lowering, refusal
 from fastrec.runtime.native.region import Region, region_inputs
 
-# A region of at most so many steps, all of these kinds, costs less in torch than a call.
+# A region of at most this many steps, all of these kinds, costs less in torch than a call.
 _FEW = 2
 _CHEAP = ("map", "reduce", "gather", "take", "cumsum", "argsort", "scatter")
 # Computed in these dtypes as torch does; others would be computed in float32.
